@@ -1,0 +1,1 @@
+//! Rules between values that the types cannot express.

@@ -1,0 +1,17 @@
+//! What every part of tsm-launch agrees on. Nothing here links libtorch.
+//!
+//! - [`config`]: one YAML per job, validated whole before anything starts.
+//! - [`env`]: the environment contract between the launcher and a worker.
+//! - [`run_dir`]: which file lies where in a run folder.
+//! - [`message`]: what a worker tells its launcher over `TSM_AGENT_FD`.
+//! - [`exit`]: the documented exit codes.
+
+pub mod config;
+pub mod env;
+pub mod exit;
+pub mod message;
+pub mod run_dir;
+
+pub use config::Config;
+pub use env::WorkerEnv;
+pub use run_dir::RunDir;

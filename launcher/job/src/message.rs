@@ -1,0 +1,56 @@
+//! What a worker tells its launcher over the Unix stream socket `TSM_AGENT_FD`: one JSON object a line.
+
+use serde::{Deserialize, Serialize};
+use std::io::Write;
+use std::os::fd::FromRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+
+/// One line from a worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum WorkerMessage {
+    /// First line: who speaks.
+    Hello { rank: u32, pid: u32, version: String },
+    /// An optimizer step was finished.
+    Step { step: u64, epoch: u32 },
+    /// What the worker is doing: `load`, `train`, `validate`, `checkpoint`.
+    Section { name: String },
+    /// The worker is about to end because of this.
+    Failure(FailureRecord),
+}
+
+/// Why a worker ends, in its own words.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailureRecord {
+    pub rank: u32,
+    /// Optimizer steps finished before.
+    pub step: Option<u64>,
+    /// The exit code that will follow, see [`crate::exit`].
+    pub code: i32,
+    /// `panic`, `error`, `peer` (the consequence of another rank's failure).
+    pub cause: String,
+    pub message: String,
+    pub backtrace: Option<String>,
+}
+
+/// A worker's end of the socket. Without a launcher, messages go nowhere.
+pub struct AgentLink(Option<Mutex<UnixStream>>);
+
+impl AgentLink {
+    /// Takes over the descriptor of `TSM_AGENT_FD`. Call once a process.
+    #[expect(unsafe_code, reason = "a descriptor number from the environment becomes a socket")]
+    pub fn open(agent_fd: Option<i32>) -> AgentLink {
+        // SAFETY: the launcher passes the descriptor for this process alone; nothing else owns it.
+        AgentLink(agent_fd.map(|fd| Mutex::new(unsafe { UnixStream::from_raw_fd(fd) })))
+    }
+
+    /// Sends one message. A launcher that is gone is not an error: the worker's death signal follows.
+    pub fn send(&self, message: &WorkerMessage) {
+        let Some(stream) = &self.0 else { return };
+        if let (Ok(mut line), Ok(mut stream)) = (serde_json::to_string(message), stream.lock()) {
+            line.push('\n');
+            let _ = stream.write_all(line.as_bytes());
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! One worker of a job: one process, one device.
+//!
+//! [`train`] is the loop and the only module that knows the others.
+
+pub mod checkpoint;
+pub mod ddp;
+pub mod eval;
+pub mod meter;
+pub mod model;
+pub mod optim;
+pub mod precision;
+pub mod report;
+pub mod train;
+pub mod weights;
