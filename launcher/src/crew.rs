@@ -105,7 +105,7 @@ impl Crew {
             let format = tsm_job::config::duration::format;
             let number = left.len();
             self.notice(&format!(
-                "ending {number} process(es) that the workers left behind, grace {}",
+                "processes that the workers left behind: ending {number}, grace {}",
                 format(grace)
             ));
             for &pid in &left {

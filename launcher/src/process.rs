@@ -40,19 +40,16 @@ pub struct Worker {
 pub struct Streams {
     pub out: ChildStdout,
     pub err: ChildStderr,
-    pub agent: UnixStream,
 }
 
-/// Starts a worker. Call from the main thread only: the worker's parent-death signal
+/// Starts a worker, with `agent` as its `TSM_AGENT_FD`. Call from the main thread only: the worker's parent-death signal
 /// fires when the *thread* that started it ends, and no other thread may spawn meanwhile,
 /// since the worker's end of the agent socket is inheritable until this returns.
 ///
 /// # Errors
 /// When the shim cannot be started, or the kernel has no pidfd.
-pub fn spawn(spec: &Spec) -> anyhow::Result<(Worker, Streams)> {
-    let (agent, theirs) = UnixStream::pair().context("cannot make a socket for a worker")?;
-    agent.set_nonblocking(true)?;
-    fcntl_setfd(&theirs, FdFlags::empty())?;
+pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)> {
+    fcntl_setfd(&agent, FdFlags::empty())?;
 
     let mut command = Command::new(spec.shim);
     command
@@ -64,7 +61,7 @@ pub fn spawn(spec: &Spec) -> anyhow::Result<(Worker, Streams)> {
     }
     command
         .envs(spec.env.iter().map(|(k, v)| (k, v)))
-        .env("TSM_AGENT_FD", theirs.as_raw_fd().to_string());
+        .env("TSM_AGENT_FD", agent.as_raw_fd().to_string());
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -79,7 +76,7 @@ pub fn spawn(spec: &Spec) -> anyhow::Result<(Worker, Streams)> {
     let (Some(out), Some(err)) = (child.stdout.take(), child.stderr.take()) else {
         unreachable!("both streams were asked for")
     };
-    Ok((Worker { pid, pidfd }, Streams { out, err, agent }))
+    Ok((Worker { pid, pidfd }, Streams { out, err }))
 }
 
 impl Worker {

@@ -8,6 +8,7 @@ use fs_err::File;
 use serde_json::json;
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -136,10 +137,7 @@ impl Run {
             notices,
             events,
         };
-        let number = match self.workers.len() {
-            1 => "1 worker".into(),
-            n => format!("{n} workers"),
-        };
+        let number = supervisor::count(self.workers.len(), "worker");
         crew.notice(&format!(
             "{number} on {}; run folder {}",
             self.host,
@@ -170,7 +168,10 @@ impl Run {
             File::options().create(true).append(true).open(path)
         };
         let (out_file, err_file) = (log(false)?, log(true)?);
-        let (worker, streams) = process::spawn(&spec)?;
+        // Watched from before the start, so that no message is older than the watch.
+        let (ours, theirs) = UnixStream::pair().context("cannot make a socket for a worker")?;
+        watch.add_agent(ours)?;
+        let (worker, streams) = process::spawn(&spec, theirs)?;
         let tail = Tail::default();
         let digits = (self.workers.len() - 1).to_string().len();
         let shown = |progress| {
@@ -205,7 +206,7 @@ impl Run {
             to: err,
         });
         tails.push(tail);
-        if let Err(e) = watch.add(&worker, streams.agent) {
+        if let Err(e) = watch.add_worker(&worker) {
             worker.kill();
             return Err(e);
         }

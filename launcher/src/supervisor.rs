@@ -237,8 +237,9 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
             let others = state.alive().count();
             if others > 0 {
                 let grace = tsm_job::config::duration::format(state.grace);
+                let others = count(others, "other");
                 actions.push(Action::Notice(format!(
-                    "rank {rank} ended with {end}: stopping {others} others, grace {grace}"
+                    "rank {rank} ended with {end}: stopping {others}, grace {grace}"
                 )));
             }
             state.stop(StopCause::Failure, libc::SIGTERM, now, actions);
@@ -265,9 +266,9 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
         }
         (Event::Signal(signal), Phase::Running) => {
             let name = crate::end::signal_name(*signal);
-            let workers = state.alive().count();
+            let workers = count(state.alive().count(), "worker");
             actions.push(Action::Notice(format!(
-                "{name}: stopping {workers} workers; Ctrl-C again kills them"
+                "{name}: stopping {workers}; Ctrl-C again kills them"
             )));
             state.stop(StopCause::Signal(*signal), *signal, now, actions);
         }
@@ -277,6 +278,11 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
         }
         _ => {}
     }
+}
+
+/// `1 worker`, `2 workers`.
+pub fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

@@ -181,7 +181,10 @@ mod tests {
         let error = find_program(&"no-such-program".into()).unwrap_err();
         assert_eq!(exit::code_of(&error), exit::PREFLIGHT);
         let text = tempfile::NamedTempFile::new().unwrap();
-        assert!(find_program(&text.path().into()).is_err(), "a file that is no program");
+        assert!(
+            find_program(&text.path().into()).is_err(),
+            "a file that is no program"
+        );
     }
 
     #[test]

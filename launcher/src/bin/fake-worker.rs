@@ -59,6 +59,10 @@ fn main() {
             "--exit" => std::process::exit(number(next()) as i32),
             "--kill" => {
                 let signal = Signal::from_named_raw(number(next()) as i32).expect("a signal");
+                if signal != Signal::KILL {
+                    // Rust's own handler of SIGSEGV would take a signal without a fault for nothing.
+                    on_signal(signal.as_raw(), libc::SIG_DFL);
+                }
                 kill_process(getpid(), signal).expect("a process may signal itself");
                 hang();
             }
@@ -144,7 +148,7 @@ static CODE: std::sync::atomic::AtomicI32 = std::sync::atomic::AtomicI32::new(0)
 
 #[expect(unsafe_code, reason = "signal handlers have no safe interface in libc")]
 fn on_signal(signal: i32, handler: libc::sighandler_t) {
-    // SAFETY: the handler is SIG_IGN, or `leave`, which calls only functions that are safe in a handler.
+    // SAFETY: the handler is SIG_IGN, SIG_DFL, or `leave`, which calls only functions that are safe in a handler.
     unsafe { libc::signal(signal, handler) };
 }
 
