@@ -83,7 +83,7 @@ fn missing_key(path: &KeyPath, examples: &Examples) -> Problem {
             let keys: Vec<_> = map.keys().map(String::as_str).collect();
             problem.hint(format!("add `{key}:` with the keys {}", keys.join(", ")))
         }
-        Some(example) => problem.hint(format!("add it, like `{key}: {}`", flow(example))),
+        Some(example) => problem.hint(format!("add it, like `{key}: {}`", sample(example))),
         None => problem,
     }
 }
@@ -133,7 +133,7 @@ fn wrong_type(message: &str, path: &KeyPath, value: &Value, examples: &Examples)
             problem.hint(format!("put it in quotes: `\"{shown}\"`"))
         }
         (_, _, Some(example)) if !key.is_empty() => {
-            problem.hint(format!("write it like `{key}: {}`", flow(example)))
+            problem.hint(format!("write it like `{key}: {}`", sample(example)))
         }
         _ => problem,
     }
@@ -168,11 +168,21 @@ fn plain(expected: &str, value: &Value) -> String {
         "a boolean" => "true or false".into(),
         "a string" | "path string" => "text".into(),
         "a sequence" => "a list".into(),
-        "map with a single key" => "exactly one of its variants".into(),
-        _ if expected.contains("string or map") => "a name or a mapping".into(),
+        "map with a single key" => "exactly one of its names".into(),
+        "an array of length 3" => "a list of 3 numbers".into(),
+        _ if expected.contains("string or map") => "one of its names".into(),
         _ if expected.starts_with("struct ") => "a mapping".into(),
         _ if expected.contains("tuple") && expected.ends_with('2') => "a list of 2 values".into(),
         _ => expected.into(),
+    }
+}
+
+/// An example as one writes it: [`flow`] without the quotes that plain words don't need.
+fn sample(value: &Value) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_./-".contains(c);
+    match value {
+        Value::String(text) if text.chars().all(plain) => text.clone(),
+        other => flow(other),
     }
 }
 

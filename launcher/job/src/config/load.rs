@@ -116,9 +116,10 @@ impl Checker<'_> {
                 continue;
             }
             let (problem, repair) = explain(&message, &path, &root, &self.examples);
-            // A second error at a repaired place means that the cause lies further out.
+            // A second error at a repaired place means that the cause lies further out; one
+            // around a repaired place may be the example's and not the user's.
             let again = self.repaired.contains(repair.path());
-            if !again {
+            if !self.repaired.iter().any(|r| r.is_within(repair.path())) {
                 self.note(problem, repair.path(), matches!(repair, Repair::Drop(..)));
             }
             let repair = match again {

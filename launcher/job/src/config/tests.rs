@@ -175,6 +175,10 @@ fn broken_yaml_is_shown_with_its_line() {
 fn a_file_without_sections_is_refused() {
     let say = |text| load(text, &[]).unwrap_err().problems[0].message.clone();
     assert_eq!(say(""), "the file is empty");
+    assert_eq!(say("# nothing\n"), "the file is empty");
+    assert_eq!(say("x"), "the file holds \"x\", expected sections of keys");
+    let numbered = edited(&[]) + "1: x\n";
+    assert_eq!(say(&numbered), "unknown section `1`");
     assert_eq!(
         say("[1, 2]"),
         "the file holds [1, 2], expected sections of keys"
@@ -223,7 +227,7 @@ fn a_value_of_a_wrong_kind_is_named_in_the_words_of_yaml() {
             "grace: 30s",
             "grace: 30",
             "launch.grace is 30, expected text",
-            "write it like `grace: \"30s\"`",
+            "write it like `grace: 30s`",
         ),
         (
             "grace: 30s",
@@ -298,6 +302,17 @@ fn a_broken_element_of_a_list_is_named_by_its_index() {
         message,
         "data.train.crop.multi_scale.scales[2] is \"x\", expected a number"
     );
+    // Too short as well, but what would be shown is no longer what was written.
+    let (message, _) = only(&[], &["data.mean=[x, 2]"]);
+    assert_eq!(message, "data.mean[0] is \"x\", expected a number");
+    let (message, _) = only(&[], &["data.mean=[1, 2]"]);
+    assert_eq!(message, "data.mean is [1, 2], expected a list of 3 numbers");
+    let (message, hint) = only(&[], &["model.arch=[resnet18]"]);
+    assert_eq!(
+        message,
+        "model.arch is [\"resnet18\"], expected one of its names"
+    );
+    assert_eq!(hint, "write it like `arch: resnet18`");
 }
 
 #[test]
@@ -458,4 +473,60 @@ fn durations_are_read_and_written() {
     ] {
         assert!(duration::parse(text).is_err(), "{text}");
     }
+}
+
+/// Every value of the template in turn is replaced by values that do not belong there, or left
+/// out: loading ends, and what it refuses it can show.
+#[test]
+fn any_value_anywhere_is_answered() {
+    fn paths(node: &serde_json::Value, at: String, found: &mut Vec<String>) {
+        let children: Vec<(String, &serde_json::Value)> = match node {
+            serde_json::Value::Object(map) => map.iter().map(|(k, v)| (k.clone(), v)).collect(),
+            serde_json::Value::Array(list) => {
+                (0..).map(|i: usize| i.to_string()).zip(list).collect()
+            }
+            _ => Vec::new(),
+        };
+        for (key, child) in children {
+            let path = format!("{at}/{key}");
+            paths(child, path.clone(), found);
+            found.push(path);
+        }
+    }
+    let mut whole = Config::template();
+    whole.optim.warmup = Some(Warmup {
+        epochs: 5.0,
+        start_factor: 0.1,
+        per_step: true,
+    });
+    let whole = serde_json::to_value(whole).unwrap();
+    let mut found = Vec::new();
+    paths(&whole, String::new(), &mut found);
+    let strange = serde_json::json!([
+        null, true, -1, 0, 1e300, "x", "none", "step", [], {}, [1, 2], [[1], 2],
+        {"a": 1}, {"step": null}, {"step": {}, "cosine": {}}, {"constant": [1]}
+    ]);
+    let mut refused = 0;
+    for path in &found {
+        for value in strange.as_array().unwrap() {
+            let mut changed = whole.clone();
+            *changed.pointer_mut(path).unwrap() = value.clone();
+            let text = serde_json::to_string_pretty(&changed).unwrap();
+            if let Err(error) = load(&text, &[]) {
+                refused += 1;
+                assert!(!error.problems.is_empty());
+                let shown = error.to_string();
+                assert!(
+                    shown.lines().all(|line| !line.contains("EnumAccess")),
+                    "{shown}"
+                );
+                let placed = error.problems.iter().all(|p| p.place.is_some());
+                assert!(
+                    placed || value.is_null() || value.is_object(),
+                    "{path}: {shown}"
+                );
+            }
+        }
+    }
+    assert!(refused > found.len() * 8, "{refused} of {}", found.len());
 }
