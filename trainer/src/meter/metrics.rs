@@ -1,118 +1,11 @@
 //! `metrics.jsonl`: one JSON object a line, written as the run goes, read again for the report.
 
+use super::record::{EpochRecord, Record, StartRecord, StepRecord, ValidationRecord};
 use super::warn::WarnOnce;
 use anyhow::Context;
 use fs_err::{File, OpenOptions};
-use serde::{Deserialize, Serialize};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-
-/// One line. The `event` key names the kind.
-///
-/// A number that is not known is left out; one that is not finite is `null`. `step` counts the
-/// optimizer steps finished since the start of the training, across restarts; `epoch` counts from 1;
-/// `time_s` is Unix time.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-pub enum Record {
-    Start(StartRecord),
-    Step(StepRecord),
-    Validation(ValidationRecord),
-    Epoch(EpochRecord),
-}
-
-/// The process began or, after a restart, went on. Every later `step` of an earlier process that is
-/// larger than this one is void.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct StartRecord {
-    /// Steps finished before: 0, or the checkpoint's.
-    pub step: u64,
-    pub time_s: f64,
-    pub world_size: u32,
-}
-
-/// One optimizer step.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct StepRecord {
-    pub step: u64,
-    pub epoch: u32,
-    pub time_s: f64,
-    /// Mean over all ranks.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub loss: Option<f64>,
-    /// Percent, over the clips of this step.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub top1: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub top5: Option<f64>,
-    /// Of the parameter groups with multiplier 1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lr: Option<f64>,
-    /// Global L2 norm before it was limited.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grad_norm: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub loss_scale: Option<f64>,
-    /// Over all ranks, since the last step with a rate.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub clips_per_s: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub frames_per_s: Option<f64>,
-    /// Wait for the batch, part of the step's time.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub data_time_ms: Option<f64>,
-    /// From the end of the step before to the end of this one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub step_time_ms: Option<f64>,
-    /// Resident memory of rank 0.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mem_bytes: Option<u64>,
-    /// Of rank 0, in percent of one core.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cpu_percent: Option<f64>,
-    /// Memory in use on rank 0's device.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gpu_mem_bytes: Option<u64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gpu_util_percent: Option<f64>,
-}
-
-/// One validation over the whole list.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct ValidationRecord {
-    pub step: u64,
-    pub epoch: u32,
-    pub time_s: f64,
-    pub num_clips: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub loss: Option<f64>,
-    /// Percent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub top1: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub top5: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mean_class: Option<f64>,
-    /// Clips with a logit that is not finite, counted as wrong.
-    #[serde(default)]
-    pub num_non_finite: u64,
-}
-
-/// The rates of a finished epoch; after a resume inside it, of its rest.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct EpochRecord {
-    pub step: u64,
-    pub epoch: u32,
-    pub time_s: f64,
-    pub num_steps: u64,
-    /// Over all ranks.
-    pub num_clips: u64,
-    /// Sum of step times.
-    pub train_s: f64,
-    /// Mean of the steps' rates without the first 5 and the last; left out for 6 steps or fewer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub clips_per_s_mean: Option<f64>,
-}
 
 /// Appends to `metrics.jsonl`. Each record is one write, so that a killed run loses at most a line.
 ///
@@ -218,12 +111,7 @@ impl History {
                 history.broken_lines += 1;
                 continue;
             };
-            let time_s = match &record {
-                Record::Start(r) => r.time_s,
-                Record::Step(r) => r.time_s,
-                Record::Validation(r) => r.time_s,
-                Record::Epoch(r) => r.time_s,
-            };
+            let time_s = record.time_s();
             if matches!(record, Record::Start(_)) {
                 history.end_span(span.take());
             }
@@ -284,21 +172,6 @@ mod tests {
             time_s,
             world_size: 2,
         })
-    }
-
-    #[test]
-    fn what_is_not_known_is_left_out_and_not_finite_is_null() {
-        let record = StepRecord {
-            step: 7,
-            epoch: 2,
-            time_s: 0.5,
-            loss: Some(f64::NAN),
-            ..StepRecord::default()
-        };
-        assert_eq!(
-            serde_json::to_string(&Record::Step(record)).unwrap(),
-            r#"{"event":"step","step":7,"epoch":2,"time_s":0.5,"loss":null}"#
-        );
     }
 
     #[test]

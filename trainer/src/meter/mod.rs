@@ -8,13 +8,14 @@ mod metrics;
 mod nvml;
 mod progress;
 mod rate;
+mod record;
 mod tensorboard;
 mod warn;
 
 pub use load::{Load, LoadMeter};
-pub use metrics::{
-    EpochRecord, History, Metrics, Record, StartRecord, StepRecord, ValidationRecord,
-};
+pub use metrics::{History, Metrics};
 pub use progress::{Best, Progress, StepLine, ValidationLine};
+pub(crate) use progress::{coarse, short};
 pub use rate::{Rate, StepMeter, TooFewSteps, Window};
+pub use record::{EpochRecord, Record, StartRecord, StepRecord, ValidationRecord, unix_s};
 pub use tensorboard::EventWriter;

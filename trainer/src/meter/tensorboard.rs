@@ -3,6 +3,7 @@
 //! Formats: `tensorflow/core/lib/io/record_writer.h` (framing), `core/util/event.proto`,
 //! `core/framework/summary.proto` and `tensor.proto` (field numbers).
 
+use super::record::{Record, unix_s};
 use super::warn::WarnOnce;
 use fs_err::{File, OpenOptions};
 use std::io::{self, Write};
@@ -54,6 +55,11 @@ impl EventWriter {
     /// One point of curve `tag`. `step` is the x axis.
     pub fn scalar(&mut self, tag: &str, step: u64, value: f64, now: SystemTime) {
         self.scalars(step, &[(tag, value)], now);
+    }
+
+    /// The known numbers of a record under their tags, see [`Record::scalars`].
+    pub fn record(&mut self, record: &Record, now: SystemTime) {
+        self.scalars(record.step(), &record.scalars(), now);
     }
 
     /// Points of several curves at one step.
@@ -185,12 +191,7 @@ fn time_of_name(name: &str) -> Option<u64> {
 /// `Event { wall_time = 1, step = 2 }`, to which a payload is added.
 fn event_header(step: u64, now: SystemTime) -> Vec<u8> {
     let mut event = Vec::new();
-    put_f64(
-        &mut event,
-        1,
-        now.duration_since(UNIX_EPOCH)
-            .map_or(0.0, |d| d.as_secs_f64()),
-    );
+    put_f64(&mut event, 1, unix_s(now));
     put_varint(&mut event, 2, step);
     event
 }
@@ -275,7 +276,7 @@ mod tests {
         let mut records = Vec::new();
         let unmask = |crc: &[u8]| {
             let masked = u32::from_le_bytes(crc.try_into().unwrap()).wrapping_sub(0xa282_ead8);
-            masked << 15 | masked >> 17
+            masked.rotate_left(15)
         };
         while !rest.is_empty() {
             let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
@@ -300,10 +301,7 @@ mod tests {
     fn a_record_has_the_bytes_of_the_format() {
         // CRC-32C of "123456789" is 0xe3069283 (the catalogue's check value).
         assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
-        assert_eq!(
-            masked_crc(b"123456789"),
-            (0xe306_9283u32 >> 15 | 0xe306_9283u32 << 17).wrapping_add(0xa282_ead8)
-        );
+        assert_eq!(masked_crc(b"123456789"), 0xc78a_b0e5);
         let mut event = event_header(300, at(2));
         put_bytes(&mut event, 3, b"x");
         let expected: &[u8] = &[
