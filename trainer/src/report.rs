@@ -42,7 +42,7 @@ pub struct Summary {
     /// The last validation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<LastValidation>,
-    /// Clips/s over all ranks in the last epoch: mean of the steps' rates without the first 5 and the
+    /// Clips/s over all ranks in the last epoch of 7 steps or more: mean of the steps' rates without the first 5 and the
     /// last, as the reference tables do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fps_mean: Option<f64>,
@@ -302,7 +302,7 @@ fn results(s: &Summary) -> String {
             None => writeln!(out, "| {name} | {ours} |"),
         };
     }
-    out += "\n[1] of the last epoch, without its first 5 steps and its last; an epoch of 6 steps or fewer has none.\n";
+    out += "\n[1] of the last epoch of 7 steps or more, without its first 5 steps and its last.\n";
     if let Some(reference) = published {
         let _ = writeln!(
             out,

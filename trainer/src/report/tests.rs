@@ -77,7 +77,7 @@ fn a_report_reads_as_meant() {
          | clips/s, all clips / all step time | 380.2 |  |\n\
          | frames/s, all frames / all step time | 3042.0 |  |\n\
          \n\
-         [1] of the last epoch, without its first 5 steps and its last; an epoch of 6 steps or fewer has none.\n\
+         [1] of the last epoch of 7 steps or more, without its first 5 steps and its last.\n\
          \n\
          Published: ModelZoo-PyTorch TSM, UCF101, 8p-V: top1 93.87, 410.492 clips/s. A published rate belongs to its own \
          hardware; accuracies compare only under the same protocol, pretraining and number of epochs.\n\
@@ -118,7 +118,7 @@ fn doubts_are_listed() {
         },
         &history,
     );
-    let expected = "has none.\n\n- The run was resumed 1 time, last after step 20.\n\
+    let expected = "and its last.\n\n- The run was resumed 1 time, last after step 20.\n\
                     - The number of ranks changed: [8, 4].\n\
                     - 3 samples could not be read and left out.\n\
                     - 1 line of metrics.jsonl could not be read.\n\n## Curves";
