@@ -1,1 +1,5 @@
-//! (in progress)
+//! Pretrained weights: names of other code bases to ours, and a loader that fails loudly.
+
+mod names;
+
+pub use names::original_name;
