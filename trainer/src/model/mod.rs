@@ -14,6 +14,8 @@ mod resnet;
 mod shift;
 mod summary;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 
 pub use summary::{ShiftedLayer, Summary};
