@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
 use tsm_job::config::{Arch, Head, HeadOrder, Model, Shift, ShiftDirection, ShiftMode, ShiftPlace};
-use tsm_trainer::model::{Network, ParamRole};
+use tsm_trainer::model::{Network, Param, ParamRole};
 use tsm_trainer::weights::original_name;
 
 const TOLERANCE: f64 = 1e-4;
@@ -138,6 +138,77 @@ fn check_gradients(
         &[total_ours.sqrt()],
         &[total],
     );
+}
+
+#[test]
+fn resnets_equal_torchvision() {
+    let golden: Value =
+        serde_json::from_str(include_str!("golden/torchvision_expect.json")).unwrap();
+    for (case, arch) in [("resnet18", Arch::Resnet18), ("resnet34", Arch::Resnet34)] {
+        let cfg = Model {
+            num_classes: 50,
+            num_segments: 1,
+            ..config(arch, ShiftMode::None)
+        };
+        let net = Network::new(&cfg, Device::Cpu, 0).unwrap();
+        tch::manual_seed(0);
+        draw_as_torchvision(&net);
+        let image = Tensor::rand([1, 3, 224, 224], (Kind::Float, Device::Cpu));
+        let logits = tch::no_grad(|| net.forward(&image, false));
+        close(
+            &format!("torchvision {case}"),
+            &values(&logits),
+            &numbers(&golden[case]),
+        );
+    }
+}
+
+/// Draws weights from libtorch's generator in the order of torchvision's constructor: each layer
+/// initialises itself when it is made, and all convolutions are drawn again at the end. A stage's
+/// first block makes its shortcut before its branch.
+fn draw_as_torchvision(net: &Network) {
+    let _guard = tch::no_grad_guard();
+    let is_shortcut = |name: &str| name.contains(".downsample.");
+    let is_conv = |role: ParamRole| matches!(role, ParamRole::FirstConvWeight | ParamRole::Weight);
+    let block = |name: &str| name.splitn(3, '.').take(2).collect::<Vec<_>>().join(".");
+    let mut made: Vec<&Param> = net.params().iter().collect();
+    let first_of_block = |p: &Param| {
+        made.iter()
+            .position(|q| block(&q.name) == block(&p.name))
+            .unwrap()
+    };
+    let order: Vec<_> = made
+        .iter()
+        .map(|p| (first_of_block(p), !is_shortcut(&p.name)))
+        .collect();
+    let mut indices: Vec<usize> = (0..made.len()).collect();
+    indices.sort_by_key(|&i| order[i]);
+    made = indices.into_iter().map(|i| &net.params()[i]).collect();
+    for param in made {
+        let size = param.tensor.size();
+        let fan_in = match param.role {
+            ParamRole::FcBias => net
+                .params()
+                .iter()
+                .find(|p| p.role == ParamRole::FcWeight)
+                .unwrap()
+                .tensor
+                .size()[1],
+            _ => size[1..].iter().product(),
+        } as f64;
+        if is_conv(param.role) || matches!(param.role, ParamRole::FcWeight | ParamRole::FcBias) {
+            let bound = 1.0 / fan_in.sqrt();
+            let _ = param.tensor.shallow_clone().uniform_(-bound, bound);
+        }
+    }
+    for param in net.params().iter().filter(|p| is_conv(p.role)) {
+        let size = param.tensor.size();
+        let fan_out = (size[0] * size[2] * size[3]) as f64;
+        let _ = param
+            .tensor
+            .shallow_clone()
+            .normal_(0.0, (2.0 / fan_out).sqrt());
+    }
 }
 
 fn config(arch: Arch, mode: ShiftMode) -> Model {
