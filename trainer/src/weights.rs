@@ -4,7 +4,10 @@
 //! no name matches, so a file that covers too little of the backbone is refused.
 
 mod names;
+mod pickle;
 mod read;
+mod torch_file;
+mod zip;
 
 pub use names::original_name;
 

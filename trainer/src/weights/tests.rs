@@ -191,3 +191,24 @@ fn imagenet_mobilenet_loads_whole() {
     assert!(bool::try_from(features.isfinite().all()).unwrap());
     assert!(f64::try_from(features.std(true)).unwrap() > 0.01);
 }
+
+#[test]
+fn a_file_of_torch_save_equals_its_safetensors() {
+    let names = ["pt", "safetensors"]
+        .map(|e| shared(&format!("weights/mobilenetv2_imagenet_features.{e}")));
+    let [Some(pickled), Some(plain)] = names else {
+        return;
+    };
+    let pickled = read::read(&pickled).unwrap();
+    let plain: HashMap<String, Tensor> = read::read(&plain).unwrap().into_iter().collect();
+    assert_eq!((pickled.len(), plain.len()), (312, 312));
+    for (name, tensor) in &pickled {
+        let other = &plain[name];
+        assert_eq!(
+            (tensor.size(), tensor.kind()),
+            (other.size(), other.kind()),
+            "{name}"
+        );
+        assert!(tensor.equal(other), "{name}");
+    }
+}
