@@ -57,7 +57,7 @@ fn assert_equal_weights(a: &Network, b: &Network, but_classifier: bool) {
 }
 
 #[test]
-fn own_and_original_names_load_whole() {
+fn names_of_every_code_base_load_whole() {
     for arch in [Arch::Resnet50, Arch::Mobilenetv2] {
         let source = network(arch, 5, 1);
         let shifted = source.summary(64).shifted;
@@ -70,7 +70,11 @@ fn own_and_original_names_load_whole() {
             Some(tensor) => format!("module.new_fc.{tensor}"),
             None => format!("module.base_model.{}", original_name(n, is_shifted(n))),
         };
-        let renames: [&dyn Fn(&str) -> String; 2] = [&str::to_string, &original];
+        let mmaction = |n: &str| match &Layout::MmAction.keys(n)[0] {
+            head if head.starts_with("cls_head.") => head.clone(),
+            key => format!("backbone.{key}"),
+        };
+        let renames: [&dyn Fn(&str) -> String; 3] = [&str::to_string, &original, &mmaction];
         for rename in renames {
             let (_dir, path) = save(&source, rename);
             let target = network(arch, 5, 2);
