@@ -4,7 +4,10 @@
 //! no name matches, so a file that covers too little of the backbone is refused.
 
 mod names;
+mod pickle;
 mod read;
+mod torch_file;
+mod zip;
 
 pub use names::original_name;
 
@@ -77,8 +80,8 @@ impl fmt::Display for LoadReport {
 
 /// Copies the tensors of `path` into `net` by name and shape.
 ///
-/// The names may be torchvision's (ours too) or those of the original TSM code, for whole models or
-/// backbones. The classifier is loaded when its shape fits, and stays as it is otherwise.
+/// The names may be torchvision's (ours too) or those of the original TSM code or MMAction2, for
+/// whole models or backbones. The classifier is loaded when its shape fits, and stays as it is otherwise.
 ///
 /// # Errors
 /// With exit code [`exit::DATA`] when the file cannot be read or is of another format, and with
@@ -145,7 +148,7 @@ impl<'a> Plan<'a> {
             };
             targets.iter().filter(fitting).count()
         };
-        // The first of equals: a ResNet's names are the same in both.
+        // The first of equals: torchvision and the original code name a ResNet alike.
         let layout = Layout::ALL
             .into_iter()
             .rev()

@@ -1,5 +1,6 @@
 //! Reading the files in which others keep weights.
 
+use super::torch_file;
 use anyhow::{Context, Result, bail};
 use safetensors::{Dtype, SafeTensors};
 use std::path::Path;
@@ -13,13 +14,19 @@ pub(super) fn read(path: &Path) -> Result<Vec<(String, Tensor)>> {
         .unwrap_or_default();
     match extension {
         "safetensors" => safetensors(path),
-        "pth" | "pt" | "tar" | "bin" | "ckpt" | "pdparams" => bail!(
-            "{} is a pickle of Python objects; weights are read from .safetensors: convert it in Python with \
-             safetensors.torch.save_file(state_dict, ...)",
-            path.display()
-        ),
+        "pth" | "pt" | "tar" | "bin" | "ckpt" => {
+            let bytes = fs_err::read(path)?;
+            torch_file::tensors(&bytes).with_context(|| {
+                format!(
+                    "{} ({} bytes) as a file of torch.save",
+                    path.display(),
+                    bytes.len()
+                )
+            })
+        }
         _ => bail!(
-            "{} has the extension `{extension}`; weights are read from .safetensors",
+            "{} has the extension `{extension}`; weights are read from .safetensors and from torch.save's .pth, .pt, \
+             .tar, .bin and .ckpt; convert other files to one of these",
             path.display()
         ),
     }

@@ -57,7 +57,7 @@ fn assert_equal_weights(a: &Network, b: &Network, but_classifier: bool) {
 }
 
 #[test]
-fn own_and_original_names_load_whole() {
+fn names_of_every_code_base_load_whole() {
     for arch in [Arch::Resnet50, Arch::Mobilenetv2] {
         let source = network(arch, 5, 1);
         let shifted = source.summary(64).shifted;
@@ -70,7 +70,11 @@ fn own_and_original_names_load_whole() {
             Some(tensor) => format!("module.new_fc.{tensor}"),
             None => format!("module.base_model.{}", original_name(n, is_shifted(n))),
         };
-        let renames: [&dyn Fn(&str) -> String; 2] = [&str::to_string, &original];
+        let mmaction = |n: &str| match &Layout::MmAction.keys(n)[0] {
+            head if head.starts_with("cls_head.") => head.clone(),
+            key => format!("backbone.{key}"),
+        };
+        let renames: [&dyn Fn(&str) -> String; 3] = [&str::to_string, &original, &mmaction];
         for rename in renames {
             let (_dir, path) = save(&source, rename);
             let target = network(arch, 5, 2);
@@ -190,4 +194,25 @@ fn imagenet_mobilenet_loads_whole() {
     let features = seen.unwrap();
     assert!(bool::try_from(features.isfinite().all()).unwrap());
     assert!(f64::try_from(features.std(true)).unwrap() > 0.01);
+}
+
+#[test]
+fn a_file_of_torch_save_equals_its_safetensors() {
+    let names = ["pt", "safetensors"]
+        .map(|e| shared(&format!("weights/mobilenetv2_imagenet_features.{e}")));
+    let [Some(pickled), Some(plain)] = names else {
+        return;
+    };
+    let pickled = read::read(&pickled).unwrap();
+    let plain: HashMap<String, Tensor> = read::read(&plain).unwrap().into_iter().collect();
+    assert_eq!((pickled.len(), plain.len()), (312, 312));
+    for (name, tensor) in &pickled {
+        let other = &plain[name];
+        assert_eq!(
+            (tensor.size(), tensor.kind()),
+            (other.size(), other.kind()),
+            "{name}"
+        );
+        assert!(tensor.equal(other), "{name}");
+    }
 }
