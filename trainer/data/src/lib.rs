@@ -1,1 +1,3 @@
+//! Annotation lists to clips of u8 frames.
 
+pub mod decode;
