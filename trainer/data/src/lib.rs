@@ -1,3 +1,8 @@
-//! Annotation lists to clips of u8 frames.
+//! From an annotation list to batches of u8 frames. Nothing here links libtorch.
+//!
+//! [`list`] says which videos there are, [`order`] which rank reads which of them when, [`sample`]
+//! which frames make a clip, [`decode`] reads them, [`augment`] draws them into the network's
+//! square, and [`loader`] does it all on threads and delivers batches in order.
 
 pub mod decode;
+pub mod order;
