@@ -5,5 +5,6 @@
 //! square, and [`loader`] does it all on threads and delivers batches in order.
 
 pub mod decode;
+pub mod list;
 pub mod order;
 pub mod sample;
