@@ -4,7 +4,10 @@
 //! which frames make a clip, [`decode`] reads them, [`augment`] draws them into the network's
 //! square, and [`loader`] does it all on threads and delivers batches in order.
 
+pub mod augment;
 pub mod decode;
 pub mod list;
 pub mod order;
 pub mod sample;
+#[cfg(test)]
+mod testing;
