@@ -5,9 +5,12 @@
 //! square, and [`loader`] does it all on threads and delivers batches in order.
 
 pub mod augment;
+pub mod clip;
 pub mod decode;
 pub mod list;
+pub mod loader;
 pub mod order;
 pub mod sample;
+mod slab;
 #[cfg(test)]
 mod testing;
