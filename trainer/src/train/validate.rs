@@ -1,18 +1,18 @@
 //! Validation: exact over any number of ranks, no padded clip counted.
 
-use super::input::{Input, Slab};
+use super::feed::Feed;
 use super::place::Place;
 use super::step::Stepper;
 use crate::eval::{Accuracy, AccuracyResult};
 use anyhow::Result;
 use std::sync::Arc;
 use tsm_data::clip::Dataset;
-use tsm_data::loader::{BadSample, Loader, LoaderSpec};
+use tsm_data::loader::{BadSample, LoaderSpec};
 use tsm_data::order::Share;
 use tsm_job::Config;
 use tsm_torch_ext::dist::ReduceOp;
 
-/// Runs the validation list once. All ranks return the same numbers, and this rank's bad samples.
+/// Runs the validation list once. All ranks return the same numbers, each its own bad samples.
 ///
 /// # Errors
 /// A clip that cannot be read under `data.on_error: fail`, or a peer that is gone.
@@ -20,25 +20,23 @@ pub fn validate(
     config: &Config,
     place: &Place,
     stepper: &Stepper,
-    input: &Input,
+    feed: &mut Feed,
     dataset: &Arc<Dataset>,
 ) -> Result<(AccuracyResult, Vec<BadSample>)> {
     let share = Share::new(place.peers.rank(), place.peers.world_size());
-    let mut spec = LoaderSpec::val(config, dataset.clone(), share);
-    spec.threads = super::loader_threads(config, place);
+    let spec = LoaderSpec::val(config, dataset.clone(), share);
     let mut counts = Accuracy::new(i64::from(config.model.num_classes), place.device);
     let mut bad = Vec::new();
-    let device = place.device;
-    let mut loader = Loader::start(spec, |bytes| Slab::new(bytes, device))?;
-    let mut held = super::Held::new(device);
-    while let Some(batch) = loader.next_batch()? {
+    feed.start(spec)?;
+    while let Some(batch) = feed.next()? {
         bad.extend(batch.skipped.iter().cloned());
         if batch.n > 0 {
-            let frames = input.frames(&batch.buffer, batch.n, config.data.val.size);
-            counts.update(&stepper.evaluate(&frames), &input.labels(&batch.labels));
+            let (frames, labels_n) = feed.input(&batch, config.data.val.size)?;
+            counts.update(&stepper.evaluate(&frames), &labels_n);
         }
-        held.hold(batch)?;
+        feed.hold(batch)?;
     }
+    feed.end()?;
     let total = counts.to_tensor();
     place.peers.all_reduce(&total, ReduceOp::Sum, "all-reduce of the validation counts")?;
     Ok((Accuracy::from_tensor(&total).result(), bad))
