@@ -38,11 +38,17 @@ pub struct Coded {
 
 impl Coded {
     pub fn new(code: i32, message: impl Into<String>) -> Self {
-        Coded { code, message: message.into() }
+        Coded {
+            code,
+            message: message.into(),
+        }
     }
 }
 
 /// The exit code an error asks for; [`BUG`]'s neighbour 1 where none was given.
 pub fn code_of(error: &anyhow::Error) -> i32 {
-    error.chain().find_map(|e| e.downcast_ref::<Coded>().map(|c| c.code)).unwrap_or(1)
+    error
+        .chain()
+        .find_map(|e| e.downcast_ref::<Coded>().map(|c| c.code))
+        .unwrap_or(1)
 }
