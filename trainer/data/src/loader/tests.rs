@@ -350,3 +350,47 @@ fn jpeg_frames_are_read_by_content() {
     let (_, bytes) = &samples(&spec)[&(0, 1)];
     assert!(bytes.iter().all(|b| b.abs_diff(200) <= 1));
 }
+
+#[test]
+fn videos_are_sampled_by_their_own_length() {
+    let Some(videos) = testing::shared("videos") else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let names = [
+        "gulpio_test.mp4",
+        "SOX5yA1l24A.mp4",
+        "gulpio_test.webm",
+        "RATRACE_wave_f_nm_np1_fr_goo_37.avi",
+    ];
+    let list: String = names.iter().map(|name| format!("{name} 1\n")).collect();
+    fs_err::write(dir.path().join("train.txt"), list).unwrap();
+    let mut config = testing::config(dir.path());
+    config.data.format = tsm_job::config::DataFormat::Video;
+    config.data.root = videos;
+    config.train.batch_per_rank = 2;
+    let mut spec = train(&config, 0, 1);
+    spec.threads = 1;
+    let one = samples(&spec);
+    spec.threads = 3;
+    assert_eq!(one, samples(&spec));
+    assert_eq!(one.len(), names.len());
+    for (_, bytes) in one.values() {
+        // Frames of different moments: the two segments differ.
+        let (first, second) = bytes.split_at(bytes.len() / 2);
+        assert_ne!(first, second);
+    }
+
+    // A missing video is named with its line.
+    fs_err::write(
+        dir.path().join("train.txt"),
+        "gulpio_test.mp4 1\nnone.mp4 1\n",
+    )
+    .unwrap();
+    let spec = LoaderSpec::val(&config, open(&config), Share::new(0, 1));
+    let text = error_of(&spec).1.to_string();
+    assert!(
+        text.contains("none.mp4 does not exist") && text.contains("train.txt:2"),
+        "{text}"
+    );
+}
