@@ -148,11 +148,13 @@ struct mpeg4 {
     int pending, pending_start; /* the reference picture not shown yet; -1: none */
     int shown_start;            /* where decoding starts for the reference before it */
     int start;                  /* packet of the last I picture; -1: none */
+    int backlog;                /* pictures received and not decoded yet */
 };
 
 /* Finds the pictures of one packet and appends them to the presentation order: a B picture is
- * shown at once, a reference when the next one comes. A packed packet holds a P and a B; its B is
- * decoded with the placeholder packet that follows. Placeholders (vop_coded 0) show nothing. */
+ * shown at once, a reference when the next one comes. The decoder takes one picture per packet: of
+ * a packed packet, which holds a P and a B, the B waits for the next packet, in the end for a
+ * placeholder (vop_coded 0), which shows nothing itself. */
 static void scan_mpeg4(struct tsm_decoder *d, struct mpeg4 *m, int packet, const uint8_t *data, int size) {
     const uint8_t *end = data + size, *at = data;
     int nth = 0;
@@ -171,7 +173,7 @@ static void scan_mpeg4(struct tsm_decoder *d, struct mpeg4 *m, int packet, const
         while (get(&b, 1)) continue;
         get(&b, 1 + m->time_bits + 1);
         if (!get(&b, 1)) continue;
-        int done = packet + (nth++ > 0);
+        int done = packet + m->backlog + nth++;
         if (type == 0 && nth == 1) {
             m->start = packet;
             d->units[packet].key = 1;
@@ -188,6 +190,8 @@ static void scan_mpeg4(struct tsm_decoder *d, struct mpeg4 *m, int packet, const
         m->pending_start = m->start;
         m->refs++;
     }
+    m->backlog += nth - 1;
+    if (m->backlog < 0) m->backlog = 0;
 }
 
 /* --- opening --- */
@@ -238,7 +242,8 @@ static int read_packets(struct tsm_decoder *d, int64_t *bytes) {
         d->units[d->num_units++] = (struct unit){p, p->flags & AV_PKT_FLAG_KEY ? 1 : 0};
         if ((*bytes += p->size) > MAX_BYTES) break;
     }
-    return cut || (ret < 0 && ret != AVERROR_EOF) || (d->ic->pb && d->ic->pb->error < 0 && d->ic->pb->error != AVERROR_EOF);
+    /* Matroska's demuxer takes a missing end for the end and only logs it. */
+    return cut || (ret < 0 && ret != AVERROR_EOF) || strstr(last_log, "ended prematurely");
 }
 
 static int by_pts(const void *a, const void *b) {
@@ -265,10 +270,15 @@ static int list_by_pts(struct tsm_decoder *d) {
 }
 
 static int list_by_vop(struct tsm_decoder *d) {
-    struct mpeg4 m = {0, 0, -1, -1, -1, -1};
+    struct mpeg4 m = {.pending = -1, .pending_start = -1, .shown_start = -1, .start = -1};
     scan_mpeg4(d, &m, -1, d->st->codecpar->extradata, d->st->codecpar->extradata_size);
     for (int i = 0; i < d->num_units; i++) scan_mpeg4(d, &m, i, d->units[i].pkt->data, d->units[i].pkt->size);
     if (m.pending >= 0) add_picture(d, AV_NOPTS_VALUE, m.pending, m.pending_start);
+    /* A picture that waits when the file ends is never decoded. */
+    int64_t kept = 0;
+    for (int64_t k = 0; k < d->num_pics; k++)
+        if (d->pics[k].packet < d->num_units) d->pics[kept++] = d->pics[k];
+    d->num_pics = kept;
     /* Counting from a keyframe needs every picture shown before the wanted one decoded, too. */
     for (int64_t k = 1; k < d->num_pics; k++) {
         struct picture *p = &d->pics[k];
@@ -321,12 +331,17 @@ EXPORT int tsm_open(struct tsm_decoder *d, const char *path, struct tsm_info *in
     int64_t bytes;
     int cut = read_packets(d, &bytes);
     if (bytes > MAX_BYTES) return fail(d, UNSUPPORTED, "more than 2 GiB of video; cut it into clips", 0);
-    int64_t promised = strstr(format, "avi") && cut ? d->st->nb_frames : 0;
+    if (strstr(format, "avi") && d->ic->pb && avio_seek(d->ic->pb, 4, SEEK_SET) == 4)
+        cut |= avio_size(d->ic->pb) < 8 + (int64_t)avio_rl32(d->ic->pb); /* the RIFF header's own size */
+    int64_t promised = cut && strstr(format, "avi") ? d->st->nb_frames : 0;
 #if LIBAVFORMAT_VERSION_MAJOR >= 59
     if (strstr(format, "mp4")) promised = avformat_index_get_entries_count(d->st);
 #endif
-    if (cut && !promised && d->ic->duration > 0)
-        promised = av_rescale(d->ic->duration, d->st->avg_frame_rate.num, (int64_t)d->st->avg_frame_rate.den * AV_TIME_BASE);
+    if (cut && !promised && d->num_units > 1 && d->ic->duration > 0) {
+        int64_t span = d->units[d->num_units - 1].pkt->pts - d->units[0].pkt->pts;
+        span = av_rescale_q(span, d->st->time_base, AV_TIME_BASE_Q);
+        if (span > 0) promised = av_rescale(d->num_units - 1, d->ic->duration, span);
+    }
     int mpeg4 = d->st->codecpar->codec_id == AV_CODEC_ID_MPEG4;
     d->by = mpeg4 ? BY_VOP : BY_PTS;
     if (!(mpeg4 ? list_by_vop(d) : list_by_pts(d))) {
@@ -428,7 +443,6 @@ EXPORT int tsm_frames(struct tsm_decoder *d, const int64_t *index, uint8_t *cons
         for (j = i; j < n && d->pics[index[j]].start == start; j++)
             if (d->pics[index[j]].packet > end) end = d->pics[index[j]].packet;
         while (first > 0 && d->pics[first - 1].start == start) first--;
-        if (end >= d->num_units) end = d->num_units - 1;
         int ret = decode(d, start, end, index + i, rgb + i, j - i, d->by, first, &total);
         /* A keyframe that is none (a wrong flag in the file): once more from the first packet. */
         if (ret >= 0 && (size_t)ret < j - i && start > 0 && d->by == BY_PTS)

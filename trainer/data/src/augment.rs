@@ -709,6 +709,49 @@ mod tests {
         }
     }
 
+    // Made by parity/resize.py; the picture has an edge at every pixel, so that a filter of another
+    // width or another centre is off by tens.
+    #[test]
+    fn validation_pictures_equal_those_of_pil_and_opencv() {
+        let parity: serde_json::Value =
+            serde_json::from_str(include_str!("../parity/resize.json")).unwrap();
+        let cases = parity["cases"].as_array().unwrap();
+        assert_eq!(cases.len(), 3);
+        for case in cases {
+            let number = |key: &str| case[key].as_u64().unwrap() as u32;
+            let (w, h, size) = (number("width"), number("height"), number("size"));
+            let rgb: Vec<u8> = (0..w * h * 3)
+                .map(|i| {
+                    let (c, x, y) = (i % 3, i / 3 % w, i / 3 / w);
+                    ((x * 37 + y * 91 + x * y * 13 + c * 50) % 256) as u8
+                })
+                .collect();
+            let aug = ValAug {
+                short_side: number("short_side"),
+                size,
+                batch_per_rank: None,
+            };
+            for (rules, key) in [
+                (Rules::Mit, "pil"),
+                (Rules::Paddle, "pil"),
+                (Rules::Mm, "opencv"),
+            ] {
+                let view = val_view(rules, &aug, w, h).unwrap();
+                let mut out = vec![0u8; (size * size * 3) as usize];
+                Renderer::new(rules).render(&rgb, w, h, &view, &mut out);
+                let expected = case[key].as_array().unwrap();
+                assert_eq!(out.len(), expected.len());
+                let worst = out
+                    .iter()
+                    .zip(expected)
+                    .map(|(&a, b)| u64::from(a).abs_diff(b.as_u64().unwrap()))
+                    .max();
+                // Both round their weights to fixed point, each in its own way.
+                assert!(worst <= Some(1), "{rules:?} {w}x{h}: {worst:?}");
+            }
+        }
+    }
+
     #[test]
     fn flip_swap_exchanges_labels_by_name() {
         let mut config = crate::testing::config(std::path::Path::new("/"));

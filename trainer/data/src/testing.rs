@@ -71,3 +71,18 @@ pub fn write_videos(root: &Path, num_videos: u32, num_frames: u32) {
 pub fn frame_path(root: &Path, video: u32, frame: u32) -> PathBuf {
     root.join(format!("v{video}/{:03}.png", frame + 1))
 }
+
+/// A path below the folder of shared files (`TSM_SHARED`, or `../shared` beside the repository);
+/// `None`, with a line on stderr, where it is missing.
+pub fn shared(below: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("TSM_SHARED").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared"),
+        PathBuf::from,
+    );
+    let path = folder.join(below);
+    if !path.exists() {
+        eprintln!("skipped: {} does not exist", path.display());
+        return None;
+    }
+    Some(path)
+}

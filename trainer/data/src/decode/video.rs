@@ -136,3 +136,7 @@ fn error(path: &Path, failure: Failure, frame: Option<u64>) -> DecodeError {
         },
     }
 }
+
+#[cfg(test)]
+#[path = "video_tests.rs"]
+mod tests;
