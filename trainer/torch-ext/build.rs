@@ -1,10 +1,46 @@
-//! Bakes libtorch's folder into every binary and test of this package, so that they run without
-//! `LD_LIBRARY_PATH`. It becomes a RUNPATH, which `LD_LIBRARY_PATH` overrides on another machine.
+//! Compiles csrc/ against libtorch's headers: core.cpp and dist.cpp into this crate.
+
+use std::env;
+use std::path::{Path, PathBuf};
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    let lib = std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys is a direct dependency");
+    println!("cargo:rerun-if-changed=csrc");
+    let lib =
+        PathBuf::from(env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys is a direct dependency"));
+    let torch = lib
+        .parent()
+        .expect("libtorch's lib folder has a parent")
+        .to_owned();
+
+    compile_static(&torch, "csrc/core.cpp", "tsm_core");
+
+    println!("cargo:rustc-link-search=native={}", lib.display());
+    println!("cargo:rustc-link-lib=dylib=torch_cpu");
+    println!("cargo:rustc-link-lib=dylib=c10");
+    // at::parallel_for is an inline OpenMP region; libtorch brings the same libgomp.so.1.
+    println!("cargo:rustc-link-lib=dylib=gomp");
     println!("cargo:rustc-link-arg=-Wl,--enable-new-dtags");
-    println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN/../lib");
-    println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+}
+
+fn compile_static(torch: &Path, source: &str, name: &str) {
+    compiler(torch).file(source).compile(name);
+}
+
+fn compiler(torch: &Path) -> cc::Build {
+    let mut build = cc::Build::new();
+    build
+        .cpp(true)
+        .std("c++17")
+        // libtorch's headers warn in ways that are not ours to mend.
+        .warnings(false)
+        .pic(true)
+        .include("csrc")
+        .include("csrc/stub")
+        .include(torch.join("include"))
+        .include(torch.join("include/torch/csrc/api/include"))
+        .define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .flag("-fopenmp");
+    build
 }

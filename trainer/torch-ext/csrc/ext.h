@@ -1,0 +1,51 @@
+// The C surface of this crate: what src/*.rs declares again. Every function catches C++ exceptions;
+// a non-zero or null result means tsm_last_error() of the same thread has the message.
+#pragma once
+#include <cstdint>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+namespace tsm {
+
+std::string& last_error();
+
+template <typename F>
+int guard(F&& body) {
+  try {
+    body();
+    return 0;
+  } catch (const c10::Error& e) {
+    last_error() = e.what_without_backtrace();
+  } catch (const std::exception& e) {
+    last_error() = e.what();
+  } catch (...) {
+    last_error() = "unknown C++ exception";
+  }
+  return 1;
+}
+
+inline std::vector<at::Tensor> tensors(at::Tensor* const* ptrs, size_t count) {
+  std::vector<at::Tensor> out;
+  out.reserve(count);
+  for (size_t i = 0; i < count; i++) out.push_back(*ptrs[i]);
+  return out;
+}
+
+// One temporal shift without gradient: `out` has the strides of `in`. Channels [0, fold) come from
+// segment t + dir_a, [fold, 2 * fold) from t + dir_b; directions are -1, 0 or 1.
+struct ShiftSpec {
+  int64_t segments;
+  int64_t fold;
+  int64_t dir_a;
+  int64_t dir_b;
+};
+using ShiftFn = void (*)(const at::Tensor& in, const at::Tensor& out, const ShiftSpec& spec);
+
+// Set once by the CUDA plugin.
+extern ShiftFn cuda_shift;
+
+} // namespace tsm
