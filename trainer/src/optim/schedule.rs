@@ -189,10 +189,7 @@ mod tests {
             start_factor: 0.25,
             per_step: false,
         };
-        close(
-            lr_at(&Schedule::Constant {}, Some(&w), 1.0, 3, 5, 4),
-            0.25,
-        );
+        close(lr_at(&Schedule::Constant {}, Some(&w), 1.0, 3, 5, 4), 0.25);
         close(lr_at(&Schedule::Constant {}, Some(&w), 1.0, 3, 5, 5), 1.0);
     }
 }
