@@ -2,6 +2,8 @@
 #include "ext.h"
 
 #include <cstring>
+#include <optional>
+#include <stdexcept>
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
@@ -14,7 +16,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
-#include <torch/version.h>
 
 namespace tsm {
 
@@ -92,16 +93,53 @@ struct TemporalShift : torch::autograd::Function<TemporalShift> {
   }
 };
 
+// A hook of Rust: `call` returns 0, or writes its message into `sink` and returns 1.
+struct RustHook : torch::autograd::PostAccumulateGradHook {
+  using Call = int (*)(void* user, std::string* sink);
+  using Drop = void (*)(void* user);
+
+  RustHook(Call call, Drop drop, void* user) : call_(call), drop_(drop), user_(user) {}
+  ~RustHook() override { drop_(user_); }
+  void operator()(const at::Tensor&) override {
+    std::string message;
+    if (call_(user_, &message) != 0) throw std::runtime_error(message);
+  }
+
+ private:
+  Call call_;
+  Drop drop_;
+  void* user_;
+};
+
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes()) return false;
+  for (int64_t d = 0; d < a.dim(); d++) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+// The CPU kernel walks the raw memory of the lists in parallel and checks nothing.
+void check_layout(const at::Tensor& p, const at::Tensor& other, const char* what, size_t i) {
+  TORCH_CHECK(same_layout(p, other) && p.scalar_type() == other.scalar_type() && p.device() == other.device() &&
+                  p.is_non_overlapping_and_dense(),
+              "fused_sgd: ", what, " ", i, " is ", other.sizes(), " with strides ", other.strides(), ", ",
+              other.scalar_type(), " on ", other.device(), "; its parameter is ", p.sizes(), " with strides ",
+              p.strides(), ", ", p.scalar_type(), " on ", p.device());
+}
+
+std::optional<at::Tensor> optional(at::Tensor* t) { return t ? std::optional<at::Tensor>(*t) : std::nullopt; }
+
 } // namespace
 } // namespace tsm
 
 using tsm::guard;
 
+extern "C" uint64_t aoti_torch_abi_version();
+
 extern "C" {
 
 const char* tsm_last_error() { return tsm::last_error().c_str(); }
-
-const char* tsm_torch_version() { return TORCH_VERSION; }
 
 int tsm_temporal_shift(at::Tensor* x, int64_t segments, int64_t fold, int64_t dir_a, int64_t dir_b, at::Tensor** out) {
   return guard([&] {
@@ -139,5 +177,90 @@ int tsm_set_grad(at::Tensor* p, at::Tensor* grad) {
     p->mutable_grad() = *grad;
   });
 }
+
+int tsm_fused_sgd(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* momenta, size_t count,
+                  size_t num_momenta, double lr, double momentum, double weight_decay, int nesterov, int first,
+                  at::Tensor* grad_scale, at::Tensor* found_inf) {
+  return guard([&] {
+    if (count == 0) return;
+    const auto p = tsm::tensors(params, count), g = tsm::tensors(grads, count);
+    const auto m = tsm::tensors(momenta, num_momenta);
+    for (size_t i = 0; i < count; i++) tsm::check_layout(p[i], g[i], "gradient", i);
+    for (size_t i = 0; i < num_momenta; i++) tsm::check_layout(p[i], m[i], "momentum buffer", i);
+    const at::NoGradGuard no_grad;
+    at::_fused_sgd_(p, g, m, weight_decay, momentum, lr, /*dampening=*/0.0, nesterov != 0, /*maximize=*/false,
+                    first != 0, tsm::optional(grad_scale), tsm::optional(found_inf));
+  });
+}
+
+int tsm_unscale_and_check(at::Tensor* const* grads, size_t count, at::Tensor* found_inf, at::Tensor* inv_scale) {
+  return guard([&] {
+    if (count == 0) return;
+    const at::NoGradGuard no_grad;
+    at::_amp_foreach_non_finite_check_and_unscale_(tsm::tensors(grads, count), *found_inf, *inv_scale);
+  });
+}
+
+int tsm_update_scale(at::Tensor* scale, at::Tensor* growth_tracker, at::Tensor* found_inf, double growth,
+                     double backoff, int64_t interval) {
+  return guard([&] {
+    const at::NoGradGuard no_grad;
+    at::_amp_update_scale_(*scale, *growth_tracker, *found_inf, growth, backoff, interval);
+  });
+}
+
+// Takes `user` over, whether it succeeds or not.
+int tsm_on_grad_ready(at::Tensor* p, tsm::RustHook::Call call, tsm::RustHook::Drop drop, void* user) {
+  auto hook = std::make_unique<tsm::RustHook>(call, drop, user);
+  return guard([&] {
+    TORCH_CHECK(p->is_leaf() && p->requires_grad(), "on_grad_ready: the tensor ", p->sizes(),
+                " is not a leaf that requires a gradient");
+    torch::autograd::impl::set_post_acc_grad_hooks(*p, std::move(hook));
+  });
+}
+
+void tsm_hook_message(std::string* sink, const char* text, size_t length) { sink->assign(text, length); }
+
+int tsm_backward(at::Tensor* loss) {
+  return guard([&] { loss->backward(); });
+}
+
+// Replaces this thread's autocast state for a device type; `previous` receives the old one.
+struct TsmAutocast {
+  int32_t enabled;
+  int32_t dtype;
+};
+int tsm_autocast_enter(int cuda, int dtype, TsmAutocast* previous) {
+  return guard([&] {
+    const auto device = cuda ? at::kCUDA : at::kCPU;
+    previous->enabled = at::autocast::is_autocast_enabled(device);
+    previous->dtype = static_cast<int32_t>(at::autocast::get_autocast_dtype(device));
+    at::autocast::set_autocast_dtype(device, static_cast<at::ScalarType>(dtype));
+    at::autocast::set_autocast_enabled(device, true);
+    at::autocast::increment_nesting();
+  });
+}
+int tsm_autocast_leave(int cuda, const TsmAutocast* previous) {
+  return guard([&] {
+    const auto device = cuda ? at::kCUDA : at::kCPU;
+    if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+    at::autocast::set_autocast_enabled(device, previous->enabled != 0);
+    at::autocast::set_autocast_dtype(device, static_cast<at::ScalarType>(previous->dtype));
+  });
+}
+
+int tsm_set_flags(int cudnn_benchmark, int deterministic, int allow_tf32) {
+  return guard([&] {
+    auto& context = at::globalContext();
+    context.setBenchmarkCuDNN(cudnn_benchmark != 0);
+    context.setDeterministicCuDNN(deterministic != 0);
+    context.setDeterministicAlgorithms(deterministic != 0, /*warn_only=*/false);
+    context.setAllowTF32CuDNN(allow_tf32 != 0);
+    context.setAllowTF32CuBLAS(allow_tf32 != 0);
+  });
+}
+
+// major << 56 | minor << 48 | patch << 40, of the library that was loaded, not of the headers.
+uint64_t tsm_torch_abi_version() { return aoti_torch_abi_version(); }
 
 } // extern "C"
