@@ -13,7 +13,11 @@ fn main() {
         .expect("libtorch's lib folder has a parent")
         .to_owned();
 
-    compile_static(&torch, "csrc/core.cpp", "tsm_core");
+    // Each takes most of a minute, nearly all of it in libtorch's headers.
+    std::thread::scope(|scope| {
+        scope.spawn(|| compiler(&torch).file("csrc/core.cpp").compile("tsm_core"));
+        scope.spawn(|| compiler(&torch).file("csrc/dist.cpp").compile("tsm_dist"));
+    });
 
     println!("cargo:rustc-link-search=native={}", lib.display());
     println!("cargo:rustc-link-lib=dylib=torch_cpu");
@@ -22,10 +26,6 @@ fn main() {
     println!("cargo:rustc-link-lib=dylib=gomp");
     println!("cargo:rustc-link-arg=-Wl,--enable-new-dtags");
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
-}
-
-fn compile_static(torch: &Path, source: &str, name: &str) {
-    compiler(torch).file(source).compile(name);
 }
 
 fn compiler(torch: &Path) -> cc::Build {
@@ -41,6 +41,8 @@ fn compiler(torch: &Path) -> cc::Build {
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .define("USE_DISTRIBUTED", None)
+        .define("USE_C10D_GLOO", None)
         .flag("-fopenmp");
     build
 }

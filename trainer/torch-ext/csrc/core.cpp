@@ -24,7 +24,12 @@ std::string& last_error() {
   return message;
 }
 
-ShiftFn cuda_shift = nullptr;
+const CudaApi* cuda_api = nullptr;
+
+const CudaApi& cuda() {
+  TORCH_CHECK(cuda_api != nullptr, "the CUDA part of tsm-torch-ext is not loaded; call load_cuda() first");
+  return *cuda_api;
+}
 
 namespace {
 
@@ -70,9 +75,7 @@ at::Tensor shift(const at::Tensor& x, const ShiftSpec& spec) {
   if (in.is_cpu()) {
     shift_cpu(in, out, spec, format == at::MemoryFormat::ChannelsLast);
   } else if (in.is_cuda()) {
-    TORCH_CHECK(cuda_shift != nullptr, "temporal shift: the input is on ", in.device(),
-                " but the CUDA part of tsm-torch-ext is not loaded; call load_cuda() first");
-    cuda_shift(in, out, spec);
+    cuda().shift(in, out, spec);
   } else {
     TORCH_CHECK(false, "temporal shift: no implementation for device ", in.device());
   }

@@ -8,6 +8,12 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
+#include <c10/util/intrusive_ptr.h>
+
+namespace c10d {
+class Store;
+class Backend;
+} // namespace c10d
 
 namespace tsm {
 
@@ -43,9 +49,18 @@ struct ShiftSpec {
   int64_t dir_a;
   int64_t dir_b;
 };
-using ShiftFn = void (*)(const at::Tensor& in, const at::Tensor& out, const ShiftSpec& spec);
 
-// Set once by the CUDA plugin.
-extern ShiftFn cuda_shift;
+// What the CUDA plugin offers. It is loaded at run time, so that one program serves machines with and
+// without CUDA. Its functions throw; the extern "C" functions that call them catch.
+struct CudaApi {
+  void (*shift)(const at::Tensor& in, const at::Tensor& out, const ShiftSpec& spec);
+  void (*nccl)(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, int device, int64_t timeout_ms,
+               c10::intrusive_ptr<c10d::Backend>& out);
+};
+
+// Null until the plugin is loaded.
+extern const CudaApi* cuda_api;
+// Throws where it is null.
+const CudaApi& cuda();
 
 } // namespace tsm

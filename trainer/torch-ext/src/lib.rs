@@ -2,6 +2,7 @@
 //!
 //! - [`ops`]: temporal shift, fused SGD, autocast, gradient hooks, memory formats.
 
+pub mod dist;
 pub mod error;
 pub mod ops;
 
