@@ -3,4 +3,18 @@
 pub mod groups;
 pub mod schedule;
 
+pub use groups::{Decay, Group};
 pub use schedule::lr_at;
+
+use crate::model::ParamRole;
+use tch::Tensor;
+
+/// A trainable parameter, as the gradient engine and the optimizer see it.
+#[derive(Debug)]
+pub struct ParamInfo {
+    /// PyTorch's key, e.g. `layer1.0.conv1.weight`.
+    pub name: String,
+    pub role: ParamRole,
+    /// The parameter itself, shared with the network.
+    pub tensor: Tensor,
+}
