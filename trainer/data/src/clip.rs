@@ -6,7 +6,6 @@ use crate::list::{Entry, FrameTemplate, SampleList, Split, load_class_names};
 use crate::order::SplitMix64;
 use crate::sample::{self, Mode};
 use anyhow::Result;
-use std::path::PathBuf;
 use tsm_job::Config;
 use tsm_job::config::{DataFormat, Sampler, TrainAug, ValAug};
 
@@ -18,9 +17,18 @@ pub struct Dataset {
     pub class_names: Vec<String>,
     /// Label of a mirrored clip for each label.
     pub flip_labels: Vec<u32>,
-    format: DataFormat,
-    frame_template: FrameTemplate,
-    start_index: u32,
+    source: Source,
+}
+
+/// Where an entry's frames are.
+#[derive(Clone, Debug)]
+enum Source {
+    /// One picture a frame; the first has number `start_index`.
+    Folders {
+        template: FrameTemplate,
+        start_index: u32,
+    },
+    Videos,
 }
 
 impl Dataset {
@@ -39,9 +47,13 @@ impl Dataset {
             list: SampleList::of_config(config, split)?,
             flip_labels: augment::flip_label_map(config, &class_names)?,
             class_names,
-            format: data.format,
-            frame_template: FrameTemplate::parse(&data.frame_template)?,
-            start_index: data.start_index,
+            source: match data.format {
+                DataFormat::Rawframes => Source::Folders {
+                    template: FrameTemplate::parse(&data.frame_template)?,
+                    start_index: data.start_index,
+                },
+                DataFormat::Video => Source::Videos,
+            },
         })
     }
 
@@ -53,11 +65,6 @@ impl Dataset {
     /// Never true of a list that was read without error.
     pub fn is_empty(&self) -> bool {
         self.list.entries.is_empty()
-    }
-
-    fn frame_path(&self, entry: &Entry, frame: u64) -> PathBuf {
-        let number = u64::from(self.start_index) + frame;
-        entry.path.join(self.frame_template.name(number))
     }
 }
 
@@ -144,9 +151,15 @@ impl ClipReader {
         assert_eq!(out.len(), spec.sample_bytes(), "bytes of a sample");
         let entry = &dataset.list.entries[index as usize];
         let mut rng = SplitMix64::for_sample(spec.seed, spec.epoch, index);
-        let flipped = match dataset.format {
-            DataFormat::Rawframes => self.read_folder(dataset, entry, spec, &mut rng, out)?,
-            DataFormat::Video => self.read_video(entry, spec, &mut rng, out)?,
+        let flipped = match &dataset.source {
+            Source::Folders {
+                template,
+                start_index,
+            } => {
+                let file = |frame| template.name(u64::from(*start_index) + frame);
+                self.read_folder(entry, file, spec, &mut rng, out)?
+            }
+            Source::Videos => self.read_video(entry, spec, &mut rng, out)?,
         };
         let label = entry.label;
         Ok(if flipped {
@@ -158,8 +171,8 @@ impl ClipReader {
 
     fn read_folder(
         &mut self,
-        dataset: &Dataset,
         entry: &Entry,
+        file: impl Fn(u64) -> String,
         spec: &ClipSpec,
         rng: &mut SplitMix64,
         out: &mut [u8],
@@ -180,7 +193,7 @@ impl ClipReader {
                 out.copy_within((i - 1) * bytes..i * bytes, i * bytes);
                 continue;
             }
-            let path = dataset.frame_path(entry, number);
+            let path = entry.path.join(file(number));
             self.decoder
                 .image(&path, &mut frame)
                 .map_err(|e| e.to_string())?;

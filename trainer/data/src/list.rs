@@ -261,8 +261,12 @@ impl FrameTemplate {
     pub fn parse(template: &str) -> Result<FrameTemplate> {
         let parsed = template.split_once('{').and_then(|(prefix, rest)| {
             let (spec, suffix) = rest.split_once('}')?;
-            let width = match spec.strip_prefix(':') {
-                Some(spec) => spec.trim_end_matches('d').strip_prefix('0')?.parse().ok()?,
+            let width = match spec.strip_prefix(":0") {
+                Some(width) => {
+                    let width = width.strip_suffix('d').unwrap_or(width);
+                    let digits = width.bytes().all(|b| b.is_ascii_digit());
+                    width.parse().ok().filter(|_| digits)?
+                }
                 None if spec.is_empty() => 0,
                 None => return None,
             };
@@ -425,6 +429,9 @@ mod tests {
             "{:5}.jpg",
             "{:05}_{:05}.jpg",
             "{:0x}",
+            "{:0+5}",
+            "{:05dd}",
+            "{:0}",
             "{",
             "}{}",
             "{:099}",

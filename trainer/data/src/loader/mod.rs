@@ -89,7 +89,8 @@ impl<B: AsMut<[u8]> + Send + 'static> Loader<B> {
         let spec = Arc::new(spec);
         let (stop, stop_signal) = bounded::<Infallible>(0);
         let (pending_sender, pending) = unbounded();
-        let (task_sender, tasks) = bounded(spec.threads);
+        // Bounded by the buffers. A shorter queue would make workers wait for the feeder to wake.
+        let (task_sender, tasks) = unbounded();
         let mut loader = Loader {
             spec: Arc::clone(&spec),
             pending,

@@ -394,3 +394,22 @@ fn videos_are_sampled_by_their_own_length() {
         "{text}"
     );
 }
+
+#[test]
+fn a_panic_of_a_decoder_thread_is_an_error_that_names_the_sample() {
+    let dir = tempfile::tempdir().unwrap();
+    testing::write_videos(dir.path(), 8, 1);
+    let mut config = testing::config(dir.path());
+    config.data.train.flip = 1.0;
+    let mut dataset = Dataset::open(&config, Split::Train).unwrap();
+    // No such dataset comes from a file: the first flipped clip finds no label.
+    dataset.flip_labels.clear();
+    let spec = LoaderSpec::train(&config, Arc::new(dataset), Share::new(0, 1), 0, 0).unwrap();
+    let (good, error) = error_of(&spec);
+    assert_eq!((good, exit::code_of(&error)), (0, exit::BUG));
+    assert!(
+        error.to_string().contains("decoder thread panicked"),
+        "{error}"
+    );
+    assert!(error.to_string().contains("train.txt:"), "{error}");
+}
