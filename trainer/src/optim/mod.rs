@@ -2,9 +2,11 @@
 
 pub mod groups;
 pub mod schedule;
+mod sgd;
 
 pub use groups::{Decay, Group};
 pub use schedule::lr_at;
+pub use sgd::{Sgd, StepTensors};
 
 use crate::model::ParamRole;
 use tch::Tensor;
