@@ -1,15 +1,11 @@
 //! Checkpoints on a real file system: exact round trips, damage, full disks.
 
-mod common;
-
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
-use tsm_job::config::{self, Arch, HeadOrder, PrecisionMode, ShiftMode};
+use tsm_job::config::{self, Arch, HeadOrder, ShiftMode};
 use tsm_job::exit;
 use tsm_trainer::checkpoint::{Checkpoints, FORMAT, LossScaleState, Meta, Snapshot, find, section};
-use tsm_trainer::ddp::Peers;
 
 fn model() -> config::Model {
     config::Model {
@@ -417,72 +413,4 @@ fn a_full_disk_leaves_the_earlier_checkpoints() {
         files(dir.path()).is_empty(),
         "the mount must have been private"
     );
-}
-
-/// Everything a run needs to go on, as the training loop collects it.
-fn collect(r: &common::Rank, step: u64) -> Snapshot {
-    let mut s = Snapshot::new(meta(step));
-    s.meta.loss_scale = r.precision.scale().map(|l| l.export().unwrap());
-    let params = r.net.params.iter().map(|p| (p.name.as_str(), &p.tensor));
-    s.put(section::MODEL, params);
-    s.put(section::MOMENTUM, r.sgd.momenta());
-    s.put(section::MASTER, r.sgd.masters());
-    s
-}
-
-fn resumed(peers: Arc<Peers>, mode: PrecisionMode, s: &Snapshot) -> common::Rank {
-    let mut r = common::Rank::new(peers, mode);
-    let params = r.net.params.iter().map(|p| (p.name.as_str(), &p.tensor));
-    s.restore(section::MODEL, params).unwrap();
-    r.sgd
-        .import(&s.section(section::MOMENTUM), &s.section(section::MASTER))
-        .unwrap();
-    if let (Some(scale), Some(state)) = (r.precision.scale_mut(), s.meta.loss_scale) {
-        scale.import(state).unwrap();
-    }
-    r
-}
-
-#[test]
-fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
-    for mode in [
-        PrecisionMode::Fp32,
-        PrecisionMode::Bf16,
-        PrecisionMode::Fp16,
-        PrecisionMode::O2,
-    ] {
-        let dir = tempfile::tempdir().unwrap();
-        let same = common::world(2, common::TIMEOUT, |peers| {
-            let rank = peers.rank();
-            let clip = |step: i64| common::batch(step * 4 + i64::from(rank) * 2, 2);
-            let mut whole = common::Rank::new(peers.clone(), mode);
-            for step in 0..4 {
-                whole.step(&[clip(step)], 0.05).unwrap();
-            }
-            if rank == 0 {
-                let c = Checkpoints::open(dir.path(), 3).unwrap();
-                c.save(&collect(&whole, 4), false).unwrap();
-            }
-            peers
-                .barrier(common::TIMEOUT, "barrier after the checkpoint")
-                .unwrap();
-            let found = find(dir.path()).unwrap();
-            let mut second = resumed(peers, mode, &found.snapshot);
-            for step in 4..8 {
-                whole.step(&[clip(step)], 0.05).unwrap();
-                second.step(&[clip(step)], 0.05).unwrap();
-            }
-            let state = |r: &common::Rank| {
-                let s = collect(r, 8);
-                let tensors: Vec<_> = s
-                    .tensors
-                    .iter()
-                    .map(|(k, t)| (k.clone(), bits(t)))
-                    .collect();
-                (tensors, s.meta.loss_scale)
-            };
-            state(&whole) == state(&second)
-        });
-        assert_eq!(same, [true, true], "{mode:?}");
-    }
 }
