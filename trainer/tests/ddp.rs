@@ -132,7 +132,7 @@ fn a_dead_rank_is_named_by_all_others() {
 #[test]
 fn a_rank_that_never_comes_is_named_after_the_timeout() {
     let both = Barrier::new(2);
-    let texts = world(2, Duration::from_secs(1), |peers| {
+    let texts = world(2, Duration::from_secs(3), |peers| {
         let rank = peers.rank();
         let mut r = Rank::new(peers, PrecisionMode::Fp32);
         let outcome = (rank == 0).then(|| r.step(&[batch(0, 2)], 0.05).unwrap_err().to_string());
