@@ -132,7 +132,7 @@ fn a_dead_rank_is_named_by_all_others() {
 #[test]
 fn a_rank_that_never_comes_is_named_after_the_timeout() {
     let both = Barrier::new(2);
-    let texts = world(2, Duration::from_secs(1), |peers| {
+    let texts = world(2, Duration::from_secs(3), |peers| {
         let rank = peers.rank();
         let mut r = Rank::new(peers, PrecisionMode::Fp32);
         let outcome = (rank == 0).then(|| r.step(&[batch(0, 2)], 0.05).unwrap_err().to_string());
@@ -229,7 +229,7 @@ fn all_ranks_take_rank_0s_order() {
             // Each rank's graph is built in another order.
             let mut sum = Tensor::zeros([3], (Kind::Float, Device::Cpu));
             for i in 0..4 {
-                sum = sum * &params[(i + rank) % 4].tensor;
+                sum = &params[(i + rank) % 4].tensor * &sum;
             }
             Ok(backward(&sum.sum(Kind::Float))?)
         })

@@ -11,8 +11,9 @@
 //! 2. [`Peers::verify_same_shapes`], [`Peers::broadcast`] of parameters and buffers;
 //! 3. [`Ddp::new`], [`Ddp::record_order`] around one backward on a dummy batch;
 //! 4. [`crate::optim::Sgd::new`] over [`Ddp::buckets`];
-//! 5. every step: [`Ddp::zero`]; per micro step [`Ddp::begin`]`(last)`, forward, backward with
-//!    `tsm_torch_ext::ops::backward`, [`Ddp::finish`]; then `Sgd::step`;
+//! 5. every step: [`Ddp::zero`]; per micro step [`Ddp::begin`]`(last)`, forward, the mean loss of
+//!    its clips divided by the number of micro steps, `tsm_torch_ext::ops::backward`,
+//!    [`Ddp::finish`]; then `Sgd::step`;
 //! 6. before validation or a checkpoint: [`Peers::sync_buffers`]; at the end: [`Peers::leave`].
 
 mod blame;

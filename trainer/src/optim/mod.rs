@@ -8,7 +8,7 @@ pub use groups::{Decay, Group};
 pub use schedule::lr_at;
 pub use sgd::{Sgd, StepTensors};
 
-use crate::model::ParamRole;
+use crate::model::{Network, ParamRole};
 use tch::Tensor;
 
 /// A trainable parameter, as the gradient engine and the optimizer see it.
@@ -19,4 +19,19 @@ pub struct ParamInfo {
     pub role: ParamRole,
     /// The parameter itself, shared with the network.
     pub tensor: Tensor,
+}
+
+impl ParamInfo {
+    /// The trainable parameters of a network, in its order; frozen ones have no gradient.
+    pub fn of(net: &Network) -> Vec<ParamInfo> {
+        net.params()
+            .iter()
+            .filter(|p| !p.frozen)
+            .map(|p| ParamInfo {
+                name: p.name.clone(),
+                role: p.role,
+                tensor: p.tensor.shallow_clone(),
+            })
+            .collect()
+    }
 }
