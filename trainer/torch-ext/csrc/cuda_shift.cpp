@@ -64,20 +64,20 @@ struct Nvrtc {
 
   Nvrtc() {
     // Beside libcudart, which libtorch has found already: libnvrtc itself may be in no search path.
-    std::string path = "libnvrtc.so.13";
+    std::string folder;
     Dl_info info{};
     if (dladdr(reinterpret_cast<void*>(&cudaGetDeviceCount), &info) != 0 && info.dli_fname != nullptr) {
       const std::string runtime = info.dli_fname;
-      const auto slash = runtime.rfind('/');
-      if (slash != std::string::npos) path = runtime.substr(0, slash + 1) + path;
+      folder = runtime.substr(0, runtime.rfind('/') + 1);
     }
-    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr) library = dlopen("libnvrtc.so.13", RTLD_NOW | RTLD_LOCAL);
+    const std::string name = "libnvrtc.so.13";
+    void* library = dlopen((folder + name).c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
     TORCH_CHECK(library != nullptr, "temporal shift: NVRTC compiles its CUDA kernel, but cannot be loaded: ",
                 dlerror(), "; install nvidia-cuda-nvrtc 13");
-    const auto find = [&](auto& function, const char* name) {
-      void* symbol = dlsym(library, name);
-      TORCH_CHECK(symbol != nullptr, "temporal shift: ", path, " has no ", name);
+    const auto find = [&](auto& function, const char* symbol_name) {
+      void* symbol = dlsym(library, symbol_name);
+      TORCH_CHECK(symbol != nullptr, "temporal shift: ", name, " has no ", symbol_name);
       function = reinterpret_cast<std::decay_t<decltype(function)>>(symbol);
     };
     find(create, "nvrtcCreateProgram");
@@ -88,6 +88,15 @@ struct Nvrtc {
     find(cubin, "nvrtcGetCUBIN");
     find(destroy, "nvrtcDestroyProgram");
     find(error, "nvrtcGetErrorString");
+
+    // NVRTC opens this one by its bare name, which finds it only where it is loaded already. If it is not
+    // there, compiling says so.
+    int (*version)(int*, int*) = nullptr;
+    find(version, "nvrtcVersion");
+    int major = 0, minor = 0;
+    check(version(&major, &minor), "nvrtcVersion");
+    const std::string builtins = "libnvrtc-builtins.so." + std::to_string(major) + "." + std::to_string(minor);
+    dlopen((folder + builtins).c_str(), RTLD_NOW | RTLD_LOCAL);
   }
 
   void check(int status, const char* what) const {

@@ -77,7 +77,7 @@ pub struct CudaInfo {
     pub device_count: usize,
     /// CUDA's reason when there is no device.
     pub no_device: Option<String>,
-    /// The CUDA runtime, as 13000 for 13.0.
+    /// The CUDA runtime, as 13000 for 13.0; 0 where there is no driver to ask.
     pub runtime_version: i32,
     /// libnccl, as 22809 for 2.28.9.
     pub nccl_version: i32,

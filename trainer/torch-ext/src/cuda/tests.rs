@@ -18,8 +18,9 @@ fn loading_ends_with_versions_or_a_reason() {
     match load_cuda() {
         Ok(info) => {
             eprintln!("{info:?}");
+            assert!(info.nccl_version >= 22000, "{info:?}");
             assert!(
-                info.runtime_version >= 13000 && info.nccl_version >= 22000,
+                info.device_count == 0 || info.runtime_version >= 13000,
                 "{info:?}"
             );
             assert_eq!(info.device_count == 0, info.no_device.is_some(), "{info:?}");
