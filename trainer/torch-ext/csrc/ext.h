@@ -56,6 +56,38 @@ struct CudaApi {
   void (*shift)(const at::Tensor& in, const at::Tensor& out, const ShiftSpec& spec);
   void (*nccl)(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, int device, int64_t timeout_ms,
                c10::intrusive_ptr<c10d::Backend>& out);
+
+  size_t (*shift_cubin_bytes)(int capability);
+
+  int (*runtime_version)();
+  int (*nccl_version)();
+  // 0 where there is no driver or no device; `why` then has CUDA's reason.
+  int (*device_count)(std::string& why);
+  std::string (*device_name)(int device);
+  int (*compute_capability)(int device);
+
+  void (*synchronize)(int device);
+  void (*memory)(int device, int64_t* allocated, int64_t* peak, int64_t* reserved);
+  void (*reset_peak)(int device);
+
+  void* (*event_new)(int device);
+  void (*event_free)(void* event);
+  void (*event_record)(void* event);
+  bool (*event_done)(void* event);
+  void (*event_synchronize)(void* event);
+  // The current stream of the event's device waits; the host does not.
+  void (*event_block)(void* event);
+  float (*event_elapsed_ms)(void* start, void* end);
+
+  int64_t (*stream_new)(int device, bool high_priority);
+  // Makes `stream` current on `device` for this thread and returns the one it replaces.
+  int64_t (*stream_set)(int device, int64_t stream);
+
+  void* (*graph_new)();
+  void (*graph_free)(void* graph);
+  void (*graph_begin)(void* graph);
+  void (*graph_end)(void* graph);
+  void (*graph_replay)(void* graph);
 };
 
 // Null until the plugin is loaded.

@@ -319,7 +319,7 @@ impl ProcessGroup {
     /// one takes longer than `timeout`.
     ///
     /// # Errors
-    /// If `load_cuda` was not called or failed, or there is no GPU.
+    /// If [`load_cuda`](crate::cuda::load_cuda) was not called or failed, or there is no GPU.
     pub fn nccl(
         store: &Store,
         rank: usize,

@@ -167,6 +167,13 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs a CUDA device"]
+    fn cuda_forward_and_backward_equal_the_naive_form() {
+        crate::cuda::load_cuda().unwrap();
+        agrees_with_naive(Device::Cuda(0), &[Kind::Float, Kind::BFloat16, Kind::Half]);
+    }
+
+    #[test]
     fn channel_0_comes_from_the_next_segment_and_channel_1_from_the_previous() {
         let x = Tensor::from_slice(&[1f32, 10., 100., 2., 20., 200., 3., 30., 300.])
             .reshape([3, 3, 1, 1]);
