@@ -50,7 +50,10 @@ pub fn main() -> ExitCode {
         }
     };
     match cli.command {
-        Some(Command::Compare { runs }) => finish(report::compare(&runs).map(|table| println!("{table}"))),
+        Some(Command::Compare { runs }) => {
+            println!("{}", report::compare(&runs));
+            ExitCode::SUCCESS
+        },
         Some(Command::Model { config, overrides }) => finish(print_model(&config, &overrides)),
         None => worker(cli.config, &cli.overrides),
     }

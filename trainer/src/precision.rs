@@ -196,6 +196,11 @@ impl LossScale {
         Ok(())
     }
 
+    /// The scale of the coming step, `[1]` float32: a copy, so that the next update leaves it alone.
+    pub fn value(&self) -> Tensor {
+        self.scale.copy()
+    }
+
     /// The state for a checkpoint. Waits for the device.
     pub fn export(&self) -> Result<LossScaleState> {
         Ok(LossScaleState {

@@ -78,17 +78,17 @@ impl Feed {
         self.loader.as_mut().and_then(Iterator::next).transpose()
     }
 
-    /// float32 frames `[n * t, 3, size, size]`, normalised, and int64 labels `[n]` on the device.
+    /// float32 frames `[n * num_clips * t, 3, size, size]`, normalised, and int64 labels `[n]` on the device.
     /// On a GPU the copy is asynchronous: give the batch to [`Self::hold`] afterwards.
-    pub fn input(&self, batch: &Batch<Slab>, size: u32) -> Result<(Tensor, Tensor)> {
-        let (nt, size) = (batch.n as i64 * self.num_segments, i64::from(size));
+    pub fn input(&self, batch: &Batch<Slab>, num_clips: i64, size: u32) -> Result<(Tensor, Tensor)> {
+        let (nt, size) = (batch.n as i64 * num_clips * self.num_segments, i64::from(size));
         let pixels = batch.buffer.0.f_narrow(0, 0, nt * size * size * 3)?.f_view([nt, size, size, 3])?;
         let pixels = match self.device {
             Device::Cuda(_) => pixels.f_to_device_(self.device, Kind::Uint8, true, false)?,
             _ => pixels,
         };
         // Interleaved pixels seen as NCHW are already channels_last.
-        let x = pixels.f_permute([0, 3, 1, 2])?.f_to_kind(Kind::Float)?;
+        let mut x = pixels.f_permute([0, 3, 1, 2])?.f_to_kind(Kind::Float)?;
         let x = x.f_sub_(&self.mean)?.f_mul_(&self.inv_std)?;
         let x = if self.channels_last { x } else { x.f_contiguous()? };
         Ok((x, Tensor::from_slice(&batch.labels).f_to_device(self.device)?))
@@ -96,8 +96,9 @@ impl Feed {
 
     /// Gives a batch's buffer back as soon as the device has read it.
     pub fn hold(&mut self, batch: Batch<Slab>) -> Result<()> {
-        if self.device.is_cuda() {
-            let read = Event::record()?;
+        if let Device::Cuda(index) = self.device {
+            let read = Event::new(index)?;
+            read.record()?;
             if let Some((_, before)) = self.held.replace((batch, read)) {
                 before.synchronize()?;
             }

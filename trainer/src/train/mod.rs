@@ -236,7 +236,7 @@ impl<'a> Training<'a> {
                 complain(&batch.skipped);
                 let micro_step = batch.micro_step;
                 let last = micro_step + 1 == micro_steps;
-                let (frames, labels_n) = self.feed.input(&batch, self.config.data.train.size)?;
+                let (frames, labels_n) = self.feed.input(&batch, 1, self.config.data.train.size)?;
                 self.seed(micro_step);
                 let out = self.stepper.micro_step(&frames, &labels_n, step_samples, last)?;
                 loss += &out.loss;
@@ -403,10 +403,10 @@ impl Pace {
     }
 
     fn step(&mut self) -> Result<()> {
-        if !self.device.is_cuda() {
-            return Ok(());
-        }
-        self.ahead.push_back(Event::record()?);
+        let Device::Cuda(index) = self.device else { return Ok(()) };
+        let event = Event::new(index)?;
+        event.record()?;
+        self.ahead.push_back(event);
         if self.ahead.len() > 2 {
             if let Some(event) = self.ahead.pop_front() {
                 event.synchronize()?;

@@ -101,5 +101,5 @@ fn meet(env: &WorkerEnv, device: Device, timeout: Duration) -> Result<Peers> {
         }
     }
     .map_err(apart)?;
-    Peers::join(Link { store: Arc::new(store), group })
+    Peers::join(Link { store: Arc::new(store), group: Arc::new(group) })
 }

@@ -45,7 +45,8 @@ pub fn snapshot(stepper: &Stepper, config: &Config, env: &WorkerEnv, class_names
     let network = &stepper.network;
     snapshot.put(section::MODEL, network.params().iter().map(|p| (p.name.as_str(), &p.tensor)));
     snapshot.put(section::BUFFER, network.buffers().iter().map(|b| (b.name.as_str(), &b.tensor)));
-    stepper.sgd.export(&mut snapshot);
+    snapshot.put(section::MOMENTUM, stepper.sgd.momenta());
+    snapshot.put(section::MASTER, stepper.sgd.masters());
     Ok(snapshot)
 }
 
@@ -63,7 +64,7 @@ pub fn resume(stepper: &mut Stepper, config: &Config, env: &WorkerEnv, path: &Pa
     let network = &stepper.network;
     snapshot.restore(section::MODEL, network.params().iter().map(|p| (p.name.as_str(), &p.tensor)))?;
     snapshot.restore(section::BUFFER, network.buffers().iter().map(|b| (b.name.as_str(), &b.tensor)))?;
-    stepper.sgd.import(snapshot)?;
+    stepper.sgd.import(&snapshot.section(section::MOMENTUM), &snapshot.section(section::MASTER))?;
     if let (Some(scale), Some(state)) = (stepper.precision.scale_mut(), meta.loss_scale) {
         scale.import(state)?;
     }
