@@ -1,1 +1,74 @@
+//! `tsm-launch`: starts the workers of a distributed training job, watches them, and ends them all
+//! when one fails.
+//!
+//! ```text
+//! cli -> target (what) -> plan (ranks, devices, environment) -> folder -> run
+//! run: watch (what happened, in order) -> supervisor (what to do) -> process (do it)
+//!      logs (their output)                blame (who was first)   -> report
+//! ```
 
+pub mod blame;
+pub mod cli;
+pub mod clock;
+pub mod console;
+pub mod cores;
+pub mod crew;
+pub mod end;
+pub mod folder;
+pub mod gpus;
+pub mod launch;
+pub mod logs;
+pub mod manifest;
+pub mod plan;
+pub mod port;
+pub mod process;
+pub mod report;
+pub mod run;
+pub mod shim;
+pub mod signals;
+pub mod supervisor;
+pub mod target;
+pub mod watch;
+
+use clap::Parser;
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::Instant;
+use tsm_job::exit;
+
+/// The whole program: parse, run, and map errors to exit codes.
+pub fn main() -> ExitCode {
+    let start = Instant::now();
+    let mut argv = std::env::args_os().skip(1);
+    match argv.next().as_deref().and_then(|first| first.to_str()) {
+        Some(shim::WORKER) => return shim::worker(argv),
+        Some(shim::GUARD) => return shim::guard(),
+        _ => {}
+    }
+    let args = match cli::Args::try_parse() {
+        Ok(args) => args,
+        Err(e) => {
+            let _ = e.print();
+            return to_exit_code(if e.use_stderr() {
+                exit::USAGE
+            } else {
+                exit::OK
+            });
+        }
+    };
+    // A bug of the launcher must not look like a failure of the job; the guard ends the workers.
+    let result = catch_unwind(AssertUnwindSafe(|| launch::launch(&args, start)));
+    to_exit_code(match result {
+        Ok(Ok(code)) => code,
+        Ok(Err(e)) => {
+            let _ = writeln!(std::io::stderr(), "error: {e:#}");
+            exit::code_of(&e)
+        }
+        Err(_) => exit::BUG,
+    })
+}
+
+fn to_exit_code(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}

@@ -1,1 +1,5 @@
-fn main() {}
+//! Starts, watches and ends the workers of a distributed training job.
+
+fn main() -> std::process::ExitCode {
+    tsm_launch::main()
+}

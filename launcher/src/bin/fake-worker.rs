@@ -1,0 +1,185 @@
+//! A worker that misbehaves on demand: the double for a trainer in the launcher's tests.
+//!
+//! Actions are done in the order given; after the last one it ends with code 0. `--on-rank K` makes every
+//! other rank hang instead.
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+use tsm_job::message::{AgentLink, FailureRecord, WorkerMessage};
+
+const HELP: &str = "actions:
+  --on-rank K        only rank K does what follows; others hang
+  --exit N           end with this code
+  --kill N           send this signal to itself
+  --sleep-ms N       wait
+  --hang             wait for ever
+  --ignore-sigterm   from now on
+  --exit-on N CODE   from now on, end with CODE on signal N
+  --say TEXT         a line on stderr
+  --spam N           N numbered lines on stdout and on stderr each
+  --raw HEX          these bytes on stderr
+  --print-env        every variable on stdout, as NAME=value
+  --print-cores      the cores it may use
+  --fork             start a child that hangs, and print its pid
+  --step N           report a finished step
+  --record CAUSE     report a failure
+  --error-file TEXT  write torch's error file
+  --touch PATH       make a file, its pid and rank in it; `{rank}` in PATH is the rank
+  --wait-for PATH    until such a file exists
+  --wait-death PATH  until the process named in the file has died";
+
+fn main() {
+    let rank: u32 = std::env::var("RANK")
+        .ok()
+        .and_then(|r| r.parse().ok())
+        .unwrap_or(0);
+    let fd = std::env::var("TSM_AGENT_FD")
+        .ok()
+        .and_then(|fd| fd.parse().ok());
+    let link = AgentLink::open(fd);
+    let mut args = std::env::args().skip(1);
+    while let Some(action) = args.next() {
+        let mut next = || {
+            args.next()
+                .unwrap_or_else(|| panic!("{action} needs a value\n{HELP}"))
+        };
+        let number = |text: String| {
+            text.parse::<i64>()
+                .unwrap_or_else(|_| panic!("not a number: {text}\n{HELP}"))
+        };
+        match action.as_str() {
+            "--on-rank" => {
+                if number(next()) != i64::from(rank) {
+                    hang();
+                }
+            }
+            "--exit" => std::process::exit(number(next()) as i32),
+            "--kill" => {
+                let signal = Signal::from_named_raw(number(next()) as i32).expect("a signal");
+                kill_process(getpid(), signal).expect("a process may signal itself");
+                hang();
+            }
+            "--sleep-ms" => std::thread::sleep(Duration::from_millis(number(next()) as u64)),
+            "--hang" => hang(),
+            "--ignore-sigterm" => on_signal(libc::SIGTERM, libc::SIG_IGN),
+            "--exit-on" => {
+                let signal = number(next()) as i32;
+                CODE.store(number(next()) as i32, std::sync::atomic::Ordering::Relaxed);
+                on_signal(signal, leave as *const () as libc::sighandler_t);
+            }
+            "--say" => eprintln!("{}", next()),
+            "--spam" => spam(rank, number(next())),
+            "--raw" => {
+                let hex = next();
+                let byte =
+                    |i: usize| u8::from_str_radix(&hex[i..i + 2], 16).expect("hexadecimal digits");
+                let bytes: Vec<u8> = (0..hex.len()).step_by(2).map(byte).collect();
+                std::io::stderr().write_all(&bytes).expect("stderr is open");
+            }
+            "--print-env" => {
+                for (name, value) in std::env::vars_os() {
+                    println!("{}={}", name.to_string_lossy(), value.to_string_lossy());
+                }
+            }
+            "--print-cores" => println!(
+                "cores {}",
+                tsm_launch::cores::to_list(&tsm_launch::cores::allowed())
+            ),
+            "--fork" => {
+                let me = std::env::current_exe().expect("this program exists");
+                // Left alone on purpose: the launcher has to end it.
+                #[expect(clippy::zombie_processes, reason = "it outlives this process")]
+                let child = std::process::Command::new(me)
+                    .arg("--hang")
+                    .spawn()
+                    .expect("a child");
+                println!("child {}", child.id());
+            }
+            "--step" => link.send(&WorkerMessage::Step {
+                step: number(next()) as u64,
+                epoch: 0,
+            }),
+            "--record" => link.send(&WorkerMessage::Failure(FailureRecord {
+                rank,
+                step: Some(3),
+                code: 1,
+                cause: next(),
+                message: "index 7 out of range for a clip of 7 frames".into(),
+                backtrace: Some("0: main".into()),
+            })),
+            "--error-file" => {
+                let path = std::env::var("TORCHELASTIC_ERROR_FILE").expect("the launcher sets it");
+                let text = serde_json::json!({"message": {"message": next(), "extraInfo": {}}});
+                fs_err::write(path, text.to_string()).expect("the folder exists");
+            }
+            "--touch" => {
+                let path = next().replace("{rank}", &rank.to_string());
+                fs_err::write(format!("{path}.tmp"), std::process::id().to_string())
+                    .expect("the folder exists");
+                fs_err::rename(format!("{path}.tmp"), path).expect("the folder exists");
+            }
+            "--wait-for" => {
+                wait_for(&PathBuf::from(next()));
+            }
+            "--wait-death" => {
+                let pid = wait_for(&PathBuf::from(next()))
+                    .parse()
+                    .ok()
+                    .and_then(Pid::from_raw)
+                    .expect("a pid");
+                // Gone already is as good as dying now.
+                if let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) {
+                    poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).expect("poll");
+                }
+            }
+            other => panic!("unknown action {other}\n{HELP}"),
+        }
+    }
+}
+
+static CODE: std::sync::atomic::AtomicI32 = std::sync::atomic::AtomicI32::new(0);
+
+#[expect(unsafe_code, reason = "signal handlers have no safe interface in libc")]
+fn on_signal(signal: i32, handler: libc::sighandler_t) {
+    // SAFETY: the handler is SIG_IGN, or `leave`, which calls only functions that are safe in a handler.
+    unsafe { libc::signal(signal, handler) };
+}
+
+#[expect(unsafe_code, reason = "a signal handler may only call _exit")]
+extern "C" fn leave(_signal: i32) {
+    // SAFETY: _exit is async-signal-safe.
+    unsafe { libc::_exit(CODE.load(std::sync::atomic::Ordering::Relaxed)) }
+}
+
+fn hang() -> ! {
+    loop {
+        std::thread::park();
+    }
+}
+
+fn wait_for(path: &std::path::Path) -> String {
+    loop {
+        match fs_err::read_to_string(path) {
+            Ok(text) => return text,
+            Err(_) => std::thread::sleep(Duration::from_micros(200)),
+        }
+    }
+}
+
+fn spam(rank: u32, lines: i64) {
+    let (mut out, mut err) = (std::io::stdout().lock(), Vec::new());
+    for i in 0..lines {
+        writeln!(out, "out {rank} {i} {}", "o".repeat((i % 90) as usize)).expect("stdout is open");
+        writeln!(err, "err {rank} {i} {}", "e".repeat((i % 70) as usize)).expect("memory");
+        // Pieces that end in the middle of a line.
+        if err.len() > 3001 {
+            let rest = err.split_off(3001);
+            std::io::stderr().write_all(&err).expect("stderr is open");
+            err = rest;
+        }
+    }
+    std::io::stderr().write_all(&err).expect("stderr is open");
+}

@@ -1,0 +1,254 @@
+//! Which rank failed first. Pure.
+//!
+//! Time alone is not enough: a process that dies holds its sockets for less long than its memory, so
+//! a peer can notice the death, complain and end before the death itself is visible. What a rank says
+//! about its own end therefore counts before the order of the ends.
+
+use serde::{Deserialize, Serialize};
+use tsm_job::exit;
+
+use crate::end::End;
+use crate::supervisor::Rank;
+
+/// The rank that failed first, and how that is known.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Blame {
+    pub rank: usize,
+    pub reason: String,
+}
+
+/// How an end stands to the first failure, the likeliest origin first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// It failed by itself before the launcher stopped anything, or by a signal the launcher did not send.
+    Origin,
+    /// It was being stopped, but had an error of its own to tell.
+    OwnError,
+    /// It was being stopped, and left by a code that is no answer to a signal.
+    OwnCode,
+    /// It says that it lost another rank.
+    LostPeer,
+    /// It ended because the launcher told it to.
+    Stopped,
+    Succeeded,
+    /// It could not be ended.
+    Stuck,
+}
+
+/// What gloo, NCCL and c10d print when the other end of a connection is gone.
+const LOST_PEER: [&str; 8] = [
+    "ncclRemoteError",
+    "remote process exited or there was a network error",
+    "NCCL communicator was aborted",
+    "Connection closed by peer [",
+    "Connection reset by peer [",
+    "Broken pipe [",
+    "failed to recv, got 0 bytes",
+    "Connection was likely closed",
+];
+
+/// Whether `text` is what a collective library prints when a peer has gone.
+fn speaks_of_lost_peer(text: &str) -> bool {
+    LOST_PEER.iter().any(|phrase| text.contains(phrase))
+}
+
+/// How the end of `rank` stands to the first failure.
+pub fn role(rank: &Rank, stderr: impl FnOnce() -> String) -> Role {
+    let own_record = rank
+        .record
+        .as_ref()
+        .is_some_and(|r| r.cause != "peer" && !speaks_of_lost_peer(&r.message));
+    let lost_peer = rank.record.is_some() && !own_record;
+    match rank.end {
+        None if own_record => Role::OwnError,
+        None => Role::Stuck,
+        Some(end) if end.is_success() => Role::Succeeded,
+        Some(_) if lost_peer => Role::LostPeer,
+        Some(_) if own_record => {
+            if rank.after_stop {
+                Role::OwnError
+            } else {
+                Role::Origin
+            }
+        }
+        Some(End::Code(exit::PEER)) => Role::LostPeer,
+        Some(End::Signal(signal)) if rank.sent.contains(&signal) => Role::Stopped,
+        // An abort is how collective libraries end a process that lost a peer; other signals come from elsewhere.
+        Some(End::Signal(signal)) if signal != libc::SIGABRT => Role::Origin,
+        Some(_) if speaks_of_lost_peer(&stderr()) => Role::LostPeer,
+        Some(_) if !rank.after_stop => Role::Origin,
+        Some(end) if answers_a_signal(end, &rank.sent) => Role::Stopped,
+        Some(_) => Role::OwnCode,
+    }
+}
+
+/// Codes with which programs leave when they are told to: 128 + the signal, or "saved".
+fn answers_a_signal(end: End, sent: &[i32]) -> bool {
+    let shell = |signal: &i32| end == End::Code(exit::SIGNAL_BASE + signal);
+    end == End::Code(exit::REQUEUE) || sent.iter().any(shell)
+}
+
+/// The rank that failed first; `None` when none failed. `stderr_of` gives the end of a rank's stderr.
+pub fn first_failure(ranks: &[Rank], stderr_of: impl Fn(usize) -> String) -> Option<Blame> {
+    let roles: Vec<Role> = ranks
+        .iter()
+        .enumerate()
+        .map(|(i, rank)| role(rank, || stderr_of(i)))
+        .collect();
+    let failed = |&i: &usize| roles[i] < Role::Succeeded;
+    let rank = (0..ranks.len())
+        .filter(failed)
+        .min_by_key(|&i| (roles[i], ranks[i].order))?;
+    let earlier: Vec<usize> = (0..ranks.len())
+        .filter(|i| failed(i) && ranks[*i].order < ranks[rank].order)
+        .collect();
+    let reason = if !earlier.is_empty() {
+        let names: Vec<String> = earlier.iter().map(usize::to_string).collect();
+        format!(
+            "rank {} ended earlier, but by what they say they lost another rank",
+            names.join(", ")
+        )
+    } else if ranks[rank].record.is_some() {
+        "it announced its failure before any rank ended".into()
+    } else {
+        "its end came first in the kernel's order".into()
+    };
+    Some(Blame { rank, reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tsm_job::message::FailureRecord;
+
+    fn rank(order: usize, end: End) -> Rank {
+        Rank {
+            end: Some(end),
+            order,
+            ..Rank::default()
+        }
+    }
+
+    fn said(cause: &str, message: &str) -> Option<FailureRecord> {
+        let (cause, message) = (cause.into(), message.into());
+        Some(FailureRecord {
+            rank: 0,
+            step: None,
+            code: 1,
+            cause,
+            message,
+            backtrace: None,
+        })
+    }
+
+    fn blamed(ranks: &[Rank]) -> usize {
+        first_failure(ranks, |_| String::new()).unwrap().rank
+    }
+
+    #[test]
+    fn among_silent_deaths_the_first_counts() {
+        assert_eq!(
+            blamed(&[
+                rank(2, End::Code(1)),
+                rank(1, End::Code(17)),
+                rank(3, End::Code(1))
+            ]),
+            1
+        );
+    }
+
+    #[test]
+    fn a_lost_peer_is_never_first_while_there_is_another() {
+        let peer = rank(1, End::Code(exit::PEER));
+        assert_eq!(
+            blamed(&[peer.clone(), rank(2, End::Signal(libc::SIGSEGV))]),
+            1
+        );
+        assert_eq!(blamed(std::slice::from_ref(&peer)), 0);
+        let announced = Rank {
+            record: said("peer", "rank 1 is gone"),
+            ..rank(1, End::Code(1))
+        };
+        assert_eq!(blamed(&[announced, rank(2, End::Code(1))]), 1);
+    }
+
+    #[test]
+    fn a_death_that_became_visible_late_is_still_the_origin() {
+        // The launcher sent SIGTERM, but the rank was already dying of a SIGKILL from elsewhere.
+        let late = Rank {
+            after_stop: true,
+            sent: vec![libc::SIGTERM],
+            ..rank(2, End::Signal(libc::SIGKILL))
+        };
+        let gloo =
+            "RuntimeError: [transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
+                .to_string();
+        let ranks = [rank(1, End::Code(1)), late];
+        let found = first_failure(
+            &ranks,
+            |i| if i == 0 { gloo.clone() } else { String::new() },
+        )
+        .unwrap();
+        assert_eq!(found.rank, 1);
+        assert!(
+            found.reason.starts_with("rank 0 ended earlier"),
+            "{}",
+            found.reason
+        );
+    }
+
+    #[test]
+    fn an_ordinary_reset_in_the_log_accuses_nobody() {
+        let ranks = [
+            rank(1, End::Code(1)),
+            Rank {
+                after_stop: true,
+                ..rank(2, End::Code(1))
+            },
+        ];
+        let found = first_failure(&ranks, |_| {
+            "download failed: Connection reset by peer\n".into()
+        })
+        .unwrap();
+        assert_eq!(found.rank, 0);
+    }
+
+    #[test]
+    fn ends_that_the_launcher_asked_for_are_not_failures_of_their_own() {
+        for (end, sent) in [
+            (End::Signal(15), 15),
+            (End::Signal(9), 9),
+            (End::Code(143), 15),
+            (End::Code(75), 15),
+        ] {
+            let stopped = Rank {
+                after_stop: true,
+                sent: vec![sent],
+                ..rank(2, end)
+            };
+            assert_eq!(role(&stopped, String::new), Role::Stopped, "{end}");
+        }
+        let own = Rank {
+            after_stop: true,
+            sent: vec![15],
+            ..rank(2, End::Code(17))
+        };
+        assert_eq!(role(&own, String::new), Role::OwnCode);
+    }
+
+    #[test]
+    fn a_record_counts_from_the_moment_it_was_sent() {
+        let mut ranks = [rank(2, End::Code(1)), rank(1, End::Code(1))];
+        ranks[1].record = said("panic", "boom");
+        assert_eq!(blamed(&ranks), 1);
+    }
+
+    #[test]
+    fn nobody_is_to_blame_for_success() {
+        assert_eq!(
+            first_failure(&[rank(1, End::Code(0))], |_| String::new()),
+            None
+        );
+    }
+}

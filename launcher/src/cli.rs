@@ -1,0 +1,223 @@
+//! The command line.
+
+use clap::{ArgGroup, Parser};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+use tsm_job::config::duration;
+
+const EXAMPLES: &str = "Examples:
+  tsm-launch --gpus 8 configs/k400_r50.yaml optim.lr=0.01
+  tsm-launch --cpus 2 configs/demo.yaml
+  tsm-launch --gpus auto -- python train.py --epochs 10
+  tsm-launch --gpus 8 --resume runs/demo-20260131-120000
+
+Exit codes: 0; the first failing rank's own code, or 128 + its signal; 128 + the signal that stopped
+the launcher; 64 usage, 65 input data, 69 the machine cannot run the job, 70 a bug, 78 configuration.";
+
+/// Starts one worker per GPU (or CPU share), watches them, and ends them all when one fails.
+#[derive(Parser, Debug)]
+#[command(
+    name = "tsm-launch",
+    version,
+    after_help = EXAMPLES,
+    override_usage = "tsm-launch [--gpus N|auto|0,1,3 | --cpus N] [OPTIONS] CONFIG.yaml [key.path=value ...]\n       \
+                      tsm-launch [--gpus N|auto|0,1,3 | --cpus N] [OPTIONS] -- PROGRAM [ARGS ...]"
+)]
+#[command(group(ArgGroup::new("device").args(["gpus", "cpus"])))]
+pub struct Args {
+    /// Start one worker on each of N GPUs, on all visible ones (`auto`), or on those listed (`0,1,3`; `2,` for one).
+    #[arg(long, value_name = "N|auto|LIST")]
+    pub gpus: Option<Gpus>,
+
+    /// Start N workers on the CPU.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub cpus: Option<u32>,
+
+    /// Wait this long between the first signal to a worker and SIGKILL [default: launch.grace, or 30s].
+    #[arg(long, value_name = "TIME", value_parser = duration::parse)]
+    pub grace: Option<Duration>,
+
+    /// Use this folder for the run instead of a new one below run.dir (or `runs`).
+    #[arg(long, value_name = "PATH")]
+    pub run_dir: Option<PathBuf>,
+
+    /// Continue a run folder in place, or start from a checkpoint.
+    #[arg(long, value_name = "PATH")]
+    pub resume: Option<PathBuf>,
+
+    /// Show the output of these ranks here [default: 0 for a config, all for a program].
+    #[arg(long, value_name = "all|none|LIST")]
+    pub show_ranks: Option<Show>,
+
+    /// Start this program for a config instead of the tsm-trainer beside tsm-launch.
+    #[arg(long, value_name = "PATH")]
+    pub trainer: Option<PathBuf>,
+
+    /// Leave the workers on all cores instead of giving each its own share.
+    #[arg(long)]
+    pub no_affinity: bool,
+
+    /// Replace RANK, WORLD_SIZE, MASTER_ADDR and the like found in the environment instead of refusing them.
+    #[arg(long)]
+    pub ignore_env: bool,
+
+    /// Print ranks, devices, cores, environment and commands, and start nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// The job as YAML.
+    #[arg(value_name = "CONFIG.yaml")]
+    pub config: Option<PathBuf>,
+
+    /// Values that replace those of the config, such as `optim.lr=0.01`.
+    #[arg(value_name = "key.path=value")]
+    pub overrides: Vec<String>,
+
+    /// A program that reads torch's environment variables, and its arguments.
+    #[arg(last = true, value_name = "PROGRAM")]
+    pub program: Vec<OsString>,
+}
+
+/// What `--gpus` asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Gpus {
+    Auto,
+    Count(u32),
+    /// Positions in the list of visible GPUs.
+    List(Vec<u32>),
+}
+
+impl FromStr for Gpus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Gpus, String> {
+        if text == "auto" {
+            return Ok(Gpus::Auto);
+        }
+        let number = |part: &str| {
+            part.trim().parse::<u32>().map_err(|_| {
+                format!("`{part}` is not a number; write a count (8), `auto`, or a list (0,1,3; `2,` for GPU 2 alone)")
+            })
+        };
+        if !text.contains(',') {
+            return match number(text)? {
+                0 => Err("no worker would start; for the CPU write --cpus N".into()),
+                n => Ok(Gpus::Count(n)),
+            };
+        }
+        let list = text
+            .trim_end_matches(',')
+            .split(',')
+            .map(number)
+            .collect::<Result<Vec<_>, _>>()?;
+        for (i, gpu) in list.iter().enumerate() {
+            if list[..i].contains(gpu) {
+                return Err(format!("GPU {gpu} is named twice"));
+            }
+        }
+        Ok(Gpus::List(list))
+    }
+}
+
+impl std::fmt::Display for Gpus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Gpus::Auto => f.write_str("auto"),
+            Gpus::Count(n) => write!(f, "{n}"),
+            Gpus::List(list) => {
+                let list: Vec<_> = list.iter().map(u32::to_string).collect();
+                f.write_str(&list.join(","))
+            }
+        }
+    }
+}
+
+/// Whose output appears on the launcher's own stdout and stderr.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Show {
+    All,
+    Ranks(Vec<u32>),
+}
+
+impl Show {
+    pub fn shows(&self, rank: u32) -> bool {
+        match self {
+            Show::All => true,
+            Show::Ranks(ranks) => ranks.contains(&rank),
+        }
+    }
+}
+
+impl FromStr for Show {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Show, String> {
+        match text {
+            "all" => Ok(Show::All),
+            "none" => Ok(Show::Ranks(Vec::new())),
+            list => list
+                .split(',')
+                .map(|part| {
+                    part.trim()
+                        .parse()
+                        .map_err(|_| format!("`{part}` is not a rank; write `all`, `none` or 0,3"))
+                })
+                .collect::<Result<_, _>>()
+                .map(Show::Ranks),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &str) -> Result<Args, clap::Error> {
+        Args::try_parse_from(line.split(' '))
+    }
+
+    #[test]
+    fn the_command_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn gpus_are_a_count_auto_or_a_list() {
+        assert_eq!("8".parse(), Ok(Gpus::Count(8)));
+        assert_eq!("auto".parse(), Ok(Gpus::Auto));
+        assert_eq!("0,1,3".parse(), Ok(Gpus::List(vec![0, 1, 3])));
+        assert_eq!("2,".parse(), Ok(Gpus::List(vec![2])));
+        for bad in ["0", "", ",", "1,1", "x", "-1", "1,x"] {
+            assert!(bad.parse::<Gpus>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_config_takes_overrides_and_a_program_takes_anything() {
+        let args = parse("tsm-launch --cpus 2 a.yaml optim.lr=-1 --grace 500ms b=c").unwrap();
+        assert_eq!(args.overrides, ["optim.lr=-1", "b=c"]);
+        assert_eq!(args.grace, Some(Duration::from_millis(500)));
+        let args = parse("tsm-launch --gpus auto -- python t.py --gpus 3 -- x").unwrap();
+        assert_eq!(args.program, ["python", "t.py", "--gpus", "3", "--", "x"]);
+        assert_eq!(args.config, None);
+    }
+
+    #[test]
+    fn two_devices_or_a_bad_time_are_refused() {
+        assert!(parse("tsm-launch --gpus 1 --cpus 1 a.yaml").is_err());
+        assert!(parse("tsm-launch --cpus 0 a.yaml").is_err());
+        assert!(parse("tsm-launch --cpus 1 --grace 30 a.yaml").is_err());
+    }
+
+    #[test]
+    fn ranks_to_show() {
+        assert!("all".parse::<Show>().unwrap().shows(7));
+        assert!(!"none".parse::<Show>().unwrap().shows(0));
+        let some: Show = "0,3".parse().unwrap();
+        assert!(some.shows(3) && !some.shows(1));
+        assert!("x".parse::<Show>().is_err());
+    }
+}

@@ -1,0 +1,203 @@
+//! The run folder: made new under a name of its own, or taken up again.
+
+use anyhow::{Context, bail};
+use fs_err::File;
+use rustix::fs::{FlockOperation, flock};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use tsm_job::exit::{self, Coded};
+use tsm_job::{Config, RunDir};
+
+/// A run folder that this launcher alone writes to.
+pub struct Folder {
+    pub dir: RunDir,
+    /// The resolved config for the workers; nothing is there for a program.
+    pub config: PathBuf,
+    /// Held as long as the launcher lives.
+    _lock: File,
+}
+
+/// What the next free folder is called: `<root>/<name>-<time>`, then `-2`, `-3` behind it.
+pub fn name(root: &Path, name: &str, time: &str, attempt: u32) -> PathBuf {
+    // A slash in a run's name would make folders in folders.
+    let name = name.replace('/', "-");
+    root.join(if attempt < 2 {
+        format!("{name}-{time}")
+    } else {
+        format!("{name}-{time}-{attempt}")
+    })
+}
+
+impl Folder {
+    /// Makes a folder that did not exist, also when several launchers start in the same second.
+    ///
+    /// # Errors
+    /// [`exit::CANNOT_WRITE`] when it cannot be made.
+    pub fn create(root: &Path, run: &str, time: &str) -> anyhow::Result<Folder> {
+        let root = std::path::absolute(root)?;
+        let refuse = |e: std::io::Error| {
+            Coded::new(exit::CANNOT_WRITE, format!("cannot make a run folder: {e}"))
+        };
+        fs_err::create_dir_all(&root).map_err(refuse)?;
+        for attempt in 1..10_000 {
+            let path = name(&root, run, time, attempt);
+            match fs_err::create_dir(&path) {
+                Ok(()) => return Folder::open(path),
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) => bail!(refuse(e)),
+            }
+        }
+        bail!(Coded::new(
+            exit::CANNOT_WRITE,
+            format!("too many runs called {run}-{time} in {}", root.display())
+        ))
+    }
+
+    /// Uses `path` for a new run.
+    ///
+    /// # Errors
+    /// [`exit::USAGE`] when it holds a run already.
+    pub fn at(path: &Path) -> anyhow::Result<Folder> {
+        let path = std::path::absolute(path)?;
+        if RunDir::new(&path).manifest().exists() {
+            let text = format!(
+                "{} holds a run already\n  hint: continue it with --resume {0}, or give another --run-dir",
+                path.display()
+            );
+            bail!(Coded::new(exit::USAGE, text));
+        }
+        fs_err::create_dir_all(&path).map_err(|e| Coded::new(exit::CANNOT_WRITE, e.to_string()))?;
+        Folder::open(path)
+    }
+
+    /// Takes up the run in `path`; what its last launcher wrote at the end is kept under a number.
+    ///
+    /// # Errors
+    /// When another launcher runs in it.
+    pub fn resume(path: &Path) -> anyhow::Result<Folder> {
+        let folder = Folder::open(path.to_path_buf())?;
+        for kept in [folder.dir.manifest(), folder.dir.failure()] {
+            if kept.exists() {
+                fs_err::rename(&kept, free_number(&kept, 1))?;
+            }
+        }
+        Ok(folder)
+    }
+
+    fn open(path: PathBuf) -> anyhow::Result<Folder> {
+        let lock = File::options()
+            .create(true)
+            .append(true)
+            .open(path.join("launcher.lock"));
+        let lock = lock.map_err(|e| {
+            Coded::new(
+                exit::CANNOT_WRITE,
+                format!("cannot write to the run folder: {e}"),
+            )
+        })?;
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            let hint = "wait for it, or give another folder";
+            let text = format!(
+                "another tsm-launch is running in {}\n  hint: {hint}",
+                path.display()
+            );
+            bail!(Coded::new(exit::USAGE, text));
+        }
+        let dir = RunDir::new(path);
+        fs_err::create_dir_all(dir.logs())
+            .map_err(|e| Coded::new(exit::CANNOT_WRITE, e.to_string()))?;
+        Ok(Folder {
+            config: dir.config(),
+            dir,
+            _lock: lock,
+        })
+    }
+
+    /// Writes the resolved config. One that is there and differs stays, and the new one gets a number.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_config(&mut self, config: &Config) -> anyhow::Result<()> {
+        let text = config.to_yaml();
+        let first = self.dir.config();
+        let same = |path: &Path| fs_err::read_to_string(path).is_ok_and(|old| old == text);
+        let numbered = (2..)
+            .map(|n| numbered(&first, n))
+            .take_while(|path| path.exists());
+        let written: Vec<PathBuf> = std::iter::once(first.clone())
+            .filter(|p| p.exists())
+            .chain(numbered)
+            .collect();
+        self.config = match written.last() {
+            Some(last) if same(last) => last.clone(),
+            Some(_) => free_number(&first, 2),
+            None => first,
+        };
+        fs_err::write(&self.config, text).context("cannot write the resolved config")
+    }
+}
+
+/// `config-2.yaml` for `config.yaml` and 2.
+fn numbered(path: &Path, n: u32) -> PathBuf {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = path.extension().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{stem}-{n}.{extension}"))
+}
+
+fn free_number(path: &Path, from: u32) -> PathBuf {
+    let mut n = from;
+    while numbered(path, n).exists() {
+        n += 1;
+    }
+    numbered(path, n)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_runs_of_the_same_second_have_two_folders() {
+        let root = tempfile::tempdir().unwrap();
+        let one = Folder::create(root.path(), "a/b", "T").unwrap();
+        let two = Folder::create(root.path(), "a/b", "T").unwrap();
+        assert_eq!(one.dir.path(), root.path().join("a-b-T"));
+        assert_eq!(two.dir.path(), root.path().join("a-b-T-2"));
+    }
+
+    #[test]
+    fn a_folder_belongs_to_one_launcher_at_a_time() {
+        let root = tempfile::tempdir().unwrap();
+        let first = Folder::at(root.path()).unwrap();
+        let error = Folder::resume(root.path()).err().unwrap();
+        assert!(error.to_string().contains("another tsm-launch"), "{error}");
+        drop(first);
+        assert!(Folder::resume(root.path()).is_ok());
+    }
+
+    #[test]
+    fn resuming_keeps_what_the_last_run_left() {
+        let root = tempfile::tempdir().unwrap();
+        for n in 1..3 {
+            fs_err::write(root.path().join("manifest.json"), n.to_string()).unwrap();
+            fs_err::write(root.path().join("failure.json"), n.to_string()).unwrap();
+            drop(Folder::resume(root.path()).unwrap());
+        }
+        let read = |name: &str| fs_err::read_to_string(root.path().join(name)).unwrap();
+        assert_eq!(
+            (read("manifest-1.json"), read("failure-2.json")),
+            ("1".into(), "2".into())
+        );
+        assert!(!root.path().join("failure.json").exists());
+    }
+
+    #[test]
+    fn a_used_folder_is_not_overwritten() {
+        let root = tempfile::tempdir().unwrap();
+        fs_err::write(root.path().join("manifest.json"), "{}").unwrap();
+        assert_eq!(
+            exit::code_of(&Folder::at(root.path()).err().unwrap()),
+            exit::USAGE
+        );
+    }
+}

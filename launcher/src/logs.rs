@@ -1,0 +1,317 @@
+//! Every byte a worker writes goes into its files; of chosen ranks, whole lines also appear here.
+//!
+//! One thread reads all pipes, so that neither a slow disk nor a stopped terminal delays the
+//! supervision, and lines of different ranks never mix.
+
+use anyhow::Context;
+use fs_err::File;
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::fs::{OFlags, fcntl_setfl};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::console::{Console, Lines, visible};
+
+/// Bytes of a stream's end that are kept for the report.
+const TAIL: usize = 32 << 10;
+/// Lines of stderr in a report.
+pub const TAIL_LINES: usize = 50;
+/// Characters of a line in a report.
+const TAIL_WIDTH: usize = 2000;
+/// A larger pipe lets a worker write on while the launcher waits for a CPU.
+const PIPE: usize = 256 << 10;
+
+/// One stream to read.
+pub struct Source {
+    pub pipe: OwnedFd,
+    pub to: Sink,
+}
+
+/// Where the bytes of a stream go.
+pub enum Sink {
+    Worker {
+        file: File,
+        stderr: bool,
+        /// `None`: only into the file.
+        shown: Option<Lines>,
+        tail: Tail,
+    },
+    /// The launcher's own words, shown on stderr as they are.
+    Notices,
+}
+
+/// The end of a stream, shared with the thread that reads it.
+#[derive(Clone, Default)]
+pub struct Tail(Arc<Mutex<Vec<u8>>>);
+
+impl Tail {
+    fn push(&self, bytes: &[u8]) {
+        let mut tail = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if bytes.len() >= TAIL {
+            tail.clear();
+        } else if tail.len() + bytes.len() > 2 * TAIL {
+            let excess = tail.len() + bytes.len() - TAIL;
+            tail.drain(..excess);
+        }
+        tail.extend_from_slice(&bytes[bytes.len().saturating_sub(TAIL)..]);
+    }
+
+    /// The last [`TAIL_LINES`] lines as a terminal would show them.
+    pub fn lines(&self) -> Vec<String> {
+        let tail = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = tail.strip_suffix(b"\n").unwrap_or(&tail);
+        if text.is_empty() {
+            return Vec::new();
+        }
+        let shorten = |line: &[u8]| {
+            let line = String::from_utf8_lossy(visible(line));
+            // Control characters could rewrite the report on a terminal.
+            line.chars()
+                .filter(|c| !c.is_control() || *c == '\t')
+                .take(TAIL_WIDTH)
+                .collect()
+        };
+        let mut lines: Vec<String> = text
+            .rsplit(|&b| b == b'\n')
+            .take(TAIL_LINES)
+            .map(shorten)
+            .collect();
+        lines.reverse();
+        lines
+    }
+}
+
+/// The thread that reads.
+pub struct Logs {
+    finished: Receiver<Vec<String>>,
+}
+
+impl Logs {
+    /// Starts reading `sources`; lines to show go to `out` and `err`.
+    ///
+    /// # Errors
+    /// When a descriptor cannot be watched.
+    pub fn start(sources: Vec<Source>, out: Console, err: Console) -> anyhow::Result<Logs> {
+        let epoll =
+            epoll::create(CreateFlags::CLOEXEC).context("cannot read the workers' output")?;
+        for (i, source) in sources.iter().enumerate() {
+            fcntl_setfl(&source.pipe, OFlags::NONBLOCK)
+                .context("cannot read the workers' output")?;
+            // The size is limited per user; a smaller pipe works as well.
+            let _ = rustix::pipe::fcntl_setpipe_size(&source.pipe, PIPE);
+            epoll::add(
+                &epoll,
+                &source.pipe,
+                EventData::new_u64(i as u64),
+                EventFlags::IN,
+            )
+            .context("cannot read the workers' output")?;
+        }
+        let (done, finished) = channel();
+        let mut reader = Reader {
+            epoll,
+            sources: sources.into_iter().map(Some).collect(),
+            out,
+            err,
+            lost: Vec::new(),
+        };
+        std::thread::Builder::new()
+            .name("logs".into())
+            .spawn(move || {
+                reader.run();
+                let _ = done.send(reader.lost);
+            })
+            .context("cannot start the thread that reads the workers' output")?;
+        Ok(Logs { finished })
+    }
+
+    /// Waits until every stream has ended, but not longer than `wait`: a process that left its session may
+    /// hold a pipe open for ever. Returns what could not be written, and whether all was read.
+    pub fn finish(self, wait: Duration) -> (Vec<String>, bool) {
+        match self.finished.recv_timeout(wait) {
+            Ok(lost) => (lost, true),
+            Err(_) => (Vec::new(), false),
+        }
+    }
+}
+
+struct Reader {
+    epoll: OwnedFd,
+    sources: Vec<Option<Source>>,
+    out: Console,
+    err: Console,
+    /// Files that could not be written, with the reason.
+    lost: Vec<String>,
+}
+
+impl Reader {
+    fn run(&mut self) {
+        let mut buffer = vec![0u8; 64 << 10];
+        let mut events = Vec::with_capacity(64);
+        let mut shown = [Vec::new(), Vec::new()];
+        while self.sources.iter().any(Option::is_some) {
+            events.clear();
+            if rustix::io::retry_on_intr(|| {
+                epoll::wait(&self.epoll, spare_capacity(&mut events), None)
+            })
+            .is_err()
+            {
+                return;
+            }
+            let mut bar = Vec::new();
+            for event in &events {
+                self.read(event.data.u64() as usize, &mut buffer, &mut shown, &mut bar);
+            }
+            if !shown[0].is_empty() {
+                // Both may be the same terminal, and the bar is always on stderr.
+                self.err.clear_bar();
+            }
+            self.out.write(&mut shown[0], &mut Vec::new());
+            self.err.write(&mut shown[1], &mut bar);
+        }
+        self.err.clear_bar();
+    }
+
+    /// Reads once from source `index`: epoll reports the rest again, and other ranks have their turn.
+    fn read(
+        &mut self,
+        index: usize,
+        buffer: &mut [u8],
+        shown: &mut [Vec<u8>; 2],
+        bar: &mut Vec<u8>,
+    ) {
+        let Some(source) = &mut self.sources[index] else {
+            return;
+        };
+        let bytes = match rustix::io::read(&source.pipe, &mut *buffer) {
+            Ok(0) => {
+                if let Sink::Worker {
+                    stderr,
+                    shown: Some(lines),
+                    ..
+                } = &mut source.to
+                {
+                    lines.finish(&mut shown[usize::from(*stderr)]);
+                }
+                self.sources[index] = None;
+                return;
+            }
+            Ok(n) => &buffer[..n],
+            Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => return,
+            Err(e) => {
+                self.lost
+                    .push(format!("a worker's output could not be read: {e}"));
+                self.sources[index] = None;
+                return;
+            }
+        };
+        match &mut source.to {
+            Sink::Notices => shown[1].extend_from_slice(bytes),
+            Sink::Worker {
+                file,
+                stderr,
+                shown: lines,
+                tail,
+            } => {
+                // The worker must not stop because its log cannot be written: say it once and read on.
+                if let Err(e) = file.write_all(bytes) {
+                    let what = format!("output is lost: {e}");
+                    if !self.lost.contains(&what) {
+                        shown[1].extend_from_slice(format!("warning: {what}\n").as_bytes());
+                        self.lost.push(what);
+                    }
+                }
+                if *stderr {
+                    tail.push(bytes);
+                }
+                if let Some(lines) = lines {
+                    lines.push(bytes, &mut shown[usize::from(*stderr)], bar);
+                }
+            }
+        }
+    }
+}
+
+/// Reads a whole small file as text, whatever its bytes; `None` if it is missing or larger than 1 MiB.
+pub fn read_small(path: &std::path::Path) -> Option<String> {
+    let mut bytes = Vec::new();
+    File::open(path)
+        .ok()?
+        .take(1 << 20)
+        .read_to_end(&mut bytes)
+        .ok()?;
+    (bytes.len() < 1 << 20).then(|| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tail_keeps_the_last_lines() {
+        let tail = Tail::default();
+        assert!(tail.lines().is_empty());
+        for i in 0..10_000 {
+            tail.push(format!("line {i}\n").as_bytes());
+        }
+        let lines = tail.lines();
+        assert_eq!(lines.len(), TAIL_LINES);
+        assert_eq!(
+            (lines[0].as_str(), lines[49].as_str()),
+            ("line 9950", "line 9999")
+        );
+        tail.push(b"\x1b[2Jred\xff\r 1%\r 2%\n");
+        assert_eq!(tail.lines()[49], " 2%");
+        tail.push(&vec![b'y'; 3 * TAIL]);
+        assert_eq!(tail.lines(), ["y".repeat(TAIL_WIDTH)]);
+    }
+
+    #[test]
+    fn all_bytes_reach_the_file_and_whole_lines_the_console() {
+        let dir = tempfile::tempdir().unwrap();
+        let (read, mut write) = std::io::pipe().unwrap();
+        let (mut console, ours) = std::io::pipe().unwrap();
+        let path = dir.path().join("0.err");
+        let tail = Tail::default();
+        let to = Sink::Worker {
+            file: File::create(&path).unwrap(),
+            stderr: true,
+            shown: Some(Lines::new(0, 1, false)),
+            tail: tail.clone(),
+        };
+        let source = Source {
+            pipe: read.into(),
+            to,
+        };
+        let logs = Logs::start(
+            vec![source],
+            Console::new(std::io::sink()),
+            Console::new(ours),
+        )
+        .unwrap();
+        write.write_all(b"a\nb\r\n\xff").unwrap();
+        drop(write);
+        assert_eq!(logs.finish(Duration::from_secs(10)), (Vec::new(), true));
+        let mut text = Vec::new();
+        console.read_to_end(&mut text).unwrap();
+        assert_eq!(text, b"0 | a\n0 | b\n0 | \xff\n");
+        assert_eq!(fs_err::read(&path).unwrap(), b"a\nb\r\n\xff");
+        assert_eq!(tail.lines(), ["a", "b", "\u{fffd}"]);
+    }
+
+    #[test]
+    fn a_pipe_that_stays_open_does_not_hold_up_the_end() {
+        let (read, _write) = std::io::pipe().unwrap();
+        let source = Source {
+            pipe: read.into(),
+            to: Sink::Notices,
+        };
+        let console = || Console::new(std::io::sink());
+        let logs = Logs::start(vec![source], console(), console()).unwrap();
+        assert!(!logs.finish(Duration::from_millis(1)).1);
+    }
+}

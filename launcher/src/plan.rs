@@ -1,0 +1,329 @@
+//! Which ranks there are, on what they run, and what they find in their environment. Pure, but for
+//! the list of visible GPUs, which is asked for only where it is needed.
+
+use std::ffi::OsString;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use tsm_job::config::{DeviceKind, Launch};
+use tsm_job::exit::{self, Coded};
+
+use crate::cli::Gpus;
+use crate::cores;
+use crate::gpus::Gpu;
+
+/// Variables by which a program notices that it is a rank of something. Inherited ones are from another job.
+pub const RANK_VARIABLES: [&str; 10] = [
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TSM_RUN_ID",
+];
+
+/// Variables of another launcher that change how torch starts, and none of ours sets.
+pub const REMOVED_VARIABLES: [&str; 8] = [
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_ERROR_FILE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "TSM_AGENT_FD",
+    "TSM_RESUME_FROM",
+];
+
+/// What the workers of this node run on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Devices {
+    Gpus(Vec<Gpu>),
+    /// So many workers on the CPU.
+    Cpu(u32),
+}
+
+impl Devices {
+    pub fn len(&self) -> usize {
+        match self {
+            Devices::Gpus(gpus) => gpus.len(),
+            Devices::Cpu(n) => *n as usize,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// `GPU 3 (NVIDIA H200)` or `cpu`.
+    pub fn name(&self, local_rank: usize) -> String {
+        match self {
+            Devices::Gpus(gpus) => {
+                format!("GPU {} ({})", gpus[local_rank].id, gpus[local_rank].name)
+            }
+            Devices::Cpu(_) => "cpu".into(),
+        }
+    }
+
+    fn cuda_visible(&self) -> String {
+        match self {
+            Devices::Gpus(gpus) => gpus
+                .iter()
+                .map(|g| g.id.as_str())
+                .collect::<Vec<_>>()
+                .join(","),
+            Devices::Cpu(_) => String::new(),
+        }
+    }
+}
+
+/// Chooses devices by the command line, or else by the config's `launch`.
+///
+/// # Errors
+/// [`exit::PREFLIGHT`] when there are fewer GPUs than asked for, [`exit::USAGE`] when nothing says what to use.
+pub fn devices(
+    gpus: Option<&Gpus>,
+    cpus: Option<u32>,
+    launch: Option<&Launch>,
+    visible: impl FnOnce() -> Vec<Gpu>,
+) -> Result<Devices, Coded> {
+    let (wanted, said) = match (gpus, cpus, launch) {
+        (_, Some(n), _) => return Ok(Devices::Cpu(n)),
+        (Some(gpus), None, _) => (gpus.clone(), format!("--gpus is {gpus}")),
+        (
+            None,
+            None,
+            Some(Launch {
+                device: DeviceKind::Cpu,
+                nproc_per_node,
+                ..
+            }),
+        ) => {
+            return Ok(Devices::Cpu(nproc_per_node.unwrap_or(1)));
+        }
+        (
+            None,
+            None,
+            Some(Launch {
+                nproc_per_node: Some(n),
+                ..
+            }),
+        ) => (Gpus::Count(*n), format!("launch.nproc_per_node is {n}")),
+        (None, None, Some(_)) => (Gpus::Auto, "launch.device is gpu".into()),
+        (None, None, None) => {
+            return Err(Coded::new(
+                exit::USAGE,
+                "nothing says how many workers to start\n  hint: give --gpus auto, --gpus N or --cpus N",
+            ));
+        }
+    };
+    let visible = visible();
+    let have = match visible.len() {
+        1 => "1 GPU is visible".into(),
+        n => format!("{n} GPUs are visible"),
+    };
+    let refuse = |workers: String, hint: &str| {
+        let environment =
+            std::env::var("CUDA_VISIBLE_DEVICES").map_or("not set".into(), |v| format!("{v:?}"));
+        let text = format!(
+            "cannot start {workers}: {said}, {have}\n  hint: {hint}; CUDA_VISIBLE_DEVICES is {environment}"
+        );
+        Err(Coded::new(exit::PREFLIGHT, text))
+    };
+    match wanted {
+        Gpus::Auto if visible.is_empty() => refuse(
+            "workers".into(),
+            "give --cpus N to run on the CPU, or check the driver with nvidia-smi",
+        ),
+        Gpus::Auto => Ok(Devices::Gpus(visible)),
+        Gpus::Count(n) if n as usize > visible.len() => {
+            let hint = match visible.len() {
+                0 => "give --cpus N to run on the CPU, or check the driver with nvidia-smi".into(),
+                n => format!("give --gpus {n}"),
+            };
+            refuse(format!("{n} workers"), &hint)
+        }
+        Gpus::Count(n) => Ok(Devices::Gpus(
+            visible.into_iter().take(n as usize).collect(),
+        )),
+        Gpus::List(list) => {
+            if let Some(missing) = list.iter().find(|&&i| i as usize >= visible.len()) {
+                let hint =
+                    format!("there is no GPU {missing}; count from 0 among the visible ones");
+                return refuse(format!("{} workers", list.len()), &hint);
+            }
+            Ok(Devices::Gpus(
+                list.iter().map(|&i| visible[i as usize].clone()).collect(),
+            ))
+        }
+    }
+}
+
+/// The first variable of another job in the environment, if there is one.
+pub fn stale_variable(get: impl Fn(&str) -> Option<String>) -> Option<(&'static str, String)> {
+    RANK_VARIABLES
+        .iter()
+        .find_map(|&name| get(name).map(|value| (name, value)))
+}
+
+/// What all workers of a run have in common.
+pub struct Shape<'a> {
+    pub devices: &'a Devices,
+    pub run_id: &'a str,
+    pub run_dir: &'a Path,
+    pub host: &'a str,
+    /// `None` while nothing is reserved: a dry run.
+    pub master_port: Option<u16>,
+    /// A port for NCCL's status service, where there are GPUs.
+    pub ras_port: Option<u16>,
+    pub resume_from: Option<&'a Path>,
+    /// Allowed cores; empty: no binding.
+    pub cores: &'a [usize],
+    /// Cores' worth of CPU time, which a container's quota may make fewer than `cores`.
+    pub parallelism: usize,
+}
+
+/// One rank to start.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WorkerPlan {
+    pub rank: u32,
+    pub device: String,
+    /// Cores to bind to; empty: no binding.
+    pub cores: Vec<usize>,
+    /// Set on top of the inherited environment.
+    pub env: Vec<(String, String)>,
+}
+
+/// The ranks of one node. `inherited` tells which variables the user has set.
+pub fn workers(shape: &Shape, inherited: impl Fn(&str) -> bool) -> Vec<WorkerPlan> {
+    let world_size = shape.devices.len();
+    (0..world_size)
+        .map(|rank| WorkerPlan {
+            rank: rank as u32,
+            device: shape.devices.name(rank),
+            cores: cores::share(shape.cores, rank, world_size).to_vec(),
+            env: environment(shape, rank, &inherited),
+        })
+        .collect()
+}
+
+fn environment(
+    shape: &Shape,
+    rank: usize,
+    inherited: &impl Fn(&str) -> bool,
+) -> Vec<(String, String)> {
+    let world_size = shape.devices.len().to_string();
+    let rank_text = rank.to_string();
+    let port = |port: Option<u16>| port.map_or("(a free port)".into(), |p| p.to_string());
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let mut env: Vec<(String, String)> = Vec::new();
+    let mut set = |name: &str, value: &str| env.push((name.into(), value.into()));
+    set("RANK", &rank_text);
+    set("LOCAL_RANK", &rank_text);
+    set("WORLD_SIZE", &world_size);
+    set("LOCAL_WORLD_SIZE", &world_size);
+    set("GROUP_RANK", "0");
+    set("NODE_RANK", "0");
+    set("MASTER_ADDR", "127.0.0.1");
+    set("MASTER_PORT", &port(shape.master_port));
+    set("CUDA_VISIBLE_DEVICES", &shape.devices.cuda_visible());
+    set("TORCHELASTIC_RUN_ID", shape.run_id);
+    set("TORCHELASTIC_RESTART_COUNT", "0");
+    set("TORCHELASTIC_MAX_RESTARTS", "0");
+    set(
+        "TORCHELASTIC_ERROR_FILE",
+        &text(&error_file(shape.run_dir, shape.host, rank as u32)),
+    );
+    set("TSM_RUN_DIR", &text(shape.run_dir));
+    set("TSM_RUN_ID", shape.run_id);
+    set("TSM_GENERATION", "0");
+    set("TSM_RESTART_COUNT", "0");
+    if let Some(from) = shape.resume_from {
+        set("TSM_RESUME_FROM", &text(from));
+    }
+    let mut default = |name: &str, value: &str| {
+        if !inherited(name) {
+            set(name, value);
+        }
+    };
+    let threads = (shape.parallelism / shape.devices.len().max(1)).max(1);
+    default("OMP_NUM_THREADS", &threads.to_string());
+    // On one node the loopback interface is always there and always reachable.
+    default("GLOO_SOCKET_IFNAME", "lo");
+    default("NCCL_SOCKET_IFNAME", "lo");
+    if matches!(shape.devices, Devices::Gpus(_)) {
+        default(
+            "NCCL_RAS_ADDR",
+            &format!("localhost:{}", port(shape.ras_port)),
+        );
+    }
+    env
+}
+
+/// Where torch's `@record` writes the exception that ends a rank.
+pub fn error_file(run_dir: &Path, host: &str, rank: u32) -> PathBuf {
+    run_dir
+        .join("logs")
+        .join(format!("{host}-{rank}.error.json"))
+}
+
+/// The plan as text: what `--dry-run` prints.
+pub fn describe(shape: &Shape, workers: &[WorkerPlan], command: &[OsString]) -> String {
+    let mut text = format!(
+        "run folder  {}\nhost        {}\nworld size  {}\ncommand     {}\n",
+        shape.run_dir.display(),
+        shape.host,
+        workers.len(),
+        shell(command)
+    );
+    let (common, own): (Vec<_>, Vec<_>) = match workers {
+        [] => return text,
+        [first, rest @ ..] => first
+            .env
+            .iter()
+            .partition(|pair| rest.iter().all(|w| w.env.contains(pair))),
+    };
+    let _ = writeln!(text, "every rank");
+    for (name, value) in common {
+        let _ = writeln!(text, "  {name}={value}");
+    }
+    for worker in workers {
+        let cores = if worker.cores.is_empty() {
+            "all".into()
+        } else {
+            cores::to_list(&worker.cores)
+        };
+        let _ = writeln!(
+            text,
+            "rank {}: {}, cores {cores}",
+            worker.rank, worker.device
+        );
+        for (name, value) in worker
+            .env
+            .iter()
+            .filter(|(name, _)| own.iter().any(|(o, _)| o == name))
+        {
+            let _ = writeln!(text, "  {name}={value}");
+        }
+    }
+    text
+}
+
+/// A command line that a shell reads back.
+pub fn shell(command: &[OsString]) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "_-./=:,@%+".contains(c);
+    let quote = |word: &OsString| {
+        let word = word.to_string_lossy();
+        if !word.is_empty() && word.chars().all(plain) {
+            word.into_owned()
+        } else {
+            format!("'{}'", word.replace('\'', r"'\''"))
+        }
+    };
+    command.iter().map(quote).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,259 @@
+//! Processes: start a worker through the shim, signal it, and find what it left behind.
+//!
+//! `pre_exec` would switch std off `posix_spawn`, so what must happen between fork and exec is
+//! done by [`crate::shim`], which becomes the worker by exec.
+
+use anyhow::Context;
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
+    pidfd_send_signal, waitid,
+};
+use std::ffi::OsString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
+
+use crate::cores;
+use crate::end::End;
+
+/// What to start.
+pub struct Spec<'a> {
+    /// This executable; started as the shim.
+    pub shim: &'a Path,
+    pub command: &'a [OsString],
+    /// Set on top of the inherited environment, after `remove`.
+    pub env: &'a [(String, String)],
+    pub remove: &'a [&'a str],
+    /// Cores to bind to; empty: no binding.
+    pub cores: &'a [usize],
+}
+
+/// A started worker. It leads a session of its own and dies with this process.
+pub struct Worker {
+    pub pid: Pid,
+    pidfd: OwnedFd,
+}
+
+/// The launcher's ends of a new worker's streams.
+pub struct Streams {
+    pub out: ChildStdout,
+    pub err: ChildStderr,
+    pub agent: UnixStream,
+}
+
+/// Starts a worker. Call from the main thread only: the worker's parent-death signal
+/// fires when the *thread* that started it ends, and no other thread may spawn meanwhile,
+/// since the worker's end of the agent socket is inheritable until this returns.
+///
+/// # Errors
+/// When the shim cannot be started, or the kernel has no pidfd.
+pub fn spawn(spec: &Spec) -> anyhow::Result<(Worker, Streams)> {
+    let (agent, theirs) = UnixStream::pair().context("cannot make a socket for a worker")?;
+    agent.set_nonblocking(true)?;
+    fcntl_setfd(&theirs, FdFlags::empty())?;
+
+    let mut command = Command::new(spec.shim);
+    command
+        .arg(crate::shim::WORKER)
+        .arg(std::process::id().to_string());
+    command.arg(cores::to_list(spec.cores)).args(spec.command);
+    for name in spec.remove {
+        command.env_remove(name);
+    }
+    command
+        .envs(spec.env.iter().map(|(k, v)| (k, v)))
+        .env("TSM_AGENT_FD", theirs.as_raw_fd().to_string());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot start {}", spec.shim.display()))?;
+
+    let pid = Pid::from_child(&child);
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())
+        .context("cannot watch a worker: pidfd_open failed; tsm-launch needs Linux 5.4 or newer")?;
+    let (Some(out), Some(err)) = (child.stdout.take(), child.stderr.take()) else {
+        unreachable!("both streams were asked for")
+    };
+    Ok((Worker { pid, pidfd }, Streams { out, err, agent }))
+}
+
+impl Worker {
+    /// How it ended, if it has. The zombie stays, so that its pid, which is also the number of its
+    /// session, cannot name another process before [`Worker::reap`].
+    pub fn end(&self) -> Option<End> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let status = waitid(WaitId::PidFd(self.pidfd.as_fd()), options).ok()??;
+        match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Some(End::Code(code)),
+            (None, Some(signal)) => Some(End::Signal(signal)),
+            (None, None) => None,
+        }
+    }
+
+    /// Frees the process table entry of a worker that has ended.
+    pub fn reap(&self) {
+        let _ = waitid(
+            WaitId::PidFd(self.pidfd.as_fd()),
+            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+        );
+    }
+
+    /// Signals the worker alone; its children hear of it from the worker. A worker that has ended is no error.
+    pub fn signal(&self, signal: i32) {
+        if let Some(signal) = Signal::from_named_raw(signal) {
+            let _ = pidfd_send_signal(&self.pidfd, signal);
+        }
+    }
+
+    /// SIGKILL to the worker and its process group.
+    pub fn kill(&self) {
+        self.signal(libc::SIGKILL);
+        let _ = kill_process_group(self.pid, Signal::KILL);
+    }
+
+    /// State letter and kernel function of a worker that does not end, such as `D (in nfs_wait)`.
+    pub fn stuck_in(&self) -> String {
+        let pid = self.pid.as_raw_nonzero();
+        let state = Stat::read(pid.get()).map_or('?', |stat| stat.state);
+        match fs_err::read_to_string(format!("/proc/{pid}/wchan")) {
+            Ok(wchan) if !wchan.is_empty() && wchan != "0" => format!("state {state} (in {wchan})"),
+            _ => format!("state {state}"),
+        }
+    }
+}
+
+impl AsFd for Worker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+/// The process that ends the workers' children if this process is killed, see [`crate::shim::guard`].
+pub struct Guard(ChildStdin);
+
+impl Guard {
+    /// # Errors
+    /// When the process cannot be started.
+    pub fn start(shim: &Path) -> anyhow::Result<Guard> {
+        let mut command = Command::new(shim);
+        command
+            .arg(crate::shim::GUARD)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start {}", shim.display()))?;
+        child
+            .stdin
+            .take()
+            .map(Guard)
+            .context("the guard has no stdin")
+    }
+
+    /// Names the sessions to end.
+    pub fn watch(&mut self, workers: &[Worker]) {
+        use std::io::Write;
+        let pids: Vec<String> = workers
+            .iter()
+            .map(|w| w.pid.as_raw_nonzero().to_string())
+            .collect();
+        // Without its guard the launcher still works; only grandchildren could outlive a SIGKILL.
+        let _ = writeln!(self.0, "{}", pids.join(" "));
+    }
+
+    /// Lets the guard go without doing anything.
+    pub fn dismiss(mut self) {
+        use std::io::Write;
+        let _ = writeln!(self.0, "{}", crate::shim::DISMISS);
+    }
+}
+
+/// The part of `/proc/<pid>/stat` that matters here.
+struct Stat {
+    state: char,
+    session: i32,
+}
+
+impl Stat {
+    fn read(pid: i32) -> Option<Stat> {
+        let text = fs_err::read(format!("/proc/{pid}/stat")).ok()?;
+        Stat::parse(&String::from_utf8_lossy(&text))
+    }
+
+    /// The name of a program may hold spaces and brackets, so fields count from the last `)`.
+    fn parse(text: &str) -> Option<Stat> {
+        let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
+        let state = fields.next()?.chars().next()?;
+        let session = fields.nth(2)?.parse().ok()?;
+        Some(Stat { state, session })
+    }
+}
+
+/// Living processes whose session is one of `sessions`: workers and all they started that
+/// did not leave by a `setsid` of its own.
+pub fn session_members(sessions: &[i32]) -> Vec<i32> {
+    let Ok(entries) = fs_err::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let pids = entries
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let alive = |pid: &i32| {
+        Stat::read(*pid)
+            .is_some_and(|s| sessions.contains(&s.session) && !matches!(s.state, 'Z' | 'X'))
+    };
+    pids.filter(alive).collect()
+}
+
+/// Signals `pid` if it is still in one of `sessions`, so that a number used again meanwhile is safe.
+pub fn signal_member(pid: i32, sessions: &[i32], signal: Signal) {
+    let Some(raw) = Pid::from_raw(pid) else {
+        return;
+    };
+    let Ok(pidfd) = pidfd_open(raw, PidfdFlags::empty()) else {
+        return;
+    };
+    if Stat::read(pid).is_some_and(|stat| sessions.contains(&stat.session)) {
+        let _ = pidfd_send_signal(&pidfd, signal);
+    }
+}
+
+/// SIGKILL to all members of `sessions`, until none is left or `tries` rounds found new ones.
+pub fn kill_sessions(sessions: &[i32], tries: u32) {
+    for _ in 0..tries {
+        let members = session_members(sessions);
+        if members.is_empty() {
+            return;
+        }
+        for pid in members {
+            signal_member(pid, sessions, Signal::KILL);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_survives_any_program_name() {
+        let stat = Stat::parse("42 (a) b (c)) S 1 40 39 0 -1 4194560").unwrap();
+        assert_eq!((stat.state, stat.session), ('S', 39));
+        assert!(Stat::parse("42 (a").is_none());
+    }
+
+    #[test]
+    fn this_process_is_a_member_of_its_session() {
+        let me = std::process::id() as i32;
+        let session = Stat::read(me).unwrap().session;
+        assert!(session_members(&[session]).contains(&me));
+        assert!(!session_members(&[i32::MAX]).contains(&me));
+    }
+}

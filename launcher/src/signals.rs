@@ -1,0 +1,64 @@
+//! Signals to the launcher, as a stream.
+
+use anyhow::Context;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// The signals that the launcher passes on.
+const FORWARDED: [i32; 5] = [
+    libc::SIGINT,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+];
+
+pub struct Signals(Vec<(i32, Signal)>);
+
+impl Signals {
+    /// Starts to catch signals, but for those that were ignored when the launcher was started
+    /// (`nohup`, or SIGINT of a background job): they stay ignored.
+    ///
+    /// # Errors
+    /// When a handler cannot be installed.
+    pub fn catch() -> anyhow::Result<Signals> {
+        let ignored = ignored(&fs_err::read_to_string("/proc/self/status").unwrap_or_default());
+        let caught = FORWARDED
+            .into_iter()
+            .filter(|s| ignored & (1 << (s - 1)) == 0);
+        let open = |number| Ok((number, signal(SignalKind::from_raw(number))?));
+        let signals: std::io::Result<Vec<_>> = caught.map(open).collect();
+        Ok(Signals(signals.context("cannot handle signals")?))
+    }
+
+    /// The next signal; never, when none is caught.
+    pub async fn next(&mut self) -> i32 {
+        std::future::poll_fn(|context| {
+            for (number, stream) in &mut self.0 {
+                if stream.poll_recv(context).is_ready() {
+                    return std::task::Poll::Ready(*number);
+                }
+            }
+            std::task::Poll::Pending
+        })
+        .await
+    }
+}
+
+/// The mask of ignored signals in the text of `/proc/self/status`; bit 0 is signal 1.
+fn ignored(status: &str) -> u64 {
+    let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn ignored_signals_are_read() {
+        assert_eq!(
+            super::ignored("Name:\tx\nSigIgn:\t0000000000001001\nSigCgt:\t0\n"),
+            0x1001
+        );
+        assert_eq!(super::ignored(""), 0);
+    }
+}

@@ -1,0 +1,152 @@
+use super::*;
+
+const GRACE: Duration = Duration::from_secs(30);
+
+fn at(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn ended(rank: usize, end: End) -> Event {
+    Event::Ended { rank, end }
+}
+
+fn record(cause: &str) -> FailureRecord {
+    FailureRecord {
+        rank: 0,
+        step: None,
+        code: 1,
+        cause: cause.into(),
+        message: "m".into(),
+        backtrace: None,
+    }
+}
+
+fn signals(actions: &[Action]) -> Vec<(usize, i32)> {
+    let pick = |action: &Action| match action {
+        Action::Signal { rank, signal } => Some((*rank, *signal)),
+        Action::Kill { rank } => Some((*rank, libc::SIGKILL)),
+        Action::Notice(_) => None,
+    };
+    actions.iter().filter_map(pick).collect()
+}
+
+fn code(state: &State) -> i32 {
+    state.exit_code(state.first_failure(|_| String::new()).as_ref())
+}
+
+#[test]
+fn success_is_when_all_ended_with_zero() {
+    let mut state = State::new(2, GRACE);
+    assert!(decide(&mut state, &[ended(1, End::Code(0))], at(1)).is_empty());
+    assert_eq!(state.phase, Phase::Running);
+    decide(&mut state, &[ended(0, End::Code(0))], at(2));
+    assert_eq!((state.phase, code(&state)), (Phase::Finished, 0));
+}
+
+#[test]
+fn a_failure_stops_the_living_and_gives_its_code() {
+    let mut state = State::new(4, GRACE);
+    decide(&mut state, &[ended(3, End::Code(0))], at(1));
+    let actions = decide(&mut state, &[ended(1, End::Code(17))], at(5));
+    assert_eq!(signals(&actions), [(0, libc::SIGTERM), (2, libc::SIGTERM)]);
+    assert_eq!(state.deadline(), Some(at(5) + GRACE));
+    decide(
+        &mut state,
+        &[ended(0, End::Signal(libc::SIGTERM)), ended(2, End::Code(1))],
+        at(9),
+    );
+    assert_eq!((state.phase, code(&state)), (Phase::Finished, 17));
+}
+
+#[test]
+fn after_the_grace_comes_sigkill_and_then_the_name_of_the_stuck() {
+    let mut state = State::new(2, GRACE);
+    decide(&mut state, &[ended(0, End::Code(3))], at(0));
+    assert!(decide(&mut state, &[Event::Deadline], at(29_999)).is_empty());
+    assert_eq!(
+        signals(&decide(&mut state, &[Event::Deadline], at(30_000))),
+        [(1, libc::SIGKILL)]
+    );
+    decide(&mut state, &[Event::Deadline], at(35_000));
+    assert_eq!(state.phase, Phase::Finished);
+    assert_eq!((state.ranks[1].end, code(&state)), (None, 3));
+}
+
+#[test]
+fn the_first_ctrl_c_is_forwarded_and_the_second_kills() {
+    let mut state = State::new(2, GRACE);
+    let actions = decide(&mut state, &[Event::Signal(libc::SIGINT)], at(1));
+    assert_eq!(signals(&actions), [(0, libc::SIGINT), (1, libc::SIGINT)]);
+    assert!(signals(&decide(&mut state, &[Event::Signal(libc::SIGTERM)], at(2))).is_empty());
+    let actions = decide(&mut state, &[Event::Signal(libc::SIGINT)], at(3));
+    assert_eq!(signals(&actions), [(0, libc::SIGKILL), (1, libc::SIGKILL)]);
+    decide(
+        &mut state,
+        &[ended(0, End::Signal(9)), ended(1, End::Signal(9))],
+        at(4),
+    );
+    assert_eq!((state.phase, code(&state)), (Phase::Finished, 130));
+}
+
+#[test]
+fn a_user_signal_is_forwarded_and_stops_nothing() {
+    let mut state = State::new(1, GRACE);
+    assert_eq!(
+        signals(&decide(&mut state, &[Event::Signal(libc::SIGUSR1)], at(1))),
+        [(0, libc::SIGUSR1)]
+    );
+    assert_eq!(state.phase, Phase::Running);
+}
+
+#[test]
+fn workers_that_saved_on_a_signal_ask_for_a_requeue() {
+    let mut state = State::new(2, GRACE);
+    decide(&mut state, &[Event::Signal(libc::SIGTERM)], at(1));
+    decide(
+        &mut state,
+        &[
+            ended(0, End::Code(exit::REQUEUE)),
+            ended(1, End::Code(exit::REQUEUE)),
+        ],
+        at(9),
+    );
+    assert_eq!(code(&state), exit::REQUEUE);
+}
+
+#[test]
+fn a_rank_that_announced_its_failure_but_hangs_is_stopped() {
+    let mut state = State::new(2, GRACE);
+    decide(
+        &mut state,
+        &[Event::Failing {
+            rank: 1,
+            record: record("panic"),
+        }],
+        at(10),
+    );
+    assert_eq!(state.phase, Phase::Running);
+    assert_eq!(state.deadline(), Some(at(10) + GRACE));
+    let actions = decide(&mut state, &[Event::Deadline], at(10) + GRACE);
+    assert_eq!(signals(&actions).len(), 2);
+    let ends = [
+        ended(0, End::Signal(libc::SIGTERM)),
+        ended(1, End::Signal(libc::SIGTERM)),
+    ];
+    decide(&mut state, &ends, at(40_500));
+    assert_eq!(state.first_failure(|_| String::new()).unwrap().rank, 1);
+    assert_eq!(code(&state), 1);
+}
+
+#[test]
+fn ends_read_together_all_count_as_before_the_stop() {
+    let mut state = State::new(3, GRACE);
+    decide(
+        &mut state,
+        &[ended(2, End::Code(1)), ended(0, End::Code(1))],
+        at(1),
+    );
+    assert!(!state.ranks[0].after_stop && !state.ranks[2].after_stop);
+    assert!(state.ranks[2].order < state.ranks[0].order);
+    decide(&mut state, &[ended(1, End::Code(1))], at(2));
+    assert!(state.ranks[1].after_stop);
+}

@@ -1,0 +1,204 @@
+//! What is to be run: the trainer with a config, or any program; new, or continued.
+
+use anyhow::{Context, bail};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use tsm_job::exit::{self, Coded};
+use tsm_job::{Config, RunDir};
+
+use crate::cli::Args;
+
+/// A resolved command line.
+pub struct Target {
+    pub what: What,
+    pub resume: Option<Resume>,
+}
+
+pub enum What {
+    Trainer {
+        trainer: PathBuf,
+        config: Box<Config>,
+    },
+    Program(Vec<OsString>),
+}
+
+/// Where the run takes up.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Resume {
+    /// A run folder, to be continued in place.
+    Run(PathBuf),
+    /// A checkpoint, from which a new run starts.
+    Checkpoint(PathBuf),
+}
+
+impl Resume {
+    pub fn path(&self) -> &Path {
+        match self {
+            Resume::Run(path) | Resume::Checkpoint(path) => path,
+        }
+    }
+}
+
+impl Target {
+    /// Loads and checks everything that the command line names.
+    ///
+    /// # Errors
+    /// With the exit code for a wrong command line, config or missing file.
+    pub fn resolve(args: &Args) -> anyhow::Result<Target> {
+        let resume = args.resume.as_deref().map(resume).transpose()?;
+        if !args.program.is_empty() {
+            if let Some(config) = &args.config {
+                let text = format!(
+                    "both a config ({}) and a program after -- are given",
+                    config.display()
+                );
+                bail!(Coded::new(exit::USAGE, text));
+            }
+            let mut program = args.program.clone();
+            program[0] = find_program(&program[0])?.into();
+            return Ok(Target {
+                what: What::Program(program),
+                resume,
+            });
+        }
+        let config = match (&args.config, &resume) {
+            (Some(path), _) => path.clone(),
+            (None, Some(Resume::Run(dir))) => last_config(dir),
+            (None, _) => bail!(Coded::new(
+                exit::USAGE,
+                "nothing to run\n  hint: give a CONFIG.yaml, or -- PROGRAM ARGS, or --resume RUN_FOLDER; see --help"
+            )),
+        };
+        let config = Config::load(&config, &args.overrides)
+            .map_err(|e| Coded::new(exit::CONFIG, e.to_string()))?;
+        let trainer = match &args.trainer {
+            Some(path) => std::path::absolute(path)?,
+            None => std::env::current_exe()
+                .context("cannot find the trainer")?
+                .with_file_name("tsm-trainer"),
+        };
+        if !is_executable(&trainer) {
+            let hint =
+                "build it (cargo build --release -p tsm-trainer), or name it with --trainer PATH";
+            let text = format!(
+                "cannot start the trainer: {} is not a program\n  hint: {hint}",
+                trainer.display()
+            );
+            bail!(Coded::new(exit::PREFLIGHT, text));
+        }
+        Ok(Target {
+            what: What::Trainer {
+                trainer,
+                config: Box::new(config),
+            },
+            resume,
+        })
+    }
+
+    /// The config, where there is one.
+    pub fn config(&self) -> Option<&Config> {
+        match &self.what {
+            What::Trainer { config, .. } => Some(config),
+            What::Program(_) => None,
+        }
+    }
+
+    /// Folder of run folders, and the name of this run.
+    pub fn place(&self) -> (PathBuf, String) {
+        match &self.what {
+            What::Trainer { config, .. } => (config.run.dir.clone(), config.run.name.clone()),
+            What::Program(program) => {
+                let name = Path::new(&program[0]).file_name().unwrap_or(&program[0]);
+                ("runs".into(), name.to_string_lossy().into_owned())
+            }
+        }
+    }
+
+    /// What a worker executes; `config` is the resolved one in the run folder.
+    pub fn command(&self, config: &Path) -> Vec<OsString> {
+        match &self.what {
+            What::Trainer { trainer, .. } => vec![trainer.into(), "--config".into(), config.into()],
+            What::Program(program) => program.clone(),
+        }
+    }
+}
+
+fn resume(path: &Path) -> anyhow::Result<Resume> {
+    let found = fs_err::metadata(path).map_err(|e| {
+        Coded::new(
+            exit::DATA,
+            format!("cannot resume: {e}\n  hint: give a run folder or a checkpoint of one"),
+        )
+    })?;
+    let path = std::path::absolute(path)?;
+    Ok(
+        if found.is_dir() && RunDir::new(&path).manifest().is_file() {
+            Resume::Run(path)
+        } else {
+            Resume::Checkpoint(path)
+        },
+    )
+}
+
+/// The config a run folder was last continued with: `config-3.yaml` before `config-2.yaml` before `config.yaml`.
+fn last_config(dir: &Path) -> PathBuf {
+    let numbered = |n: u32| dir.join(format!("config-{n}.yaml"));
+    let last = (2..).take_while(|&n| numbered(n).is_file()).last();
+    last.map_or_else(|| RunDir::new(dir).config(), numbered)
+}
+
+/// Looks a program up as a shell does, so that a missing one is known before anything starts.
+fn find_program(name: &OsString) -> anyhow::Result<PathBuf> {
+    let path = Path::new(name);
+    let found = if path.components().count() > 1 {
+        std::path::absolute(path).ok().filter(|p| is_executable(p))
+    } else {
+        let dirs = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&dirs)
+            .map(|dir| dir.join(path))
+            .find(|p| is_executable(p))
+    };
+    found.ok_or_else(|| {
+        let text = format!(
+            "cannot start {}: no such program\n  hint: check the name and PATH",
+            path.display()
+        );
+        Coded::new(exit::PREFLIGHT, text).into()
+    })
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_found_as_a_shell_does() {
+        assert!(find_program(&"sh".into()).unwrap().is_absolute());
+        let error = find_program(&"no-such-program".into()).unwrap_err();
+        assert_eq!(exit::code_of(&error), exit::PREFLIGHT);
+        let text = tempfile::NamedTempFile::new().unwrap();
+        assert!(find_program(&text.path().into()).is_err(), "a file that is no program");
+    }
+
+    #[test]
+    fn a_folder_with_a_manifest_is_a_run_and_anything_else_a_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(
+            resume(dir.path()).unwrap(),
+            Resume::Checkpoint(dir.path().into())
+        );
+        fs_err::write(dir.path().join("manifest.json"), "{}").unwrap();
+        assert_eq!(resume(dir.path()).unwrap(), Resume::Run(dir.path().into()));
+        assert_eq!(last_config(dir.path()), dir.path().join("config.yaml"));
+        fs_err::write(dir.path().join("config-2.yaml"), "").unwrap();
+        assert_eq!(last_config(dir.path()), dir.path().join("config-2.yaml"));
+        assert_eq!(
+            exit::code_of(&resume(&dir.path().join("none")).unwrap_err()),
+            exit::DATA
+        );
+    }
+}

@@ -1,0 +1,241 @@
+//! Deaths and messages of the workers, in the order in which they happened.
+//!
+//! One epoll instance holds every pidfd and every agent socket. The kernel appends a
+//! descriptor to epoll's ready list at the moment it becomes ready, and reads the list from its
+//! head, so even when the launcher was kept off the CPU while several ranks died, one look
+//! gives them in the order of their deaths. No clock of ours could.
+
+use anyhow::Context;
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::time::Timespec;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tsm_job::message::WorkerMessage;
+
+use crate::end::End;
+use crate::process::Worker;
+
+/// A worker that writes a longer line than this does not speak our language.
+const MAX_LINE: usize = 1 << 20;
+
+/// Something a worker did.
+#[derive(Debug)]
+pub enum Happening {
+    Ended(End),
+    Said(WorkerMessage),
+}
+
+/// All workers of this node.
+pub struct Watch {
+    epoll: AsyncFd<OwnedFd>,
+    agents: Vec<Agent>,
+}
+
+struct Agent {
+    stream: Option<UnixStream>,
+    pending: Vec<u8>,
+}
+
+impl Watch {
+    /// Call inside the tokio runtime, before any worker is started.
+    ///
+    /// # Errors
+    /// When the kernel refuses an epoll instance.
+    #[expect(
+        unsafe_code,
+        reason = "tokio cannot know that the descriptor stays open"
+    )]
+    pub fn new() -> anyhow::Result<Watch> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC).context("cannot watch workers")?;
+        // SAFETY: an OwnedFd always returns the same descriptor, and AsyncFd owns it until both are dropped.
+        let epoll = unsafe { AsyncFd::register_with_interest(epoll, Interest::READABLE) };
+        Ok(Watch {
+            epoll: epoll.context("cannot watch workers")?,
+            agents: Vec::new(),
+        })
+    }
+
+    /// Adds the worker of the next local rank.
+    ///
+    /// # Errors
+    /// When the kernel's limit of watches is reached.
+    pub fn add(&mut self, worker: &Worker, agent: UnixStream) -> anyhow::Result<()> {
+        let index = self.agents.len() as u64;
+        let epoll = self.epoll.get_ref();
+        // A pidfd stays readable after the death, so it must fire once only.
+        let once = EventFlags::IN | EventFlags::ONESHOT;
+        epoll::add(epoll, worker, EventData::new_u64(index << 1), once)
+            .context("cannot watch a worker")?;
+        let edge = EventFlags::IN | EventFlags::ET;
+        epoll::add(epoll, &agent, EventData::new_u64(index << 1 | 1), edge)
+            .context("cannot watch a worker")?;
+        self.agents.push(Agent {
+            stream: Some(agent),
+            pending: Vec::new(),
+        });
+        Ok(())
+    }
+
+    /// Waits until something happened; then all of it, in order, by local rank.
+    ///
+    /// # Errors
+    /// When epoll fails, which it does not.
+    pub async fn next(&mut self, workers: &[Worker]) -> anyhow::Result<Vec<(usize, Happening)>> {
+        loop {
+            let mut ready = self.epoll.readable().await?;
+            let events = poll(self.epoll.get_ref().as_fd())?;
+            if events.is_empty() {
+                ready.clear_ready();
+                continue;
+            }
+            drop(ready);
+            let mut happenings = Vec::new();
+            for event in events {
+                let (index, said) = ((event >> 1) as usize, event & 1 == 1);
+                // What a worker said, it said before it died, whatever is read first.
+                self.agents[index]
+                    .drain(|message| happenings.push((index, Happening::Said(message))));
+                if !said && let Some(end) = workers[index].end() {
+                    happenings.push((index, Happening::Ended(end)));
+                }
+            }
+            return Ok(happenings);
+        }
+    }
+}
+
+/// Up to 256 ready descriptors, without waiting.
+fn poll(epoll: impl AsFd) -> anyhow::Result<Vec<u64>> {
+    let mut events = Vec::with_capacity(256);
+    let none = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    rustix::io::retry_on_intr(|| epoll::wait(&epoll, spare_capacity(&mut events), Some(&none)))
+        .context("cannot watch workers: epoll_wait failed")?;
+    Ok(events.iter().map(|event| event.data.u64()).collect())
+}
+
+impl Agent {
+    /// Hands on every complete line that can be read as a message. Others are left out: a program may
+    /// have put the descriptor to a use of its own.
+    fn drain(&mut self, mut each: impl FnMut(WorkerMessage)) {
+        let Some(stream) = &mut self.stream else {
+            return;
+        };
+        let mut buffer = [0u8; 16 << 10];
+        loop {
+            match stream.read(&mut buffer) {
+                Ok(n) if n > 0 && self.pending.len() + n <= MAX_LINE => {
+                    self.pending.extend_from_slice(&buffer[..n]);
+                    let Some(end) = self.pending.iter().rposition(|&b| b == b'\n') else {
+                        continue;
+                    };
+                    self.pending[..end]
+                        .split(|&b| b == b'\n')
+                        .filter_map(|line| serde_json::from_slice(line).ok())
+                        .for_each(&mut each);
+                    self.pending.drain(..=end);
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
+                _ => {
+                    self.stream = None;
+                    return;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use tsm_job::message::FailureRecord;
+
+    fn agent() -> (Agent, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (
+            Agent {
+                stream: Some(ours),
+                pending: Vec::new(),
+            },
+            theirs,
+        )
+    }
+
+    fn read(agent: &mut Agent) -> Vec<WorkerMessage> {
+        let mut messages = Vec::new();
+        agent.drain(|m| messages.push(m));
+        messages
+    }
+
+    #[test]
+    fn messages_arrive_whole_whatever_the_pieces() {
+        let (mut agent, mut worker) = agent();
+        let failure = WorkerMessage::Failure(FailureRecord {
+            rank: 1,
+            step: Some(7),
+            code: 1,
+            cause: "panic".into(),
+            message: "boom".into(),
+            backtrace: None,
+        });
+        let line = serde_json::to_string(&failure).unwrap();
+        worker
+            .write_all(b"{\"kind\":\"step\",\"step\":6,\"epoch\":0}\nnot json\n")
+            .unwrap();
+        worker.write_all(&line.as_bytes()[..10]).unwrap();
+        assert_eq!(
+            read(&mut agent),
+            [WorkerMessage::Step { step: 6, epoch: 0 }]
+        );
+        worker.write_all(&line.as_bytes()[10..]).unwrap();
+        assert!(read(&mut agent).is_empty());
+        worker.write_all(b"\n").unwrap();
+        drop(worker);
+        assert_eq!(read(&mut agent), [failure]);
+        assert!(agent.stream.is_none());
+    }
+
+    #[test]
+    fn an_endless_line_is_given_up() {
+        let (mut agent, mut worker) = agent();
+        let chunk = [b'x'; 64 << 10];
+        for _ in 0..32 {
+            if agent.stream.is_none() {
+                break;
+            }
+            worker.write_all(&chunk).unwrap();
+            read(&mut agent);
+        }
+        assert!(agent.stream.is_none());
+    }
+
+    /// What the order of events rests on: descriptors are read in the order in which they became ready.
+    #[test]
+    fn epoll_reports_in_the_order_of_readiness() {
+        let epoll = epoll::create(CreateFlags::CLOEXEC).unwrap();
+        let pairs: Vec<_> = (0..64).map(|_| UnixStream::pair().unwrap()).collect();
+        for (i, (ours, _)) in pairs.iter().enumerate() {
+            epoll::add(
+                &epoll,
+                ours,
+                EventData::new_u64(i as u64),
+                EventFlags::IN | EventFlags::ONESHOT,
+            )
+            .unwrap();
+        }
+        let order: Vec<u64> = (0..64).map(|i| (i * 37 + 11) % 64).collect();
+        for &i in &order {
+            (&pairs[i as usize].1).write_all(b"x").unwrap();
+        }
+        assert_eq!(poll(&epoll).unwrap(), order);
+    }
+}

@@ -1,0 +1,126 @@
+//! The rank that failed first is named even when the others follow at once.
+
+use crate::harness::Scene;
+
+/// Rank `k` of `world` ends with 17; the others see its death through the kernel, wait `after_us`, and end with 1.
+fn culprit(k: u32, world: u32, after_ms: u32) -> (u64, i32, String) {
+    let scene = Scene::new();
+    let at = |name: &str| scene.path(name).display().to_string();
+    let ready = (0..world)
+        .filter(|&r| r != k)
+        .map(|r| format!("--wait-for {}{r}", at("ready")))
+        .collect::<Vec<_>>();
+    let script = format!(
+        "if [ $RANK = {k} ]; then exec $0 --touch {pid} {ready} --say culprit --exit 17; \
+         else exec $0 --wait-for {pid} --touch {r}{{rank}} --wait-death {pid} --sleep-ms {after_ms} --say lost --exit 1; fi",
+        pid = at("pid"),
+        ready = ready.join(" "),
+        r = at("ready"),
+    );
+    let world_text = world.to_string();
+    let words = [
+        "--cpus",
+        &world_text,
+        "--run-dir",
+        "run",
+        "--",
+        "sh",
+        "-c",
+        &script,
+        crate::harness::FAKE,
+    ];
+    let outcome = crate::harness::finish(crate::harness::start(&mut scene.command(&words)));
+    (
+        scene.json("failure.json")["rank"].as_u64().unwrap(),
+        outcome.code,
+        outcome.err,
+    )
+}
+
+#[test]
+fn the_culprit_is_right_when_the_others_follow_after_a_millisecond() {
+    for repetition in 0..24 {
+        let k = repetition % 8;
+        let (rank, code, err) = culprit(k, 8, 1);
+        assert_eq!(
+            (rank, code),
+            (u64::from(k), 17),
+            "repetition {repetition}\n{err}"
+        );
+        assert!(err.contains("    | culprit\n"), "{err}");
+    }
+}
+
+#[test]
+fn the_culprit_is_right_when_the_others_follow_at_once() {
+    for repetition in 0..8 {
+        let k = 7 - repetition;
+        let (rank, code, err) = culprit(k, 8, 0);
+        assert_eq!(
+            (rank, code),
+            (u64::from(k), 17),
+            "repetition {repetition}\n{err}"
+        );
+    }
+}
+
+#[test]
+fn a_failure_that_was_announced_counts_before_a_silent_end() {
+    let scene = Scene::new();
+    let said = scene.path("said").display().to_string();
+    let script = format!(
+        "if [ $RANK = 1 ]; then exec $0 --record panic --touch {said} --hang; else exec $0 --wait-for {said} --exit 1; fi"
+    );
+    let words = [
+        "--cpus",
+        "2",
+        "--run-dir",
+        "run",
+        "--grace",
+        "20s",
+        "--",
+        "sh",
+        "-c",
+        &script,
+        crate::harness::FAKE,
+    ];
+    let outcome = crate::harness::finish(crate::harness::start(&mut scene.command(&words)));
+    assert_eq!(scene.json("failure.json")["rank"], 1, "{}", outcome.err);
+    assert_eq!(outcome.code, 1);
+}
+
+#[test]
+fn a_rank_that_lost_its_peer_is_not_blamed() {
+    let scene = Scene::new();
+    let gone = scene.path("gone").display().to_string();
+    // Rank 0 ends first, but says that it lost a peer; rank 1 dies of a signal nobody here sent.
+    let script = format!(
+        "if [ $RANK = 1 ]; then exec $0 --wait-for {gone} --wait-death {gone} --kill 11; \
+         else exec $0 --touch {gone} --record peer --exit 76; fi"
+    );
+    let words = [
+        "--cpus",
+        "2",
+        "--run-dir",
+        "run",
+        "--",
+        "sh",
+        "-c",
+        &script,
+        crate::harness::FAKE,
+    ];
+    let outcome = crate::harness::finish(crate::harness::start(&mut scene.command(&words)));
+    // The stop signal may be faster than rank 1's own; then there is only the lost peer to name.
+    let failure = scene.json("failure.json");
+    let expected = if failure["others"][0]["role"] == "stopped" {
+        (0, 76)
+    } else {
+        (1, 139)
+    };
+    assert_eq!(
+        (failure["rank"].as_i64().unwrap(), outcome.code),
+        expected,
+        "{}",
+        outcome.err
+    );
+}

@@ -1,0 +1,191 @@
+//! Starts `tsm-launch` with fake workers in a folder of its own.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+pub const FAKE: &str = env!("CARGO_BIN_EXE_fake-worker");
+
+/// Far longer than anything takes, so that only a hang reaches it, also on a busy machine.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A folder for one test; the run folder is `run` in it.
+pub struct Scene {
+    dir: tempfile::TempDir,
+}
+
+/// What a launcher left.
+pub struct Outcome {
+    /// As a shell reports it.
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+    pub took: Duration,
+}
+
+impl Scene {
+    pub fn new() -> Scene {
+        Scene {
+            dir: tempfile::tempdir().expect("a temporary folder"),
+        }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn run_dir(&self) -> PathBuf {
+        self.path("run")
+    }
+
+    /// `tsm-launch` with these words, in this folder, with a clean environment.
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tsm-launch"));
+        command
+            .args(words)
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null());
+        for name in tsm_launch::plan::RANK_VARIABLES {
+            command.env_remove(name);
+        }
+        command
+            .env_remove("OMP_NUM_THREADS")
+            .env_remove("CUDA_VISIBLE_DEVICES");
+        command
+    }
+
+    /// Runs `tsm-launch` with `options` and fake workers that do `actions`, to its end.
+    pub fn launch(&self, options: &str, actions: &str) -> Outcome {
+        finish(self.start(options, actions))
+    }
+
+    /// As [`Self::launch`], without waiting.
+    pub fn start(&self, options: &str, actions: &str) -> Running {
+        let mut words = vec!["--run-dir", "run"];
+        words.extend(options.split_whitespace());
+        words.extend(["--", FAKE]);
+        words.extend(actions.split_whitespace());
+        start(&mut self.command(&words))
+    }
+
+    pub fn read(&self, name: &str) -> String {
+        let path = self.run_dir().join(name);
+        fs_err::read_to_string(path).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// The log of one rank.
+    pub fn log(&self, rank: u32, kind: &str) -> Vec<u8> {
+        let host = tsm_launch::manifest::host();
+        fs_err::read(self.run_dir().join(format!("logs/{host}-{rank}.{kind}")))
+            .unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    pub fn json(&self, name: &str) -> serde_json::Value {
+        serde_json::from_str(&self.read(name)).expect("JSON")
+    }
+
+    /// Waits until `ranks` workers have made the file `<name><rank>` here; their pids.
+    pub fn wait_for_pids(&self, name: &str, ranks: u32) -> Vec<i32> {
+        let read = |rank| {
+            fs_err::read_to_string(self.path(&format!("{name}{rank}")))
+                .ok()?
+                .parse()
+                .ok()
+        };
+        until("the workers to start", || {
+            (0..ranks).map(read).collect::<Option<Vec<i32>>>()
+        })
+    }
+}
+
+/// A launcher at work. Dropped while it runs (a failing test), it is killed.
+pub struct Running {
+    child: Option<Child>,
+    since: Instant,
+}
+
+impl Running {
+    pub fn pid(&self) -> i32 {
+        self.child.as_ref().expect("running").id() as i32
+    }
+
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(self.pid()).expect("a pid");
+        rustix::process::kill_process(pid, signal).expect("the launcher runs");
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+pub fn start(command: &mut Command) -> Running {
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("tsm-launch starts");
+    Running {
+        child: Some(child),
+        since: Instant::now(),
+    }
+}
+
+/// Waits for the end; the launcher's own output comes with it.
+pub fn finish(mut running: Running) -> Outcome {
+    let child = running.child.take().expect("running");
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = child.wait_with_output().expect("tsm-launch ends");
+    Outcome {
+        code: status
+            .code()
+            .or(status.signal().map(|s| 128 + s))
+            .expect("ended"),
+        out: String::from_utf8_lossy(&stdout).into_owned(),
+        err: String::from_utf8_lossy(&stderr).into_owned(),
+        took: running.since.elapsed(),
+    }
+}
+
+/// Looks again and again until `look` finds something.
+pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(start.elapsed() < DEADLINE, "waited {DEADLINE:?} for {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Whether a process runs; a zombie does not.
+pub fn alive(pid: i32) -> bool {
+    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.trim_start().chars().next());
+    matches!(state, Some(state) if !"ZX".contains(state))
+}
+
+/// Processes that were started with `marker` (a path of one test) among their arguments.
+pub fn survivors(marker: &Path) -> Vec<String> {
+    let marker = marker.to_string_lossy().into_owned();
+    let entries = fs_err::read_dir("/proc").expect("/proc").flatten();
+    let command = |e: fs_err::DirEntry| {
+        let pid: i32 = e.file_name().to_str()?.parse().ok()?;
+        let command = fs_err::read(e.path().join("cmdline")).ok()?;
+        let command = String::from_utf8_lossy(&command).replace('\0', " ");
+        (alive(pid) && command.contains(&marker)).then(|| format!("{pid}: {command}"))
+    };
+    entries.filter_map(command).collect()
+}

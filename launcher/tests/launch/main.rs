@@ -1,0 +1,11 @@
+//! The launcher with real processes: exit codes, reports, files, and that nothing survives.
+
+mod harness;
+
+mod cascade;
+mod output;
+mod pytorch;
+mod refusals;
+mod resume;
+mod start;
+mod stop;

@@ -1,0 +1,120 @@
+//! Logs: nothing lost, nothing torn.
+
+use crate::harness::Scene;
+
+const LINES: usize = 50_000;
+
+#[test]
+fn no_line_of_four_busy_ranks_is_lost_or_torn() {
+    let scene = Scene::new();
+    let outcome = scene.launch("--cpus 4", &format!("--spam {LINES}"));
+    assert_eq!(outcome.code, 0);
+    for (kind, letter, width, console) in [
+        ("out", "o", 90, &outcome.out),
+        ("err", "e", 70, &outcome.err),
+    ] {
+        let mut next = [0usize; 4];
+        for line in console
+            .lines()
+            .filter(|line| !line.starts_with("tsm-launch: "))
+        {
+            let (rank, text) = line
+                .split_once(" | ")
+                .unwrap_or_else(|| panic!("torn: {line:?}"));
+            let rank: usize = rank.parse().unwrap_or_else(|_| panic!("torn: {line:?}"));
+            let i = next[rank];
+            assert_eq!(
+                text,
+                format!("{kind} {rank} {i} {}", letter.repeat(i % width))
+            );
+            next[rank] += 1;
+        }
+        assert_eq!(next, [LINES; 4]);
+        for rank in 0..4 {
+            let log = String::from_utf8(scene.log(rank, kind)).unwrap();
+            let expected =
+                (0..LINES).map(|i| format!("{kind} {rank} {i} {}\n", letter.repeat(i % width)));
+            assert!(
+                log.chars().eq(expected.collect::<String>().chars()),
+                "{kind} of rank {rank} differs"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_last_words_before_a_crash_are_kept() {
+    for _ in 0..10 {
+        let scene = Scene::new();
+        let outcome = scene.launch(
+            "--cpus 2",
+            "--on-rank 1 --spam 500 --say last-words --kill 9",
+        );
+        assert_eq!(outcome.code, 137);
+        assert!(scene.log(1, "err").ends_with(b"last-words\n"));
+        assert!(
+            outcome.err.contains("    | last-words\n"),
+            "{}",
+            outcome.err
+        );
+    }
+}
+
+#[test]
+fn chosen_ranks_are_shown_and_all_are_kept() {
+    for (show, shown) in [
+        ("none", vec![]),
+        ("0,2", vec![0, 2]),
+        ("all", vec![0, 1, 2]),
+    ] {
+        let scene = Scene::new();
+        let outcome = scene.launch(&format!("--cpus 3 --show-ranks {show}"), "--say hello");
+        for rank in 0..3 {
+            assert_eq!(
+                outcome.err.contains(&format!("{rank} | hello\n")),
+                shown.contains(&rank),
+                "{show} {rank}"
+            );
+            assert_eq!(scene.log(rank, "err"), b"hello\n");
+        }
+    }
+}
+
+#[test]
+fn bytes_that_are_no_text_pass_through() {
+    let scene = Scene::new();
+    let outcome = scene.launch("--cpus 1", "--raw ff00fe0a0d31300d32300a --exit 2");
+    assert_eq!(outcome.code, 2);
+    assert_eq!(scene.log(0, "err"), b"\xff\x00\xfe\n\r10\r20\n");
+    assert!(
+        outcome.err.contains("0 | 20\n"),
+        "of a progress bar the last state is shown: {}",
+        outcome.err
+    );
+    let failure = scene.json("failure.json");
+    assert_eq!(failure["stderr"][1], "20");
+}
+
+#[test]
+fn a_reader_that_goes_away_stops_nothing() {
+    let scene = Scene::new();
+    let launch = env!("CARGO_BIN_EXE_tsm-launch");
+    let fake = crate::harness::FAKE;
+    let script = format!(
+        "{{ {launch} --cpus 2 --run-dir run -- {fake} --spam 20000; echo code $? >&2; }} | head -n 1"
+    );
+    let mut command = std::process::Command::new("sh");
+    let output = command
+        .args(["-c", &script])
+        .current_dir(scene.path("."))
+        .output()
+        .unwrap();
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        err.contains("code 0\n"),
+        "{}",
+        &err[err.len().saturating_sub(500)..]
+    );
+    let log = String::from_utf8(scene.log(1, "out")).unwrap();
+    assert_eq!(log.lines().count(), 20_000);
+}

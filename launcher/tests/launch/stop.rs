@@ -1,0 +1,262 @@
+//! The stop path: failure, signals, grace, orphans.
+
+use crate::harness::{FAKE, Scene, alive, finish, start, survivors, until};
+use rustix::process::Signal;
+use std::time::Duration;
+
+#[test]
+fn the_exit_code_is_that_of_the_rank_that_failed() {
+    for (action, code, text) in [
+        ("--exit 17", 17, "rank 1 failed first: exit code 17"),
+        ("--exit 3", 3, "rank 1 failed first: exit code 3"),
+        ("--kill 9", 137, "rank 1 failed first: signal 9 (SIGKILL)"),
+        ("--kill 11", 139, "rank 1 failed first: signal 11 (SIGSEGV)"),
+        ("--kill 15", 143, "rank 1 failed first: signal 15 (SIGTERM)"),
+    ] {
+        let scene = Scene::new();
+        let outcome = scene.launch("--cpus 3", &format!("--on-rank 1 {action}"));
+        assert_eq!(outcome.code, code, "{action}\n{}", outcome.err);
+        assert!(outcome.err.contains(text), "{action}\n{}", outcome.err);
+        assert_eq!(scene.json("failure.json")["rank"], 1);
+        assert_eq!(scene.json("manifest.json")["exit_code"], code);
+    }
+}
+
+#[test]
+fn the_report_holds_the_record_the_step_and_the_end_of_stderr() {
+    let scene = Scene::new();
+    let outcome = scene.launch(
+        "--cpus 2",
+        "--on-rank 1 --step 41 --step 42 --spam 100 --record panic --exit 70",
+    );
+    assert_eq!(outcome.code, 70);
+    let report = &outcome.err[outcome.err.find("error: rank 1").expect("a report")..];
+    for part in [
+        "last finished step 42",
+        "panic: index 7 out of range",
+        "| err 1 99 ",
+        "last 50 lines of stderr",
+    ] {
+        assert!(report.contains(part), "{part}\n{report}");
+    }
+    assert!(
+        !report.contains("| err 1 49 "),
+        "50 lines are enough\n{report}"
+    );
+    let failure = scene.json("failure.json");
+    assert_eq!(
+        (&failure["cause"], &failure["step"]),
+        (&"panic".into(), &42.into())
+    );
+    assert_eq!(failure["stderr"].as_array().unwrap().len(), 50);
+    assert_eq!(failure["others"][0]["role"], "stopped");
+    assert_eq!(failure["backtrace"], "0: main");
+}
+
+#[test]
+fn torchs_error_file_is_in_the_report() {
+    let scene = Scene::new();
+    let outcome = scene.launch("--cpus 2", "--on-rank 0 --error-file ValueError:x --exit 1");
+    assert!(
+        outcome.err.contains("exception: ValueError:x"),
+        "{}",
+        outcome.err
+    );
+    assert_eq!(scene.json("failure.json")["message"], "ValueError:x");
+}
+
+#[test]
+fn a_worker_that_ignores_sigterm_is_killed_after_the_grace() {
+    let scene = Scene::new();
+    let ready = scene.path("ready");
+    let wait = format!(
+        "--ignore-sigterm --touch {0}{{rank}} --wait-for {0}0 --wait-for {0}1",
+        ready.display()
+    );
+    let outcome = scene.launch(
+        "--cpus 2 --grace 300ms",
+        &format!("{wait} --on-rank 0 --exit 5"),
+    );
+    assert_eq!(outcome.code, 5, "{}", outcome.err);
+    assert!(
+        outcome.took >= Duration::from_millis(300),
+        "{:?}",
+        outcome.took
+    );
+    assert!(outcome.took < Duration::from_secs(20), "{:?}", outcome.took);
+    assert!(
+        outcome
+            .err
+            .contains("rank 1: stopped by the launcher: signal 9 (SIGKILL)"),
+        "{}",
+        outcome.err
+    );
+}
+
+#[test]
+fn ctrl_c_is_forwarded_and_workers_may_end_in_order() {
+    let scene = Scene::new();
+    let ready = scene.path("ready").display().to_string();
+    let running = scene.start(
+        "--cpus 2",
+        &format!("--exit-on 2 0 --touch {ready}{{rank}} --hang"),
+    );
+    scene.wait_for_pids("ready", 2);
+    running.signal(Signal::INT);
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 130, "{}", outcome.err);
+    let manifest = scene.json("manifest.json");
+    assert_eq!(
+        (&manifest["outcome"], &manifest["ranks"][0]["end"]["code"]),
+        (&"stopped".into(), &0.into())
+    );
+    assert!(!scene.run_dir().join("failure.json").exists());
+}
+
+#[test]
+fn sigterm_and_sighup_stop_the_job_too() {
+    for (signal, code) in [(Signal::TERM, 143), (Signal::HUP, 129)] {
+        let scene = Scene::new();
+        let ready = scene.path("ready").display().to_string();
+        let running = scene.start("--cpus 1", &format!("--touch {ready}{{rank}} --hang"));
+        scene.wait_for_pids("ready", 1);
+        running.signal(signal);
+        let outcome = finish(running);
+        assert_eq!(outcome.code, code, "{}", outcome.err);
+    }
+}
+
+#[test]
+fn the_second_ctrl_c_kills() {
+    let scene = Scene::new();
+    let ready = scene.path("ready").display().to_string();
+    let actions = format!("--touch {ready}{{rank}} --hang");
+    let ignoring = [
+        "--cpus",
+        "2",
+        "--run-dir",
+        "run",
+        "--",
+        "sh",
+        "-c",
+        r#"trap "" INT; exec "$0" "$@""#,
+        FAKE,
+    ];
+    let words: Vec<&str> = ignoring.into_iter().chain(actions.split(' ')).collect();
+    let running = start(&mut scene.command(&words));
+    let pids = scene.wait_for_pids("ready", 2);
+    running.signal(Signal::INT);
+    until("the first SIGINT to be seen", || {
+        scene
+            .read("events.jsonl")
+            .contains(r#""event":"send","rank":1,"signal":"SIGINT""#)
+            .then_some(())
+    });
+    assert!(
+        pids.iter().all(|&pid| alive(pid)),
+        "the workers ignore the first"
+    );
+    running.signal(Signal::INT);
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 130, "{}", outcome.err);
+    assert!(
+        outcome.took < Duration::from_secs(25),
+        "not the grace of 30 s: {:?}",
+        outcome.took
+    );
+    assert_eq!(scene.json("manifest.json")["ranks"][1]["end"]["signal"], 9);
+}
+
+#[test]
+fn user_signals_are_passed_on_and_stop_nothing() {
+    let scene = Scene::new();
+    let ready = scene.path("ready").display().to_string();
+    let running = scene.start(
+        "--cpus 2",
+        &format!("--exit-on 10 0 --touch {ready}{{rank}} --hang"),
+    );
+    scene.wait_for_pids("ready", 2);
+    running.signal(Signal::USR1);
+    assert_eq!(
+        finish(running).code,
+        0,
+        "each worker ended with 0 on SIGUSR1"
+    );
+}
+
+#[test]
+fn nothing_survives_the_sigkill_of_the_launcher() {
+    let scene = Scene::new();
+    let ready = scene.path("ready").display().to_string();
+    let running = scene.start(
+        "--cpus 4",
+        &format!("--ignore-sigterm --fork --touch {ready}{{rank}} --hang"),
+    );
+    let workers = scene.wait_for_pids("ready", 4);
+    let children: Vec<i32> = (0..4)
+        .map(|rank| {
+            until("the children's pids", || {
+                String::from_utf8(scene.log(rank, "out"))
+                    .ok()?
+                    .trim()
+                    .strip_prefix("child ")?
+                    .parse()
+                    .ok()
+            })
+        })
+        .collect();
+    assert!(workers.iter().chain(&children).all(|&pid| alive(pid)));
+    running.signal(Signal::KILL);
+    assert_eq!(finish(running).code, 137);
+    let dead = |pids: &[i32]| pids.iter().all(|&pid| !alive(pid)).then_some(());
+    until("the workers to die", || dead(&workers));
+    until("their children to die", || dead(&children));
+}
+
+#[test]
+fn what_a_worker_started_ends_with_the_job() {
+    for (actions, code) in [("--fork", 0), ("--fork --exit 4", 4)] {
+        let scene = Scene::new();
+        let outcome = scene.launch("--cpus 2 --grace 5s", actions);
+        assert_eq!(outcome.code, code, "{}", outcome.err);
+        for rank in 0..2 {
+            let out = String::from_utf8(scene.log(rank, "out")).unwrap();
+            let child: i32 = out.trim().strip_prefix("child ").unwrap().parse().unwrap();
+            assert!(!alive(child));
+        }
+        assert!(
+            outcome.took < Duration::from_secs(5),
+            "SIGTERM ends them, not the grace: {:?}",
+            outcome.took
+        );
+    }
+}
+
+#[test]
+fn a_process_that_leaves_the_session_does_not_hold_up_the_end() {
+    let scene = Scene::new();
+    let marker = scene.path("marker");
+    let script = format!(
+        "setsid sh -c 'sleep 5; : {}' & echo started",
+        marker.display()
+    );
+    let outcome = finish(start(
+        &mut scene.command(&["--cpus", "1", "--", "sh", "-c", &script]),
+    ));
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert!(
+        outcome.took < Duration::from_millis(4500),
+        "{:?}",
+        outcome.took
+    );
+    assert!(
+        outcome
+            .err
+            .contains("warning: a process that left its session"),
+        "{}",
+        outcome.err
+    );
+    until("the process to end by itself", || {
+        survivors(&marker).is_empty().then_some(())
+    });
+}
