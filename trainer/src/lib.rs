@@ -3,8 +3,10 @@
 //! [`train`] is the loop and the only module that knows the others.
 
 pub mod checkpoint;
+pub mod cli;
 pub mod ddp;
 pub mod eval;
+mod failure;
 pub mod meter;
 pub mod model;
 pub mod optim;
@@ -12,3 +14,5 @@ pub mod precision;
 pub mod report;
 pub mod train;
 pub mod weights;
+
+pub use cli::main;

@@ -38,11 +38,35 @@ pub struct Coded {
 
 impl Coded {
     pub fn new(code: i32, message: impl Into<String>) -> Self {
-        Coded { code, message: message.into() }
+        Coded {
+            code,
+            message: message.into(),
+        }
     }
 }
 
 /// The exit code an error asks for; [`BUG`]'s neighbour 1 where none was given.
 pub fn code_of(error: &anyhow::Error) -> i32 {
-    error.chain().find_map(|e| e.downcast_ref::<Coded>().map(|c| c.code)).unwrap_or(1)
+    // `downcast_ref` finds a `Coded` given as context, which the chain hides behind its own type.
+    let in_context = error.downcast_ref::<Coded>();
+    let coded = in_context.or_else(|| error.chain().find_map(|e| e.downcast_ref()));
+    coded.map_or(1, |c| c.code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn a_code_is_found_wherever_it_was_given() {
+        let plain: anyhow::Error = Coded::new(DATA, "list").into();
+        assert_eq!(code_of(&plain.context("outer")), DATA);
+        let disk = || Err::<(), _>(std::io::Error::other("disk full"));
+        let as_context = disk()
+            .context(Coded::new(CANNOT_WRITE, "demo"))
+            .unwrap_err();
+        assert_eq!(code_of(&as_context.context("outer")), CANNOT_WRITE);
+        assert_eq!(code_of(&disk().context("no code").unwrap_err()), 1);
+    }
 }

@@ -11,7 +11,11 @@ use std::sync::Mutex;
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum WorkerMessage {
     /// First line: who speaks.
-    Hello { rank: u32, pid: u32, version: String },
+    Hello {
+        rank: u32,
+        pid: u32,
+        version: String,
+    },
     /// An optimizer step was finished.
     Step { step: u64, epoch: u32 },
     /// What the worker is doing: `load`, `train`, `validate`, `checkpoint`.
@@ -39,7 +43,10 @@ pub struct AgentLink(Option<Mutex<UnixStream>>);
 
 impl AgentLink {
     /// Takes over the descriptor of `TSM_AGENT_FD`. Call once a process.
-    #[expect(unsafe_code, reason = "a descriptor number from the environment becomes a socket")]
+    #[expect(
+        unsafe_code,
+        reason = "a descriptor number from the environment becomes a socket"
+    )]
     pub fn open(agent_fd: Option<i32>) -> AgentLink {
         // SAFETY: the launcher passes the descriptor for this process alone; nothing else owns it.
         AgentLink(agent_fd.map(|fd| Mutex::new(unsafe { UnixStream::from_raw_fd(fd) })))

@@ -41,7 +41,10 @@ impl RunDir {
     }
     /// One worker's output: `<host>-<rank>.out` or `.err`.
     pub fn log(&self, host: &str, rank: u32, stderr: bool) -> PathBuf {
-        self.logs().join(format!("{host}-{rank}.{}", if stderr { "err" } else { "out" }))
+        self.logs().join(format!(
+            "{host}-{rank}.{}",
+            if stderr { "err" } else { "out" }
+        ))
     }
     /// The first failure, if the job failed.
     pub fn failure(&self) -> PathBuf {
@@ -54,5 +57,44 @@ impl RunDir {
     /// Final report for people, with the curves.
     pub fn report(&self) -> PathBuf {
         self.0.join("report.md")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_has_its_own_place_below_the_folder() {
+        let run = RunDir::new("runs/a");
+        let files = [
+            run.config(),
+            run.manifest(),
+            run.events(),
+            run.metrics(),
+            run.tb(),
+            run.checkpoints(),
+            run.logs(),
+            run.failure(),
+            run.summary(),
+            run.report(),
+        ];
+        for (i, file) in files.iter().enumerate() {
+            assert_eq!(file.parent(), Some(run.path()));
+            assert!(!files[..i].contains(file), "{}", file.display());
+        }
+    }
+
+    #[test]
+    fn a_log_names_host_rank_and_stream() {
+        let run = RunDir::new("runs/a");
+        assert_eq!(
+            run.log("gpu-03", 12, false),
+            Path::new("runs/a/logs/gpu-03-12.out")
+        );
+        assert_eq!(
+            run.log("gpu-03", 12, true),
+            Path::new("runs/a/logs/gpu-03-12.err")
+        );
     }
 }

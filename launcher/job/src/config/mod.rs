@@ -1,9 +1,16 @@
 //! One YAML per job. [`Config::load`] parses, applies dotted overrides and validates.
 
+mod explain;
 mod load;
+mod overrides;
+mod problem;
+mod template;
+#[cfg(test)]
+mod tests;
+mod tree;
 mod validate;
 
-pub use load::{ConfigError, Problem};
+pub use problem::{ConfigError, Problem};
 
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -369,6 +376,8 @@ pub struct Optim {
     pub weight_decay: f64,
     pub groups: Groups,
     /// Limit of the global L2 norm of the gradients; `null`: no limit.
+    // Serde takes a missing Option for null; with a named function the key has to be there.
+    #[serde(deserialize_with = "Option::deserialize")]
     pub max_grad_norm: Option<f64>,
     pub schedule: Schedule,
     #[serde(default)]
@@ -415,7 +424,9 @@ pub struct Warmup {
 impl Config {
     /// Clips in one optimizer step over all ranks.
     pub fn global_batch(&self, world_size: u32) -> u64 {
-        u64::from(world_size) * u64::from(self.train.batch_per_rank) * u64::from(self.train.accumulation)
+        u64::from(world_size)
+            * u64::from(self.train.batch_per_rank)
+            * u64::from(self.train.accumulation)
     }
 
     /// The learning rate used: the linear scaling rule applied to [`Optim::lr`].
@@ -490,18 +501,24 @@ pub mod duration {
     /// Reads `500ms`, `30s`, `10m` or `2h`.
     pub fn parse(text: &str) -> Result<Duration, String> {
         let text = text.trim();
-        let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let split = text
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .unwrap_or(text.len());
         let (number, unit) = text.split_at(split);
         let seconds = match unit {
             "ms" => 1e-3,
             "s" => 1.0,
             "m" => 60.0,
             "h" => 3600.0,
-            _ => return Err(format!("`{text}` is not a duration; write it like 500ms, 30s, 10m or 2h")),
+            _ => {
+                return Err(format!(
+                    "`{text}` is not a duration; write it like 500ms, 30s, 10m or 2h"
+                ));
+            }
         };
-        let number: f64 = number
-            .parse()
-            .map_err(|_| format!("`{text}` is not a duration; write it like 500ms, 30s, 10m or 2h"))?;
+        let number: f64 = number.parse().map_err(|_| {
+            format!("`{text}` is not a duration; write it like 500ms, 30s, 10m or 2h")
+        })?;
         Duration::try_from_secs_f64(number * seconds).map_err(|e| format!("`{text}`: {e}"))
     }
 
@@ -510,9 +527,9 @@ pub mod duration {
         let ms = d.as_millis();
         match ms {
             0 => "0s".into(),
-            _ if ms % 3_600_000 == 0 => format!("{}h", ms / 3_600_000),
-            _ if ms % 60_000 == 0 => format!("{}m", ms / 60_000),
-            _ if ms % 1000 == 0 => format!("{}s", ms / 1000),
+            _ if ms.is_multiple_of(3_600_000) => format!("{}h", ms / 3_600_000),
+            _ if ms.is_multiple_of(60_000) => format!("{}m", ms / 60_000),
+            _ if ms.is_multiple_of(1000) => format!("{}s", ms / 1000),
             _ => format!("{ms}ms"),
         }
     }

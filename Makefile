@@ -1,0 +1,25 @@
+# The two commands a newcomer needs: `make demo` and `make test`.
+.PHONY: demo test setup build lint clean peers
+
+CARGO ?= cargo
+
+demo: build
+	@scripts/demo.sh
+
+build: setup
+	@$(CARGO) build --release --quiet -p tsm-launch -p tsm-trainer -p tsm-data
+
+setup:
+	@scripts/setup.sh build
+
+test:
+	@scripts/setup.sh test
+	$(CARGO) test --release --workspace --no-fail-fast
+
+lint:
+	@scripts/setup.sh build
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+
+clean:
+	rm -rf target runs data/demo

@@ -1,0 +1,182 @@
+//! The folder `checkpoints/` of a run: which files are in it, which one to resume from, which to
+//! drop.
+
+use super::file::{self, broken, cannot_write, file_name, manifest_of};
+use super::{Meta, Snapshot};
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use tsm_job::exit::{self, Coded};
+
+/// The checkpoints of a run. Only rank 0 may write.
+#[derive(Debug)]
+pub struct Checkpoints {
+    dir: PathBuf,
+    keep_last: usize,
+}
+
+/// A checkpoint found by [`find`].
+#[derive(Debug)]
+pub struct Found {
+    pub snapshot: Snapshot,
+    /// Its tensor file.
+    pub path: PathBuf,
+    /// Newer checkpoints that could not be used, each with the reason: warn about them.
+    pub skipped: Vec<String>,
+}
+
+impl Checkpoints {
+    /// Opens the folder for writing: makes it, and removes what an interrupted save left behind.
+    ///
+    /// # Errors
+    /// The folder cannot be made or read (exit code CANNOT_WRITE).
+    pub fn open(dir: &Path, keep_last: u32) -> Result<Checkpoints> {
+        fs_err::create_dir_all(dir).map_err(|e| cannot_write(dir, 0, &e))?;
+        for name in names(dir)? {
+            if name.starts_with(file::TEMPORARY) {
+                remove(&dir.join(&name))?;
+            }
+        }
+        Ok(Checkpoints {
+            dir: dir.to_path_buf(),
+            keep_last: keep_last.max(1) as usize,
+        })
+    }
+
+    /// Saves `step-<meta.step>`, drops the oldest beyond `keep_last`, and with `best` makes it
+    /// `best.safetensors` and `best.json` too. Returns the tensor file's path.
+    ///
+    /// # Errors
+    /// Exit code CANNOT_WRITE with the path, the bytes needed and the bytes free; the earlier
+    /// checkpoints are then as they were.
+    pub fn save(&self, snapshot: &Snapshot, best: bool) -> Result<PathBuf> {
+        let path = self
+            .dir
+            .join(format!("step-{:08}.safetensors", snapshot.meta.step));
+        let manifest = file::write(&path, snapshot)?;
+        if best {
+            self.link_best(&path, manifest)?;
+        }
+        self.prune()?;
+        Ok(path)
+    }
+
+    /// What the manifest of the best checkpoint says; `None` when there is none.
+    pub fn best(&self) -> Result<Option<Meta>> {
+        let path = self.dir.join("best.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        Ok(Some(file::read_manifest(&path)?.meta))
+    }
+
+    fn link_best(&self, path: &Path, mut manifest: file::Manifest) -> Result<()> {
+        let best = self.dir.join("best.safetensors");
+        let temporary = file::temporary(&best);
+        let bytes = manifest.bytes;
+        // Some file systems have no hard links.
+        if fs_err::hard_link(path, &temporary).is_err()
+            && let Err(e) = fs_err::copy(path, &temporary)
+        {
+            let _ = fs_err::remove_file(&temporary);
+            return Err(cannot_write(&best, bytes, &e));
+        }
+        file::publish(&temporary, &best, bytes)?;
+        manifest.file = file_name(&best);
+        file::write_manifest(&manifest_of(&best), &manifest)
+    }
+
+    fn prune(&self) -> Result<()> {
+        for (_, manifest) in steps(&self.dir)?.into_iter().skip(self.keep_last) {
+            // Without its manifest a checkpoint no longer exists: a crash in between leaves no
+            // manifest whose tensors are gone.
+            remove(&manifest)?;
+            let tensors = manifest.with_extension("safetensors");
+            if tensors.exists() {
+                remove(&tensors)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The checkpoint to resume from. `path` is a run folder, its `checkpoints` folder (the newest
+/// valid one is taken), or one checkpoint's `.safetensors` or `.json` file.
+///
+/// # Errors
+/// There is none, or the one named is not usable (exit code DATA).
+pub fn find(path: &Path) -> Result<Found> {
+    if !path.is_dir() {
+        if !path.exists() {
+            return Err(nothing(path, "it does not exist"));
+        }
+        let manifest = manifest_of(path);
+        if !manifest.exists() {
+            return Err(broken(
+                path,
+                &format!("it has no manifest {}", manifest.display()),
+            ));
+        }
+        return Ok(Found {
+            snapshot: file::read(&manifest)?,
+            path: path.with_extension("safetensors"),
+            skipped: Vec::new(),
+        });
+    }
+    let inner = path.join("checkpoints");
+    let dir = if inner.is_dir() { &inner } else { path };
+    let mut skipped = Vec::new();
+    for (_, manifest) in steps(dir)? {
+        match file::read(&manifest) {
+            Ok(snapshot) => {
+                return Ok(Found {
+                    snapshot,
+                    path: manifest.with_extension("safetensors"),
+                    skipped,
+                });
+            }
+            Err(e) => skipped.push(format!("{e:#}")),
+        }
+    }
+    let why = match skipped.len() {
+        0 => "it holds no step-*.json".to_string(),
+        n => format!(
+            "none of its {n} checkpoints is usable:\n  {}",
+            skipped.join("\n  ")
+        ),
+    };
+    Err(nothing(dir, &why))
+}
+
+fn nothing(path: &Path, why: &str) -> anyhow::Error {
+    Coded::new(
+        exit::DATA,
+        format!("cannot resume from {}: {why}", path.display()),
+    )
+    .into()
+}
+
+/// Step and manifest of every checkpoint in the folder, newest first.
+fn steps(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut out: Vec<(u64, PathBuf)> = names(dir)?
+        .into_iter()
+        .filter_map(|name| {
+            let step = name.strip_prefix("step-")?.strip_suffix(".json")?;
+            Some((step.parse().ok()?, dir.join(&name)))
+        })
+        .collect();
+    out.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
+    Ok(out)
+}
+
+fn names(dir: &Path) -> Result<Vec<String>> {
+    let list = || -> std::io::Result<Vec<String>> {
+        fs_err::read_dir(dir)?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect()
+    };
+    list().with_context(|| format!("cannot list checkpoints in {}", dir.display()))
+}
+
+fn remove(path: &Path) -> Result<()> {
+    fs_err::remove_file(path).context("cannot remove an old checkpoint")
+}

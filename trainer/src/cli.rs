@@ -1,0 +1,100 @@
+//! The command line of `tsm-trainer`.
+
+use crate::{failure, report, train};
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use tsm_job::exit::{self, Coded};
+use tsm_job::message::AgentLink;
+use tsm_job::{Config, WorkerEnv};
+
+/// Trains one rank of a job; `tsm-launch` starts one per GPU.
+#[derive(Parser)]
+#[command(name = "tsm-trainer", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// The job's configuration.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Changes to it, e.g. optim.lr=0.01.
+    #[arg(value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Put the results of several run folders into one table.
+    Compare {
+        #[arg(required = true, value_name = "RUN_DIR")]
+        runs: Vec<PathBuf>,
+    },
+    /// Print the network of a configuration: shifted layers, parameters, multiply-adds.
+    Model {
+        #[arg(value_name = "CONFIG")]
+        config: PathBuf,
+        #[arg(value_name = "KEY=VALUE")]
+        overrides: Vec<String>,
+    },
+}
+
+/// Parses the command line, runs it and maps the outcome to an exit code of [`tsm_job::exit`].
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            let code = if e.use_stderr() { exit::USAGE } else { exit::OK };
+            let _ = e.print();
+            return ExitCode::from(code as u8);
+        }
+    };
+    match cli.command {
+        Some(Command::Compare { runs }) => {
+            println!("{}", report::compare(&runs));
+            ExitCode::SUCCESS
+        },
+        Some(Command::Model { config, overrides }) => finish(print_model(&config, &overrides)),
+        None => worker(cli.config, &cli.overrides),
+    }
+}
+
+fn worker(config: Option<PathBuf>, overrides: &[String]) -> ExitCode {
+    let env = match WorkerEnv::from_process() {
+        Ok(env) => env,
+        Err(e) => return finish(Err(e)),
+    };
+    let link = Arc::new(AgentLink::open(env.agent_fd));
+    failure::install(env.rank, link.clone());
+    let outcome = (|| {
+        let path = config
+            .ok_or_else(|| Coded::new(exit::USAGE, "no configuration given\n  hint: tsm-trainer --config FILE, or tsm-launch FILE to start several ranks"))?;
+        let config = load(&path, overrides)?;
+        train::run(config, &env, &link)
+    })();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => failure::end(env.rank, &link, &e),
+    }
+}
+
+fn load(path: &std::path::Path, overrides: &[String]) -> anyhow::Result<Config> {
+    Config::load(path, overrides).map_err(|e| Coded::new(exit::CONFIG, e.to_string()).into())
+}
+
+fn print_model(config: &std::path::Path, overrides: &[String]) -> anyhow::Result<()> {
+    let config = load(config, overrides)?;
+    let network = crate::model::Network::new(&config.model, tch::Device::Cpu, config.run.seed)?;
+    println!("{}", network.summary(config.data.val.size));
+    Ok(())
+}
+
+fn finish(outcome: anyhow::Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::from(exit::code_of(&e) as u8)
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Which device this rank computes on, with how many threads, and with which peers.
+
+use crate::ddp::{Link, Peers};
+use anyhow::Result;
+use std::sync::Arc;
+use std::time::Duration;
+use tch::Device;
+use tsm_job::WorkerEnv;
+use tsm_job::config::{Config, DeviceKind};
+use tsm_job::exit::{self, Coded};
+use tsm_torch_ext::cuda;
+use tsm_torch_ext::dist::{ProcessGroup, Store};
+use tsm_torch_ext::ops::{Flags, set_flags};
+
+/// This rank's place in the job.
+pub struct Place {
+    pub device: Device,
+    /// CPU threads libtorch may use within an operation.
+    pub threads: usize,
+    pub peers: Arc<Peers>,
+}
+
+impl Place {
+    /// Chooses the device and meets the other ranks.
+    ///
+    /// # Errors
+    /// No GPU where the configuration asks for one (exit code PREFLIGHT), or a peer that does not
+    /// come in time (exit code PEER).
+    pub fn new(config: &Config, env: &WorkerEnv) -> Result<Place> {
+        let device = device(config, env)?;
+        let threads = threads();
+        tch::set_num_threads(threads as i32);
+        set_flags(Flags {
+            cudnn_benchmark: !config.train.deterministic,
+            deterministic: config.train.deterministic,
+            allow_tf32: true,
+        })?;
+        let peers = match env.world_size {
+            1 => Peers::alone(),
+            _ => meet(env, device, config.launch.collective_timeout)?,
+        };
+        Ok(Place { device, threads, peers: Arc::new(peers) })
+    }
+
+    /// The device's index in this process, `None` on the CPU.
+    pub fn cuda_index(&self) -> Option<u32> {
+        match self.device {
+            Device::Cuda(index) => Some(index as u32),
+            _ => None,
+        }
+    }
+}
+
+fn device(config: &Config, env: &WorkerEnv) -> Result<Device> {
+    if config.launch.device == DeviceKind::Cpu {
+        return Ok(Device::Cpu);
+    }
+    let unusable = |why: String| {
+        Coded::new(
+            exit::PREFLIGHT,
+            format!(
+                "launch.device is gpu, but no GPU can be used: {why}\n  hint: tsm-launch --cpus N (or launch.device=cpu) trains on the CPU"
+            ),
+        )
+    };
+    cuda::load_cuda().map_err(unusable)?;
+    let visible = tch::Cuda::device_count();
+    if i64::from(env.local_rank) >= visible {
+        let list = std::env::var("CUDA_VISIBLE_DEVICES").map_or("not set".into(), |v| format!("{v:?}"));
+        let why = format!("local rank {} has no device, {visible} are visible (CUDA_VISIBLE_DEVICES is {list})", env.local_rank);
+        return Err(unusable(why).into());
+    }
+    Ok(Device::Cuda(env.local_rank as usize))
+}
+
+/// `OMP_NUM_THREADS`, which the launcher sets to the rank's share of the cores, else all cores.
+fn threads() -> usize {
+    std::env::var("OMP_NUM_THREADS")
+        .ok()
+        .and_then(|t| t.parse().ok())
+        .filter(|&t| t > 0)
+        .or_else(|| std::thread::available_parallelism().ok().map(|n| n.get()))
+        .unwrap_or(1)
+}
+
+fn meet(env: &WorkerEnv, device: Device, timeout: Duration) -> Result<Peers> {
+    let (rank, world_size) = (env.rank as usize, env.world_size as usize);
+    let address = env.master_addr.to_string();
+    let apart = |e: tsm_torch_ext::TorchError| {
+        Coded::new(
+            exit::PEER,
+            format!("rank {rank} could not meet the other {} ranks at {address}:{}: {e}", world_size - 1, env.master_port),
+        )
+    };
+    let store = Store::tcp(&address, env.master_port, world_size, rank == 0, timeout).map_err(apart)?;
+    let group = match device {
+        Device::Cuda(index) => ProcessGroup::nccl(&store, rank, world_size, index, timeout),
+        _ => {
+            let interface = std::env::var("GLOO_SOCKET_IFNAME").unwrap_or_default();
+            ProcessGroup::gloo(&store, rank, world_size, &interface, timeout, 2)
+        }
+    }
+    .map_err(apart)?;
+    Peers::join(Link { store: Arc::new(store), group: Arc::new(group) })
+}
