@@ -45,8 +45,8 @@ pub struct Run {
     pub show: Show,
     pub grace: Duration,
     pub manifest: Manifest,
-    /// The workers are trainers, which know how to continue.
-    pub resumable: bool,
+    /// The command that continues the run, where the workers know how to.
+    pub resume: Option<String>,
 }
 
 impl Run {
@@ -328,7 +328,7 @@ impl Run {
             dir,
             exit_code,
             oom_kills,
-            resumable: self.resumable,
+            resume: self.resume.as_deref(),
         };
         let failure = report::failure(&run, blame, &state.ranks, places);
         let _ = writeln!(stderr, "{failure}");

@@ -71,6 +71,7 @@ impl Target {
         };
         let config = Config::load(&config, &args.overrides)
             .map_err(|e| Coded::new(exit::CONFIG, e.to_string()))?;
+        check_files(&config)?;
         let trainer = match &args.trainer {
             Some(path) => std::path::absolute(path)?,
             None => std::env::current_exe()
@@ -119,6 +120,20 @@ impl Target {
         match &self.what {
             What::Trainer { trainer, .. } => vec![trainer.into(), "--config".into(), config.into()],
             What::Program(program) => program.clone(),
+        }
+    }
+}
+
+/// Every file that the config names is there.
+fn check_files(config: &Config) -> anyhow::Result<()> {
+    let missing: Vec<String> = config.check_files().iter().map(|p| p.to_string()).collect();
+    match missing.as_slice() {
+        [] => Ok(()),
+        [one] => bail!(Coded::new(exit::DATA, one.clone())),
+        many => {
+            let (number, all) = (many.len(), many.join("\n\n"));
+            let text = format!("{number} paths of the configuration lead nowhere\n\n{all}");
+            bail!(Coded::new(exit::DATA, text))
         }
     }
 }
