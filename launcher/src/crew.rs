@@ -38,6 +38,7 @@ impl Crew {
         for (rank, happening) in happenings {
             events.push(match happening {
                 Happening::Ended(end) => Event::Ended { rank, end },
+                Happening::Left => Event::Left { rank },
                 Happening::Said(WorkerMessage::Step { step, .. }) => Event::Step { rank, step },
                 Happening::Said(WorkerMessage::Section { name }) => Event::Section { rank, name },
                 Happening::Said(WorkerMessage::Failure(record)) => Event::Failing { rank, record },

@@ -4,7 +4,7 @@
 //! done by [`crate::shim`], which becomes the worker by exec.
 
 use anyhow::Context;
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
     pidfd_send_signal, waitid,
@@ -17,6 +17,11 @@ use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 
 use crate::cores;
 use crate::end::End;
+
+/// Lowest number of a worker's agent socket, above the files and sockets that it opens itself. A dying process
+/// closes its descriptors from the highest down (Linux 4.4 and newer, `task_work_run`), so the launcher hears of
+/// a death before the peers do, however long the driver then takes to close the GPU.
+const AGENT_FD: i32 = 1000;
 
 /// What to start.
 pub struct Spec<'a> {
@@ -49,7 +54,9 @@ pub struct Streams {
 /// # Errors
 /// When the shim cannot be started, or the kernel has no pidfd.
 pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)> {
-    fcntl_setfd(&agent, FdFlags::empty())?;
+    // Where the limit of open files is lower, it stays at the number that it has.
+    let agent = fcntl_dupfd_cloexec(&agent, AGENT_FD).unwrap_or(agent.into());
+    fcntl_setfd(&agent, FdFlags::empty()).context("cannot make a socket for a worker")?;
 
     let mut command = Command::new(spec.shim);
     command

@@ -15,12 +15,20 @@ use crate::end::End;
 /// How long the kernel may take to end a process after SIGKILL before it is named as stuck.
 const KILL_WAIT: Duration = Duration::from_secs(5);
 
+/// A rank that ends within this time after it closed its agent socket was dying since then. Closing a GPU
+/// takes a driver seconds; a program that closes descriptors it does not know does so when it starts.
+const DYING: Duration = Duration::from_secs(10);
+
 /// Something that happened. Events given together happened in that order before any of them was acted on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     Ended {
         rank: usize,
         end: End,
+    },
+    /// It closed its agent socket, which a dying process does before its end can be seen.
+    Left {
+        rank: usize,
     },
     Failing {
         rank: usize,
@@ -75,10 +83,13 @@ pub struct Rank {
     pub end: Option<End>,
     /// When its end was seen, since the launcher started.
     pub ended_at: Duration,
-    /// Position of its end, or of its failure record if that came first, among all such events.
+    /// Position among all such events of the first sign of its end: a failure record, the loss of its agent
+    /// socket shortly before, or the end itself.
     pub order: usize,
     /// It ended after the launcher had begun to stop the job.
     pub after_stop: bool,
+    /// When it closed its agent socket: position, time, and whether the job was being stopped.
+    pub left: Option<(usize, Duration, bool)>,
     /// Signals the launcher sent it.
     pub sent: Vec<i32>,
     pub record: Option<FailureRecord>,
@@ -190,10 +201,14 @@ impl State {
                 let order = self.next_order();
                 let rank = &mut self.ranks[*rank];
                 if rank.record.is_none() {
-                    rank.order = order;
-                    rank.after_stop = after_stop;
+                    let dying = rank.left.filter(|(_, at, _)| now - *at <= DYING);
+                    let since = dying.map(|(order, _, after_stop)| (order, after_stop));
+                    (rank.order, rank.after_stop) = since.unwrap_or((order, after_stop));
                 }
                 (rank.end, rank.ended_at) = (Some(*end), now);
+            }
+            Event::Left { rank } => {
+                self.ranks[*rank].left = Some((self.next_order(), now, after_stop));
             }
             Event::Failing { rank, record } if self.ranks[*rank].record.is_none() => {
                 let order = self.next_order();

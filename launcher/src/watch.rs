@@ -27,6 +27,8 @@ const MAX_LINE: usize = 1 << 20;
 pub enum Happening {
     Ended(End),
     Said(WorkerMessage),
+    /// It closed its agent socket: by all odds it is dying, see [`crate::process`].
+    Left,
 }
 
 /// All workers of this node.
@@ -115,8 +117,12 @@ impl Watch {
             for event in events {
                 let (index, said) = ((event >> 1) as usize, event & 1 == 1);
                 // What a worker said, it said before it died, whatever is read first.
-                self.agents[index]
-                    .drain(|message| happenings.push((index, Happening::Said(message))));
+                let agent = &mut self.agents[index];
+                let was_open = agent.stream.is_some();
+                agent.drain(|message| happenings.push((index, Happening::Said(message))));
+                if was_open && agent.stream.is_none() {
+                    happenings.push((index, Happening::Left));
+                }
                 if !said && let Some(end) = workers[index].end() {
                     happenings.push((index, Happening::Ended(end)));
                 }

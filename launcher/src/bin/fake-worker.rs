@@ -4,6 +4,7 @@
 //! other rank hang instead.
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
 use std::io::Write;
 use std::path::PathBuf;
@@ -29,6 +30,7 @@ const HELP: &str = "actions:
   --error-file TEXT  write torch's error file
   --touch PATH       make a file, its pid and rank in it; `{rank}` in PATH is the rank
   --wait-for PATH    until such a file exists
+  --lock PATH        lock a file, and keep it until the end
   --wait-death PATH  until the process named in the file has died";
 
 fn main() {
@@ -127,6 +129,15 @@ fn main() {
             }
             "--wait-for" => {
                 wait_for(&PathBuf::from(next()));
+            }
+            "--lock" => {
+                let file = fs_err::File::options()
+                    .create(true)
+                    .append(true)
+                    .open(next())
+                    .expect("the folder exists");
+                flock(&file, FlockOperation::LockExclusive).expect("a lock");
+                std::mem::forget(file);
             }
             "--wait-death" => {
                 let pid = wait_for(&PathBuf::from(next()))
