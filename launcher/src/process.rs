@@ -6,8 +6,8 @@
 use anyhow::Context;
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
-    pidfd_send_signal, waitid,
+    Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getrlimit,
+    kill_process_group, pidfd_open, pidfd_send_signal, setrlimit, waitid,
 };
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -39,6 +39,16 @@ pub struct Spec<'a> {
 pub struct Worker {
     pub pid: Pid,
     pidfd: OwnedFd,
+}
+
+/// Raises the limit of open files to `needed` where it is lower; workers inherit it. More than the hard limit is
+/// not given, and the file that is one too many is then an error of its own.
+pub fn allow_open_files(needed: u64) {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some_and(|current| current < needed) {
+        let current = Some(limit.maximum.map_or(needed, |maximum| needed.min(maximum)));
+        let _ = setrlimit(Resource::Nofile, Rlimit { current, ..limit });
+    }
 }
 
 /// The launcher's ends of a new worker's streams.

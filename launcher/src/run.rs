@@ -33,6 +33,11 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// How long to wait for the description of the machine at the end of a short run.
 const DESCRIBE: Duration = Duration::from_secs(2);
 
+/// Open files of the launcher itself, generously, and those that it has for each rank: two pipes, two logs,
+/// a pidfd and a socket.
+const FILES: u64 = 64;
+const FILES_PER_RANK: u64 = 6;
+
 /// All that is decided before the first worker starts.
 pub struct Run {
     pub start: Instant,
@@ -83,6 +88,7 @@ impl Run {
             };
             let actions = supervisor::decide(&mut state, &events, self.start.elapsed());
             crew.act(&actions);
+            crew.write_ends(&events, &state);
         }
         crew.end_descendants(&state, &mut signals, self.grace).await;
         Ok(self.conclude(
@@ -95,6 +101,7 @@ impl Run {
 
     /// Starts the guard and every worker, then reads their output.
     fn start_workers(&self) -> anyhow::Result<Crew> {
+        process::allow_open_files(FILES + FILES_PER_RANK * self.workers.len() as u64);
         let mut watch = Watch::new()?;
         let mut guard = Guard::start(&self.shim)?;
         let mut events = Events::open(&self.folder.dir, self.start);
