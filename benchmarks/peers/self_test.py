@@ -1,0 +1,104 @@
+"""Checks of the peers' own correctness: a wrong yardstick measures nothing. Run through the scripts' --self-test."""
+
+import itertools
+
+import torch
+
+from tsm_model import TSM, ShiftOnePass, shift_cat
+
+
+def reference_shift(x, segments, fold):
+    """The definition, element by element over segments."""
+    out = torch.zeros_like(x)
+    for i in range(x.shape[0]):
+        t = i % segments
+        if t + 1 < segments:
+            out[i, :fold] = x[i + 1, :fold]
+        if t > 0:
+            out[i, fold : 2 * fold] = x[i - 1, fold : 2 * fold]
+        out[i, 2 * fold :] = x[i, 2 * fold :]
+    return out
+
+
+def shifts_agree():
+    torch.manual_seed(1)
+    for (clips, segments, c), nhwc, dtype in itertools.product(((2, 8, 16), (3, 4, 24), (1, 1, 8), (2, 2, 7)), (False, True), (torch.float32, torch.bfloat16)):
+        fold = c // 8
+        fmt = torch.channels_last if nhwc else torch.contiguous_format
+        x = torch.randn(clips * segments, c, 5, 3).to(dtype).to(memory_format=fmt)
+        g = torch.randn(clips * segments, c, 5, 3).to(dtype).to(memory_format=fmt)
+        want = reference_shift(x, segments, fold)
+        grads = []
+        for how in (shift_cat, ShiftOnePass.apply):
+            leaf = x.detach().requires_grad_()
+            y = how(leaf, segments, fold)
+            assert torch.equal(y, want), f"{how} differs from the definition for {clips} x {segments} x {c}, {dtype}, nhwc={nhwc}"
+            y.backward(g)
+            grads.append(leaf.grad)
+            if how is not shift_cat:
+                assert y.is_contiguous(memory_format=fmt) and leaf.grad.is_contiguous(memory_format=fmt), f"the one-pass shift left {fmt}"
+        assert torch.equal(*grads), "the backward passes differ"
+    leaf = torch.randn(8, 16, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: ShiftOnePass.apply(v, 4, 2), leaf)
+
+
+def models_are_right():
+    # torchvision's counts without the classifier, plus 174 classes.
+    for arch, features, width in (("resnet50", 23_508_032, 2048), ("mobilenetv2", 2_223_872, 1280)):
+        count = sum(p.numel() for p in TSM(arch).parameters())
+        assert count == features + width * 174 + 174, f"{arch} has {count} parameters"
+
+
+def model_keeps_channels_last():
+    """Of the one-pass form every convolution's input must be channels-last, or the layout axis measures conversions."""
+    for arch in ("resnet50", "mobilenetv2"):
+        net = TSM(arch, 4, 5, "onepass").to(memory_format=torch.channels_last)
+        lost = []
+
+        def look(module, args):
+            if not args[0].is_contiguous(memory_format=torch.channels_last):
+                lost.append(module)
+
+        for m in net.modules():
+            if isinstance(m, torch.nn.Conv2d):
+                m.register_forward_pre_hook(look)
+        net(torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)).sum().backward()
+        assert not lost, f"{arch}: {len(lost)} convolutions were given another layout, first {lost[0]}"
+
+
+def forms_train_alike():
+    """Cat in NCHW and one-pass in NHWC take the same steps."""
+    for arch in ("resnet50", "mobilenetv2"):
+        losses = []
+        for how, fmt in (("cat", torch.contiguous_format), ("onepass", torch.channels_last)):
+            torch.manual_seed(2)
+            net = TSM(arch, 4, 5, how).to(torch.float64).to(memory_format=fmt)
+            opt = torch.optim.SGD(net.parameters(), 0.01, 0.9)
+            x, y = torch.randn(8, 3, 32, 32, dtype=torch.float64).to(memory_format=fmt), torch.tensor([1, 3])
+            for _ in range(3):
+                opt.zero_grad()
+                loss = torch.nn.functional.cross_entropy(net(x), y)
+                loss.backward()
+                opt.step()
+            losses.append(loss.item())
+        assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[0]), f"{arch}: {losses}"  # the logits' mean is taken in fp32
+
+
+def arithmetic():
+    from pytorch_step import arguments, summary
+    from step_variant import kernel_counts, unusable
+
+    s = summary([0.2, 0.1, 0.4], 8)
+    assert s["clips_per_s"] == 40 and s["samples"] == 3 and s["min_ms"] == 100
+    assert kernel_counts([("gemm", True, False), ("Memset (Device)", True, False), ("cudaLaunchKernel", False, False),
+                          ("Optimizer.step#SGD.step", True, True), ("bn", True, False)]) == (2, 1)
+    assert unusable("cuda", "graph", "fp16", "foreach") and unusable("cpu", "graph", "fp32", "fused") and not unusable("cuda", "graph", "fp16", "fused")
+    a = arguments(["--preset", "gpu", "--precisions", "bf16"])
+    assert a.variants == [("eager", "bf16", "nchw", "cat", "foreach")], a.variants
+
+
+def step():
+    torch.set_num_threads(1)  # the tensors are small
+    for check in (shifts_agree, models_are_right, model_keeps_channels_last, forms_train_alike, arithmetic):
+        check()
+        print(f"ok: {check.__name__}", flush=True)
