@@ -102,3 +102,19 @@ def step():
     for check in (shifts_agree, models_are_right, model_keeps_channels_last, forms_train_alike, arithmetic):
         check()
         print(f"ok: {check.__name__}", flush=True)
+
+
+def data():
+    from pytorch_data import arguments, plan
+    from readers import SEGMENTS, recipe
+
+    for i in range(300):
+        frames = (8, 48, 300)[i % 3]
+        numbers, (x, y, w, h), _ = recipe(i, frames, 340, 256)
+        assert len(numbers) == SEGMENTS and numbers == sorted(numbers) and 0 <= numbers[0] and numbers[-1] < frames
+        assert all(s * frames // SEGMENTS <= n <= (s + 1) * frames // SEGMENTS for s, n in enumerate(numbers)), numbers
+        assert 0 <= x and x + w <= 340 and 0 <= y and y + h <= 256 and min(w, h) >= 168
+    assert recipe(5, 300, 340, 256) == recipe(5, 300, 340, 256) != recipe(6, 300, 340, 256)
+    rows = list(plan(arguments(["--cache", "x", "--workers", "1"])))
+    assert ("jpeg", "cv2", "float", 1) in rows and ("kinetics", "decord", "float", 1) not in rows and ("jpeg", "decord", "u8", 1) not in rows
+    print("ok: data")
