@@ -39,7 +39,7 @@ EVERYTHING = dict(engines="eager,compile", precisions="fp32,bf16", layouts="nchw
 PRESETS = {
     # seconds on two cores: does every branch run?
     "smoke": dict(models="mobilenetv2", sizes="32", clips="1", variants=SMOKE_VARIANTS, rounds=2, steps=1, warmup=1),
-    "cpu": dict(models="resnet50,mobilenetv2", sizes="224,112", clips="1,2", variants=CPU_VARIANTS, rounds=4, steps=2, warmup=1),
+    "cpu": dict(models="resnet50,mobilenetv2", sizes="224,112", clips="1,2", variants=CPU_VARIANTS, rounds=5, steps=3, warmup=1),
     # every way there is: an hour and more on two cores
     "cpu-all": dict(EVERYTHING, models="resnet50,mobilenetv2", sizes="224,112", clips="1,2", rounds=4, steps=2, warmup=1),
     "gpu": dict(models="resnet50,mobilenetv2", sizes="224,112", clips="8,32,16,64", variants=GPU_VARIANTS, rounds=5, steps=8, warmup=4),
@@ -131,22 +131,23 @@ class World:
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
+        self.ddp = "WORLD_SIZE" in os.environ  # torchrun with one rank shows what DDP's machinery costs
         self.control = None
-        if self.size > 1:
+        if self.ddp:
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # its watchdog would break the capture of a graph
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             self.control = dist.new_group(backend="gloo")
 
     def any(self, flag):
         """Whether the flag is set on any rank, the same answer on all."""
-        if self.size == 1:
+        if self.control is None:
             return flag
         t = torch.tensor(int(flag))
         dist.all_reduce(t, dist.ReduceOp.MAX, group=self.control)
         return bool(t.item())
 
     def barrier(self):
-        if self.size > 1:
+        if self.control is not None:
             dist.barrier(group=self.control)
 
     def say(self, text):
@@ -176,7 +177,7 @@ class Run:
         if why is not None:
             return None, why
         try:
-            v = Variant(self.world.device, self.world.size, self.a.segments, self.a.classes, model, size, clips, *rest)
+            v = Variant(self.world.device, self.world.ddp, self.a.segments, self.a.classes, model, size, clips, *rest)
             v.prepare(self.a.warmup)
         except Exception as e:
             why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
@@ -202,7 +203,7 @@ class Run:
                 self.world.barrier()
                 seconds += v.run(self.a.steps)
         for v, seconds in variants:
-            row = dict(v.key, world_size=self.world.size, **summary(seconds, self.world.size * clips))
+            row = dict(v.key, world_size=self.world.size, ddp=self.world.ddp, **summary(seconds, self.world.size * clips))
             if self.world.device.type == "cuda":
                 row.update(launch_ms=v.launch_seconds() * 1e3, peak_of="row")
             else:
@@ -233,7 +234,7 @@ class Run:
 
     def result(self):
         a = self.a
-        return dict(benchmark="pytorch_step", date=machine.today(), preset=a.preset, segments=a.segments, world_size=self.world.size,
+        return dict(benchmark="pytorch_step", date=machine.today(), preset=a.preset, segments=a.segments, world_size=self.world.size, ddp=self.world.ddp,
                     machine=self.machine, rounds=a.rounds, steps=a.steps, warmup=a.warmup, rows=self.rows, left_out=self.left_out)
 
     def write(self):
@@ -273,7 +274,7 @@ def variant_name(row):
 def markdown(r):
     m = r["machine"]
     out = ["# PyTorch: TSM training step", "", f"{r['date']}, {machine.headline(m)}.",
-           f"World size {r['world_size']}, {m['threads']} threads a process, {r['segments']} frames a clip, clips per rank.",
+           f"{'DDP, world size ' + str(r['world_size']) if r['ddp'] else 'One process without DDP'}, {m['threads']} threads a process, {r['segments']} frames a clip, clips per rank.",
            f"Median of {r['rounds']} x {r['steps']} steps, each row in turn with the others of its group. The load of the machine was {m['load_1m']} at the start.", "",
            "| model | px | clips | engine | precision | layout | shift | SGD | clips/s | ms/step | sd | min-max ms | peak GB | kernels | launch ms | warm-up s |",
            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
@@ -311,7 +312,7 @@ def main():
         if a.markdown:
             with open(a.markdown, "w") as f:
                 f.write(markdown(run.result()))
-    if run.world.size > 1:
+    if run.world.ddp:
         dist.destroy_process_group()
     if not run.rows:
         raise SystemExit("error: no row could be run; the reasons are above")

@@ -42,9 +42,9 @@ class Variant:
 
     graph_pool = None  # shared: graphs are replayed one at a time and keep nothing between replays
 
-    def __init__(self, device, world, segments, classes, model, size, clips, engine, precision, layout, shift, optimizer):
+    def __init__(self, device, ddp, segments, classes, model, size, clips, engine, precision, layout, shift, optimizer):
         self.key = dict(model=model, size=size, clips=clips, engine=engine, precision=precision, layout=layout, shift=shift, optimizer=optimizer)
-        self.device, self.world = device, world
+        self.device, self.ddp = device, ddp
         self.cuda = device.type == "cuda"
         if self.cuda:
             # The memory of the rows built before is not this row's.
@@ -58,7 +58,7 @@ class Variant:
         self.captured = engine.endswith("graph")
         # DDP is captured only if it was built on a side stream as well.
         self.side = torch.cuda.Stream() if self.captured else None
-        if world > 1:
+        if ddp:
             with torch.cuda.stream(self.side) if self.captured else contextlib.nullcontext():
                 ids = [device.index] if self.cuda else None
                 net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -95,7 +95,7 @@ class Variant:
         compiled = self.key["engine"].startswith("compile")
         graphs = dynamo_graphs() if compiled else 0
         if self.captured:
-            self._capture(max(warmup, 11 if self.world > 1 else 3))  # DDP looks at its first ten steps with events
+            self._capture(max(warmup, 11 if self.ddp else 3))  # DDP looks at its first ten steps with events
         else:
             self.run(max(warmup, 1))
             if self.cuda:
@@ -124,7 +124,7 @@ class Variant:
         if Variant.graph_pool is None:
             Variant.graph_pool = torch.cuda.graph_pool_handle()
         # NCCL's watchdog thread asks for events meanwhile, which only the thread-local mode forgives.
-        mode = "thread_local" if self.world > 1 else "global"
+        mode = "thread_local" if self.ddp else "global"
         with torch.cuda.graph(graph, pool=Variant.graph_pool, capture_error_mode=mode):
             # The cache of weight casts must not hand a tensor from before the capture to the graph.
             self.loss = self._step(cast_cache=False)
