@@ -199,9 +199,15 @@ class Run:
             else:
                 variants.append((v, []))
         for _ in range(self.a.rounds):
-            for v, seconds in variants:
+            for v, seconds in list(variants):
                 self.world.barrier()
-                seconds += v.run(self.a.steps)
+                try:
+                    seconds += v.run(self.a.steps)
+                except RuntimeError as e:
+                    if self.world.ddp:
+                        raise  # the other ranks may be inside a collective
+                    variants.remove((v, seconds))
+                    self.leave_out(name, variant_of(v.key), f"in a later round: {str(e).splitlines()[0][:200]}")
         for v, seconds in variants:
             row = dict(v.key, world_size=self.world.size, ddp=self.world.ddp, **summary(seconds, self.world.size * clips))
             if self.world.device.type == "cuda":

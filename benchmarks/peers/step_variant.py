@@ -64,6 +64,9 @@ class Variant:
                 net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
         flags = dict(fused=True) if optimizer == "fused" else dict(foreach=True)
         self.opt = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, **flags)
+        for p in net.parameters():
+            # The same first step; without it a fused step that skips an overflow would leave the buffer uninitialised.
+            self.opt.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
         # Every shape is met once: letting a second size turn the first into a dynamic one would cost speed.
