@@ -97,9 +97,75 @@ def arithmetic():
     assert a.variants == [("eager", "bf16", "nchw", "cat", "foreach")], a.variants
 
 
+def gpu_paths():
+    """Capture, replay, event timing and peak memory run in the right order against stand-ins for torch.cuda."""
+    from unittest import mock
+
+    from step_variant import Variant
+
+    calls, clock = [], itertools.count()
+
+    class Stream:
+        def wait_stream(self, _other):
+            calls.append("wait")
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+
+        def elapsed_time(self, other):
+            return 1000.0 * (other.at - self.at)
+
+    class Recording:
+        def __init__(self, graph, pool, capture_error_mode):
+            assert pool == "pool" and capture_error_mode == "global"
+
+        def __enter__(self):
+            calls.append("capture")
+
+        def __exit__(self, *_error):
+            calls.append("captured")
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    stand_ins = dict(Stream=Stream, Event=Event, CUDAGraph=Graph, graph=Recording, current_stream=Stream, graph_pool_handle=lambda: "pool",
+                     stream=lambda s: mock.MagicMock(), synchronize=lambda: calls.append("sync"), reset_peak_memory_stats=lambda d: calls.append("reset"),
+                     max_memory_allocated=lambda d: 700)
+    for captured in (False, True):
+        v = Variant(torch.device("cpu"), False, 2, 5, "mobilenetv2", 32, 1, "eager", "fp32", "nhwc", "onepass", "fused")
+        v.cuda, v.captured, v.side, v.base_bytes = True, captured, Stream(), 200
+        calls.clear()
+        with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.object(Variant, "graph_pool", None):
+            v.prepare(2)
+            seconds = v.run(3)
+            v.launch_seconds()
+        assert v.key["peak_bytes"] == 500 and seconds == [1, 1, 1], (v.key, seconds)
+        # Warm-up and check runs replay twice, the timed run three times, the launches five.
+        assert calls.count("replay") == (10 if captured else 0) and calls.count("capture") == captured, calls
+        assert calls.index("reset") < (calls.index("capture") if captured else len(calls))
+        assert all(p.grad is None for p in v.opt.param_groups[0]["params"]) or not captured
+
+
+def gpu_report():
+    import gpu_facts
+
+    found = gpu_facts.resnet_shapes(torch, 8)
+    assert sum(count for count, *_ in found) == 53 and len(found) == 23 and (1, 8, 3, 224, 224, 64, 7, 2) in found, found
+    plan = dict(dtype="float16", count=3, shape=dict(n=64, c=64, h=56, w=56, k=64, kernel=3, stride=1), pattern="conv_genstats", plan=True, us=21.4)
+    facts = dict(date="d", machine=dict(cpu="c", cores=2, torch="t"), parts=dict(nccl=dict(works=True), cudnn=dict(plans=[plan, dict(plan, pattern="dgrad", plan=False)])))
+    text = gpu_facts.markdown(facts)
+    assert "| float16 3 x 64->64 3x3/1 56x56 | 21 | none |" in text and "| nccl | works | True |" in text, text
+    assert gpu_facts.last_json('noise\n{"a": 1}\nmore') == {"a": 1}
+
+
 def step():
     torch.set_num_threads(1)  # the tensors are small
-    for check in (shifts_agree, models_are_right, model_keeps_channels_last, forms_train_alike, arithmetic):
+    for check in (shifts_agree, models_are_right, model_keeps_channels_last, forms_train_alike, arithmetic, gpu_paths, gpu_report):
         check()
         print(f"ok: {check.__name__}", flush=True)
 
