@@ -14,6 +14,7 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 73
 shift
 [ $# -gt 0 ] && wanted=("$@") || wanted=("${all[@]}")
 python=${TSM_PYTHON:-python3}
+[[ $python == */* ]] && python=$(realpath -s "$python")  # the scripts run in their own folder
 total=1500
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -53,7 +54,7 @@ for name in "${wanted[@]}"; do
     step2) part 240 step2 "$python" pytorch_step.py --preset cpu --sizes 112 --clips 2 ;;
     ddp) OMP_NUM_THREADS=1 && part 270 ddp "$python" "${ranks[@]}" --preset cpu --sizes 224 --clips 1 --variants $shipped,$best ;;
     ddp2) OMP_NUM_THREADS=1 && part 240 ddp2 "$python" "${ranks[@]}" --preset cpu --sizes 112 --clips 1,2 --variants $shipped,$best ;;
-    data) part 440 data "$python" pytorch_data.py --cache "${TSM_VIDEO_CACHE:-$work/videos}" --rounds 3 --seconds 1.5 --batch 4 --time-limit 420 ;;
+    data) part 440 data "$python" pytorch_data.py --cache "$(realpath -sm "${TSM_VIDEO_CACHE:-$work/videos}")" --rounds 3 --seconds 1.5 --batch 4 --time-limit 420 ;;
     compile) part 400 compile "$python" pytorch_step.py --preset cpu --models mobilenetv2,resnet50 --sizes 112 --clips 2 \
       --variants compile/fp32/nchw/onepass/fused,compile/bf16/nhwc/onepass/fused --time-limit 250 ;;
     *) echo "error: no part is named $name; there are ${all[*]}" >&2; exit 64 ;;

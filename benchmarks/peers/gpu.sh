@@ -14,11 +14,12 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 73
 shift
 [ $# -gt 0 ] && wanted=("$@") || wanted=("${all[@]}")
 python=${TSM_PYTHON:-python3}
+[[ $python == */* ]] && python=$(realpath -s "$python")  # the scripts run in their own folder
 total=${TSM_GPU_SECONDS:-570}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/parts"
-cache=${TSM_VIDEO_CACHE:-$work/videos}
+cache=$(realpath -sm "${TSM_VIDEO_CACHE:-$work/videos}")
 log=$out/log.txt
 : >"$log"
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR="$work/inductor"
@@ -44,7 +45,7 @@ part() {
   "$python" "$here/report.py" "$work/parts" "$out" >>"$log" 2>&1
 }
 
-step() { echo "$python" pytorch_step.py --no-kernels "$@"; }
+step() { part "$1" "$2" "$python" pytorch_step.py --no-kernels --preset gpu "${@:3}"; }
 shipped=eager/tf32/nchw/cat/foreach
 eager=eager/bf16/nhwc/onepass/fused
 graph=graph/bf16/nhwc/onepass/fused
@@ -52,18 +53,18 @@ compiled=compile/bf16/nhwc/onepass/fused,compile-graph/bf16/nhwc/onepass/fused
 
 for name in "${wanted[@]}"; do
   case $name in
-    step) part 170 step $(step --preset gpu --models resnet50 --sizes 224 --clips 8,32 --time-limit 130) ;;
+    step) step 170 step --models resnet50 --sizes 224 --clips 8,32 --time-limit 130 ;;
     ceilings) part 90 ceilings "$python" gpu_facts.py --parts device,ceilings,transfer,launch,nvcuvid ;;
-    compile) part 160 compile $(step --preset gpu-compile --variants $compiled --time-limit 110) ;;
-    batches) part 60 batches $(step --preset gpu --models resnet50 --sizes 224 --clips 16,64 --variants $graph,$eager,$shipped --rounds 4 --time-limit 40) ;;
+    compile) step 160 compile --preset gpu-compile --variants $compiled --time-limit 110 ;;
+    batches) step 60 batches --models resnet50 --sizes 224 --clips 16,64 --variants $graph,$eager,$shipped --rounds 4 --time-limit 40 ;;
     cudnn) part 110 cudnn "$python" gpu_facts.py --parts cudnn ;;
     nccl) part 100 nccl "$python" gpu_facts.py --parts nccl ;;
     kernels) part 50 kernels "$python" pytorch_step.py --preset gpu --models resnet50 --sizes 224 --clips 8 --variants $eager,$shipped,$graph --rounds 1 --steps 2 --warmup 2 ;;
-    mobilenet) part 60 mobilenet $(step --preset gpu --models mobilenetv2 --sizes 224 --clips 8,32 --variants $graph,$eager,$shipped --rounds 4 --time-limit 40) ;;
+    mobilenet) step 60 mobilenet --models mobilenetv2 --sizes 224 --clips 8,32 --variants $graph,$eager,$shipped --rounds 4 --time-limit 40 ;;
     ddp) part 60 ddp "$python" -m torch.distributed.run --standalone --nproc-per-node "$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')" \
       pytorch_step.py --no-kernels --preset gpu --models resnet50 --sizes 224 --clips 8 --variants $eager,$graph,$shipped ;;
-    fp16graph) part 40 fp16graph $(step --preset gpu --models resnet50 --sizes 224 --clips 8 --variants graph/fp16/nhwc/onepass/fused,eager/fp16/nhwc/onepass/fused) ;;
-    small) part 60 small $(step --preset gpu --sizes 112 --clips 8,32 --variants $graph,$eager,$shipped --rounds 4 --time-limit 40) ;;
+    fp16graph) step 40 fp16graph --models resnet50 --sizes 224 --clips 8 --variants graph/fp16/nhwc/onepass/fused,eager/fp16/nhwc/onepass/fused ;;
+    small) step 60 small --sizes 112 --clips 8,32 --variants $graph,$eager,$shipped --rounds 4 --time-limit 40 ;;
     data) part 240 data "$python" pytorch_data.py --cache "$cache" --rounds 3 --seconds 2 --time-limit 200 ;;
     *) echo "error: no part is named $name; there are ${all[*]}" >&2; exit 64 ;;
   esac

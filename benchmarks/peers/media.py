@@ -45,6 +45,7 @@ def make(folder, kind, videos):
             found = json.load(f)
         if {k: found.get(k) for k in want} == want and found["videos"] >= videos and all(map(os.path.exists, paths)):
             return paths
+    if os.path.isdir(here):
         raise_unless_ours(here)
     if shutil.which("ffmpeg") is None:
         raise RuntimeError(f"{here} holds no {videos} videos yet and there is no ffmpeg to make them: install ffmpeg, or bring a cache folder made elsewhere")

@@ -280,7 +280,7 @@ def variant_name(row):
 def markdown(r):
     m = r["machine"]
     out = ["# PyTorch: TSM training step", "", f"{r['date']}, {machine.headline(m)}.",
-           f"{'DDP, world size ' + str(r['world_size']) if r['ddp'] else 'One process without DDP'}, {m['threads']} threads a process, {r['segments']} frames a clip, clips per rank.",
+           f"{'DDP, world size ' + str(r['world_size']) if r['ddp'] else 'One process without DDP'}, threads per process {m['threads']}, {r['segments']} frames a clip, clips per rank.",
            f"Median of {r['rounds']} x {r['steps']} steps, each row in turn with the others of its group. The load of the machine was {m['load_1m']} at the start.", "",
            "| model | px | clips | engine | precision | layout | shift | SGD | clips/s | ms/step | sd | min-max ms | peak GB | kernels | launch ms | warm-up s |",
            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]

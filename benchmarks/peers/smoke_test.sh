@@ -4,6 +4,7 @@
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${TSM_PYTHON:-python3}
+[[ $python == */* ]] && python=$(realpath -s "$python")  # the scripts run in their own folder
 skip() { echo "skipped: $*" >&2; exit 0; }
 command -v "$python" >/dev/null || skip "no $python; set TSM_PYTHON to a Python with PyTorch 2.6 or later"
 found=$("$python" -c 'import torch; v = torch.__version__; import torch.distributed; print(v, *v.split("+")[0].split(".")[:2])' 2>&1) ||
