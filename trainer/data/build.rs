@@ -9,8 +9,9 @@ const LIBRARIES: [&str; 4] = ["libavformat", "libavcodec", "libswscale", "libavu
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-changed=csrc/video.c");
+    println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-env-changed=PKG_CONFIG_PATH");
+    println!("cargo:rerun-if-env-changed=PKG_CONFIG_LIBDIR");
     let object =
         PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("video.so");
     match ffmpeg_flags() {
@@ -18,7 +19,7 @@ fn main() {
         Err(reason) => {
             println!("cargo:warning=tsm-data is built without video support: {reason}");
             println!("cargo:rustc-env=TSM_NO_VIDEO={reason}");
-            fs_write_empty(&object);
+            embed_nothing(&object);
         }
     }
     println!("cargo:rustc-env=TSM_VIDEO_OBJECT={}", object.display());
@@ -70,6 +71,10 @@ fn compile(flags: &[String], object: &PathBuf) {
     );
 }
 
-fn fs_write_empty(object: &PathBuf) {
-    std::fs::File::create(object).expect("OUT_DIR is writable");
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a build script without dependencies"
+)]
+fn embed_nothing(object: &PathBuf) {
+    std::fs::write(object, []).expect("OUT_DIR is writable");
 }

@@ -4,9 +4,9 @@
  * Opening demuxes the whole video stream once and keeps its compressed packets. That gives the
  * number of frames and, for each, the packet that completes it and the keyframe decoding must
  * start from; decoding then jumps between packets in memory and never seeks in the file. */
-#include <libavcodec/avcodec.h>
+#include "pictures.h"
+
 #include <libavformat/avformat.h>
-#include <libavutil/pixdesc.h>
 #include <libswscale/swscale.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -24,17 +24,6 @@ enum { BROKEN = -1, UNSUPPORTED = -2, DAMAGED = -3 };
 /* How decoded pictures are recognised: by the timestamp their packet carried, by counting MPEG-4
  * pictures found in the packets, or by counting what comes out of a decode from the start. */
 enum by { BY_PTS, BY_VOP, BY_OUTPUT };
-
-struct unit {
-    AVPacket *pkt;
-    int key;
-};
-
-struct picture {
-    int64_t pts;
-    int packet; /* sending up to this one completes the picture */
-    int start;  /* the keyframe packet to start from */
-};
 
 struct tsm_info {
     int32_t width, height;
@@ -54,10 +43,7 @@ struct tsm_decoder {
     struct conversion conversion; /* what `sws` was made for */
     AVFrame *frame;
     AVStream *st;
-    struct unit *units;
-    int num_units, cap_units;
-    struct picture *pics; /* in presentation order */
-    int64_t num_pics, cap_pics;
+    struct pictures all;
     enum by by;
     int width, height;
     char error[512];
@@ -80,120 +66,6 @@ static int fail(struct tsm_decoder *d, int code, const char *what, int av) {
     return code;
 }
 
-static void *grow(void *array, int64_t count, int64_t *cap, size_t size) {
-    if (count < *cap) return array;
-    int64_t bigger = *cap ? *cap * 2 : 256;
-    void *moved = av_realloc(array, bigger * size);
-    if (!moved) abort(); /* as Rust does when memory runs out */
-    *cap = bigger;
-    return moved;
-}
-
-static void add_picture(struct tsm_decoder *d, int64_t pts, int packet, int start) {
-    d->pics = grow(d->pics, d->num_pics, &d->cap_pics, sizeof *d->pics);
-    d->pics[d->num_pics++] = (struct picture){pts, packet, start};
-}
-
-/* --- what a packet shows, without decoding it --- */
-
-struct bits {
-    const uint8_t *at, *end;
-    int bit;
-};
-
-static unsigned get(struct bits *b, int n) {
-    unsigned value = 0;
-    while (n--) {
-        unsigned one = b->at < b->end ? (*b->at >> (7 - b->bit)) & 1 : 0;
-        value = value << 1 | one;
-        if (++b->bit == 8) b->bit = 0, b->at++;
-    }
-    return value;
-}
-
-/* VP8 (RFC 6386, 9.1) and VP9 (bitstream specification, 6.2 and annex B) may send pictures that
- * are only references. A VP9 superframe always ends in a shown one. */
-static int is_shown(enum AVCodecID codec, const AVPacket *p) {
-    if (p->size < 1 || (p->flags & AV_PKT_FLAG_DISCARD)) return 0;
-    if (codec == AV_CODEC_ID_VP8) return p->data[0] >> 4 & 1;
-    if (codec != AV_CODEC_ID_VP9 || (p->data[p->size - 1] & 0xe0) == 0xc0) return 1;
-    struct bits b = {p->data, p->data + p->size, 2};
-    unsigned profile = get(&b, 1);
-    profile |= get(&b, 1) << 1;
-    if (profile == 3) get(&b, 1);
-    if (get(&b, 1)) return 1; /* show_existing_frame */
-    get(&b, 1);               /* frame_type */
-    return get(&b, 1);        /* show_frame */
-}
-
-/* Bits of vop_time_increment, from a VOL header (ISO/IEC 14496-2, 6.2.3). */
-static int vol_time_bits(const uint8_t *at, const uint8_t *end) {
-    struct bits b = {at, end, 0};
-    get(&b, 9);
-    if (get(&b, 1)) get(&b, 7);
-    if (get(&b, 4) == 15) get(&b, 16);
-    if (get(&b, 1)) {
-        get(&b, 3);
-        if (get(&b, 1)) get(&b, 79 - 32), get(&b, 32);
-    }
-    get(&b, 3);
-    unsigned resolution = get(&b, 16);
-    int n = 1;
-    while (resolution > 1u << n) n++;
-    return n;
-}
-
-struct mpeg4 {
-    int time_bits, refs;
-    int pending, pending_start; /* the reference picture not shown yet; -1: none */
-    int shown_start;            /* where decoding starts for the reference before it */
-    int start;                  /* packet of the last I picture; -1: none */
-    int backlog;                /* pictures received and not decoded yet */
-};
-
-/* Finds the pictures of one packet and appends them to the presentation order: a B picture is
- * shown at once, a reference when the next one comes. The decoder takes one picture per packet: of
- * a packed packet, which holds a P and a B, the B waits for the next packet, in the end for a
- * placeholder (vop_coded 0), which shows nothing itself. */
-static void scan_mpeg4(struct tsm_decoder *d, struct mpeg4 *m, int packet, const uint8_t *data, int size) {
-    const uint8_t *end = data + size, *at = data;
-    int nth = 0;
-    while ((at = end - at >= 5 ? memchr(at + 2, 1, end - at - 4) : NULL)) {
-        at -= 2;
-        if (at[0] || at[1]) {
-            at++;
-            continue;
-        }
-        unsigned code = at[3];
-        at += 4;
-        if (code >= 0x20 && code <= 0x2f) m->time_bits = vol_time_bits(at, end);
-        if (code != 0xb6 || packet < 0) continue;
-        struct bits b = {at, end, 0};
-        unsigned type = get(&b, 2);
-        while (get(&b, 1)) continue;
-        get(&b, 1 + m->time_bits + 1);
-        if (!get(&b, 1)) continue;
-        int done = packet + m->backlog + nth++;
-        if (type == 0 && nth == 1) {
-            m->start = packet;
-            d->units[packet].key = 1;
-        }
-        if (m->start < 0) continue;
-        if (type == 2) {
-            /* The decoder drops a B picture that has lost one of its two references. */
-            if (m->refs >= 2) add_picture(d, AV_NOPTS_VALUE, done, m->shown_start);
-            continue;
-        }
-        if (m->pending >= 0) add_picture(d, AV_NOPTS_VALUE, m->pending, m->pending_start);
-        m->pending = done;
-        m->shown_start = m->pending_start;
-        m->pending_start = m->start;
-        m->refs++;
-    }
-    m->backlog += nth - 1;
-    if (m->backlog < 0) m->backlog = 0;
-}
-
 /* --- opening --- */
 
 EXPORT struct tsm_decoder *tsm_decoder_new(void) {
@@ -204,9 +76,9 @@ EXPORT struct tsm_decoder *tsm_decoder_new(void) {
 }
 
 EXPORT void tsm_close(struct tsm_decoder *d) {
-    for (int i = 0; i < d->num_units; i++) av_packet_free(&d->units[i].pkt);
-    d->num_units = 0;
-    d->num_pics = 0;
+    for (int i = 0; i < d->all.num_units; i++) av_packet_free(&d->all.units[i].pkt);
+    d->all.num_units = 0;
+    d->all.num_pics = 0;
     avcodec_free_context(&d->cx);
     avformat_close_input(&d->ic);
 }
@@ -215,8 +87,8 @@ EXPORT void tsm_decoder_free(struct tsm_decoder *d) {
     tsm_close(d);
     sws_freeContext(d->sws);
     av_frame_free(&d->frame);
-    av_free(d->units);
-    av_free(d->pics);
+    av_free(d->all.units);
+    av_free(d->all.pics);
     free(d);
 }
 
@@ -236,55 +108,12 @@ static int read_packets(struct tsm_decoder *d, int64_t *bytes) {
             if (ret < 0) break;
             continue;
         }
-        int64_t cap = d->cap_units;
-        d->units = grow(d->units, d->num_units, &cap, sizeof *d->units);
-        d->cap_units = (int)cap;
-        d->units[d->num_units++] = (struct unit){p, p->flags & AV_PKT_FLAG_KEY ? 1 : 0};
+        d->all.units = grow(d->all.units, d->all.num_units, &d->all.cap_units, sizeof *d->all.units);
+        d->all.units[d->all.num_units++] = (struct unit){p, p->flags & AV_PKT_FLAG_KEY ? 1 : 0};
         if ((*bytes += p->size) > MAX_BYTES) break;
     }
     /* Matroska's demuxer takes a missing end for the end and only logs it. */
     return cut || (ret < 0 && ret != AVERROR_EOF) || strstr(last_log, "ended prematurely");
-}
-
-static int by_pts(const void *a, const void *b) {
-    int64_t x = ((const struct picture *)a)->pts, y = ((const struct picture *)b)->pts;
-    return (x > y) - (x < y);
-}
-
-/* The pictures by their timestamps; 0 where these are missing or repeat. */
-static int list_by_pts(struct tsm_decoder *d) {
-    int first = 0;
-    while (first < d->num_units && !d->units[first].key) first++;
-    for (int i = first; i < d->num_units; i++) {
-        const AVPacket *p = d->units[i].pkt;
-        if (!is_shown(d->st->codecpar->codec_id, p)) continue;
-        if (p->pts == AV_NOPTS_VALUE) return 0;
-        int start = i; /* in an open GOP, pictures shown before the keyframe need the one before it */
-        while (start > first && !(d->units[start].key && d->units[start].pkt->pts <= p->pts)) start--;
-        add_picture(d, p->pts, i, start);
-    }
-    qsort(d->pics, d->num_pics, sizeof *d->pics, by_pts);
-    for (int64_t k = 1; k < d->num_pics; k++)
-        if (d->pics[k].pts == d->pics[k - 1].pts) return 0;
-    return 1;
-}
-
-static int list_by_vop(struct tsm_decoder *d) {
-    struct mpeg4 m = {.pending = -1, .pending_start = -1, .shown_start = -1, .start = -1};
-    scan_mpeg4(d, &m, -1, d->st->codecpar->extradata, d->st->codecpar->extradata_size);
-    for (int i = 0; i < d->num_units; i++) scan_mpeg4(d, &m, i, d->units[i].pkt->data, d->units[i].pkt->size);
-    if (m.pending >= 0) add_picture(d, AV_NOPTS_VALUE, m.pending, m.pending_start);
-    /* A picture that waits when the file ends is never decoded. */
-    int64_t kept = 0;
-    for (int64_t k = 0; k < d->num_pics; k++)
-        if (d->pics[k].packet < d->num_units) d->pics[kept++] = d->pics[k];
-    d->num_pics = kept;
-    /* Counting from a keyframe needs every picture shown before the wanted one decoded, too. */
-    for (int64_t k = 1; k < d->num_pics; k++) {
-        struct picture *p = &d->pics[k];
-        if (p->start == p[-1].start && p->packet < p[-1].packet) p->packet = p[-1].packet;
-    }
-    return d->num_pics > 0;
 }
 
 static int open_codec(struct tsm_decoder *d) {
@@ -337,26 +166,26 @@ EXPORT int tsm_open(struct tsm_decoder *d, const char *path, struct tsm_info *in
 #if LIBAVFORMAT_VERSION_MAJOR >= 59
     if (strstr(format, "mp4")) promised = avformat_index_get_entries_count(d->st);
 #endif
-    if (cut && !promised && d->num_units > 1 && d->ic->duration > 0) {
-        int64_t span = d->units[d->num_units - 1].pkt->pts - d->units[0].pkt->pts;
+    if (cut && !promised && d->all.num_units > 1 && d->ic->duration > 0) {
+        int64_t span = d->all.units[d->all.num_units - 1].pkt->pts - d->all.units[0].pkt->pts;
         span = av_rescale_q(span, d->st->time_base, AV_TIME_BASE_Q);
-        if (span > 0) promised = av_rescale(d->num_units - 1, d->ic->duration, span);
+        if (span > 0) promised = av_rescale(d->all.num_units - 1, d->ic->duration, span);
     }
     int mpeg4 = d->st->codecpar->codec_id == AV_CODEC_ID_MPEG4;
     d->by = mpeg4 ? BY_VOP : BY_PTS;
-    if (!(mpeg4 ? list_by_vop(d) : list_by_pts(d))) {
-        d->num_pics = 0;
+    if (!(mpeg4 ? list_by_vop(&d->all, d->st->codecpar) : list_by_pts(&d->all, d->st->codecpar))) {
+        d->all.num_pics = 0;
         d->by = BY_OUTPUT;
         int64_t count = 0;
-        if ((ret = decode(d, 0, d->num_units - 1, NULL, NULL, 0, BY_OUTPUT, 0, &count)) < 0) return ret;
-        for (int64_t k = 0; k < count; k++) add_picture(d, AV_NOPTS_VALUE, d->num_units - 1, 0);
+        if ((ret = decode(d, 0, d->all.num_units - 1, NULL, NULL, 0, BY_OUTPUT, 0, &count)) < 0) return ret;
+        for (int64_t k = 0; k < count; k++) add_picture(&d->all, AV_NOPTS_VALUE, d->all.num_units - 1, 0);
     }
     info->width = d->width;
     info->height = d->height;
-    info->present = d->num_pics;
-    info->frames = d->num_pics + (promised > d->num_units ? promised - d->num_units : 0);
+    info->present = d->all.num_pics;
+    info->frames = d->all.num_pics + (promised > d->all.num_units ? promised - d->all.num_units : 0);
     snprintf(info->codec, sizeof info->codec, "%s", avcodec_get_name(d->st->codecpar->codec_id));
-    if (d->num_pics == 0) return fail(d, BROKEN, "the video stream holds no frame", 0);
+    if (d->all.num_pics == 0) return fail(d, BROKEN, "the video stream holds no frame", 0);
     return 0;
 }
 
@@ -387,10 +216,10 @@ static int find(const struct tsm_decoder *d, const int64_t *index, size_t n, int
     size_t low = 0, high = n;
     while (low < high) {
         size_t middle = (low + high) / 2;
-        if (d->pics[index[middle]].pts < pts) low = middle + 1;
+        if (d->all.pics[index[middle]].pts < pts) low = middle + 1;
         else high = middle;
     }
-    return low < n && d->pics[index[low]].pts == pts ? (int)low : -1;
+    return low < n && d->all.pics[index[low]].pts == pts ? (int)low : -1;
 }
 
 /* Decodes packets `start..=end` and writes the frames of `index` (ascending) to `rgb`. Outputs are
@@ -404,7 +233,7 @@ static int decode(struct tsm_decoder *d, int start, int end, const int64_t *inde
     avcodec_flush_buffers(d->cx);
     d->cx->skip_frame = AVDISCARD_DEFAULT;
     for (int i = start; i <= end + 1; i++) {
-        AVPacket *p = i <= end ? d->units[i].pkt : NULL; /* NULL lets out what the decoder holds back */
+        AVPacket *p = i <= end ? d->all.units[i].pkt : NULL; /* NULL lets out what the decoder holds back */
         if (p && p->size == 0) continue;
         /* Non-reference pictures change no other picture: only the wanted ones are decoded. */
         if (p && by == BY_PTS)
@@ -432,17 +261,17 @@ static int decode(struct tsm_decoder *d, int start, int end, const int64_t *inde
 EXPORT int tsm_frames(struct tsm_decoder *d, const int64_t *index, uint8_t *const *rgb, size_t n, int plain, int64_t *at) {
     int64_t total = 0;
     if (plain || d->by == BY_OUTPUT) {
-        int ret = decode(d, 0, d->num_units - 1, index, rgb, n, BY_OUTPUT, 0, &total);
+        int ret = decode(d, 0, d->all.num_units - 1, index, rgb, n, BY_OUTPUT, 0, &total);
         *at = ret < 0 || (size_t)ret < n ? index[ret < 0 ? 0 : ret] : total;
         return ret < 0 ? ret : (size_t)ret < n ? fail(d, DAMAGED, "the decoder gave fewer frames than before", 0) : 0;
     }
     for (size_t i = 0, j; i < n; i = j) {
-        const struct picture *p = &d->pics[index[i]];
+        const struct picture *p = &d->all.pics[index[i]];
         int start = p->start, end = p->packet;
         int64_t first = index[i];
-        for (j = i; j < n && d->pics[index[j]].start == start; j++)
-            if (d->pics[index[j]].packet > end) end = d->pics[index[j]].packet;
-        while (first > 0 && d->pics[first - 1].start == start) first--;
+        for (j = i; j < n && d->all.pics[index[j]].start == start; j++)
+            if (d->all.pics[index[j]].packet > end) end = d->all.pics[index[j]].packet;
+        while (first > 0 && d->all.pics[first - 1].start == start) first--;
         int ret = decode(d, start, end, index + i, rgb + i, j - i, d->by, first, &total);
         /* A keyframe that is none (a wrong flag in the file): once more from the first packet. */
         if (ret >= 0 && (size_t)ret < j - i && start > 0 && d->by == BY_PTS)

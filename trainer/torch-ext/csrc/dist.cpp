@@ -6,6 +6,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/env.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -108,6 +109,11 @@ int tsm_store_add(const TsmStore* s, TsmBytes key, int64_t amount, int64_t* out)
 int tsm_store_check(const TsmStore* s, const TsmBytes* keys, size_t count, int* out) {
   return guard([&] { *out = s->store->check(texts(keys, count)); });
 }
+// Only read when the first group is made.
+int tsm_ranks_as_threads() {
+  return guard([] { c10::utils::set_env("TORCH_FR_BUFFER_SIZE", "0", /*overwrite=*/true); });
+}
+
 void tsm_store_free(TsmStore* s) { delete s; }
 
 int tsm_group_gloo(const TsmStore* s, int rank, int world, TsmBytes iface, int64_t timeout_ms, int threads,

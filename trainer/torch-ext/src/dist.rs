@@ -36,6 +36,7 @@ type Sink = extern "C" fn(*mut c_void, *const u8, usize);
 
 #[expect(unsafe_code, reason = "declarations of csrc/dist.cpp")]
 unsafe extern "C" {
+    fn tsm_ranks_as_threads() -> c_int;
     fn tsm_store_tcp(
         host: Bytes,
         port: u16,
@@ -105,6 +106,21 @@ fn made(f: impl FnOnce(*mut *mut c_void) -> c_int) -> Result<*mut c_void> {
     let mut out = std::ptr::null_mut();
     check(f(&mut out))?;
     Ok(out)
+}
+
+/// Call first in a test whose ranks are threads of one process.
+///
+/// c10d's flight recorder keeps one map of all groups of a process and enters a new group before
+/// it takes its lock (FlightRecorderDetail.hpp, libtorch 2.11): groups that start at the same
+/// time crash now and then. This switches the recorder off. With one group a process, as
+/// in a real job, there is nothing to race.
+///
+/// # Errors
+/// If the environment cannot be changed.
+pub fn ranks_as_threads() -> Result<()> {
+    #[expect(unsafe_code, reason = "call into csrc/dist.cpp")]
+    // SAFETY: no arguments; libtorch's own lock guards its use of the environment.
+    check(unsafe { tsm_ranks_as_threads() })
 }
 
 /// A key-value store that all ranks share; rank 0 holds it.

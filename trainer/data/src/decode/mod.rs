@@ -104,3 +104,30 @@ impl Decoder {
         Video::open(handle, path)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_decoder_can_be_made_here_and_used_in_another_thread() {
+        fn moves<T: Send>(value: T) -> T {
+            value
+        }
+        moves(Decoder::new());
+    }
+
+    #[test]
+    fn errors_name_the_path_the_frame_and_what_to_do() {
+        let path = PathBuf::from("clips/a.mp4");
+        let reason = "damaged".to_owned();
+        let broken = DecodeError::Broken {
+            path,
+            reason,
+            frame: Some(7),
+        };
+        let text =
+            "cannot decode clips/a.mp4, frame 7: damaged; replace the file or take it off the list";
+        assert_eq!(broken.to_string(), text);
+    }
+}

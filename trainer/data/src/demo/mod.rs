@@ -200,8 +200,7 @@ impl Demo {
             let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
             workers
                 .into_iter()
-                .map(|w| w.join().expect("a worker reports errors"))
-                .collect()
+                .try_for_each(|w| w.join().expect("a worker reports errors"))
         })
     }
 }

@@ -15,7 +15,12 @@ static LOADED: OnceLock<Result<CudaInfo, String>> = OnceLock::new();
 /// # Errors
 /// Why there is no CUDA: the caller prints it and goes on on the CPU.
 pub fn load_cuda() -> Result<CudaInfo, String> {
-    LOADED.get_or_init(load).clone()
+    LOADED
+        .get_or_init(|| {
+            load()?;
+            CudaInfo::read().map_err(|e| e.to_string())
+        })
+        .clone()
 }
 
 /// What the first [`load_cuda`] found, if it was called.
@@ -24,12 +29,12 @@ pub(super) fn loaded() -> Option<&'static CudaInfo> {
 }
 
 #[cfg(not(cuda_plugin))]
-fn load() -> Result<CudaInfo, String> {
+fn load() -> Result<(), String> {
     Err("this program was built without CUDA: its headers were not found".to_owned())
 }
 
 #[cfg(cuda_plugin)]
-fn load() -> Result<CudaInfo, String> {
+fn load() -> Result<(), String> {
     use std::ffi::{CStr, CString, c_void};
     use std::fs::File;
     use std::io::Write;
@@ -95,5 +100,5 @@ fn load() -> Result<CudaInfo, String> {
         let table: extern "C" fn() -> *const c_void = std::mem::transmute(symbol);
         tsm_cuda_register(table());
     }
-    CudaInfo::read().map_err(|e| e.to_string())
+    Ok(())
 }

@@ -11,6 +11,7 @@ const SHORT: Duration = Duration::from_millis(300);
 
 /// A store of this process, and connections to it.
 fn server() -> Store {
+    ranks_as_threads().unwrap();
     Store::tcp("127.0.0.1", 0, 1, true, LONG).unwrap()
 }
 
