@@ -29,9 +29,11 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         );
         bail!(Coded::new(exit::USAGE, text));
     }
-    let target = Target::resolve(args)?;
+    let mut target = Target::resolve(args)?;
     let launch = target.config().map(|config| &config.launch);
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
+    target.settle(&devices);
+    let launch = target.config().map(|config| &config.launch);
     let (root, name) = target.place();
     let time = clock::Utc::now();
 

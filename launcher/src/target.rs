@@ -3,10 +3,12 @@
 use anyhow::{Context, bail};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use tsm_job::config::DeviceKind;
 use tsm_job::exit::{self, Coded};
 use tsm_job::{Config, RunDir};
 
 use crate::cli::Args;
+use crate::plan::Devices;
 
 /// A resolved command line.
 pub struct Target {
@@ -102,6 +104,19 @@ impl Target {
             What::Trainer { config, .. } => Some(config),
             What::Program(_) => None,
         }
+    }
+
+    /// Writes the devices chosen into the config, which is where the trainer learns of them.
+    pub fn settle(&mut self, devices: &Devices) {
+        let What::Trainer { config, .. } = &mut self.what else {
+            return;
+        };
+        let (device, count) = match devices {
+            Devices::Cpu(n) => (DeviceKind::Cpu, *n),
+            Devices::Gpus(gpus) => (DeviceKind::Gpu, gpus.len() as u32),
+        };
+        config.launch.device = device;
+        config.launch.nproc_per_node = Some(count);
     }
 
     /// Folder of run folders, and the name of this run.

@@ -52,6 +52,9 @@ fn the_trainer_gets_the_resolved_config() {
         "{dir:?}"
     );
     assert_eq!(load(&dir.join("config.yaml")).optim.lr, 0.125);
+    let settled = load(&dir.join("config.yaml")).launch;
+    assert_eq!(settled.device, tsm_job::config::DeviceKind::Cpu);
+    assert_eq!(settled.nproc_per_node, Some(2));
     let expected = format!(
         "0 | rank 0: --config {}\n",
         dir.join("config.yaml").display()
