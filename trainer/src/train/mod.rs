@@ -182,7 +182,9 @@ impl<'a> Training<'a> {
             println!("{best}; report in {}", self.run_dir.report().display());
         }
         // Rank 0 holds the store that the others need until here.
-        self.place.peers.barrier(self.config.launch.collective_timeout, "barrier at the end")
+        self.place.peers.barrier(self.config.launch.collective_timeout, "barrier at the end")?;
+        self.place.peers.leave();
+        Ok(())
     }
 
     /// Trains the rest of the current epoch, validates and saves where it is due.
@@ -237,11 +239,12 @@ impl<'a> Training<'a> {
                 let micro_step = batch.micro_step;
                 let last = micro_step + 1 == micro_steps;
                 let (frames, labels_n) = self.feed.input(&batch, 1, self.config.data.train.size)?;
+                // Here, so that the buffer is free once it is copied, not once the step is done.
+                self.feed.hold(batch)?;
                 self.seed(micro_step);
                 let out = self.stepper.micro_step(&frames, &labels_n, step_samples, last)?;
                 loss += &out.loss;
                 hits += log::hits(&out.logits_nk, &labels_n);
-                self.feed.hold(batch)?;
                 if last {
                     break;
                 }
