@@ -170,8 +170,9 @@ fn every_precision_mode_learns() {
     }
 }
 
-// Both sides sum in float32 in their own order: some 1e-6 a layer, which 20 layers of BatchNorm over
-// few values multiply. A wrong formula, scale or layout is off by whole percents in the first step.
+// Both sides sum in float32 in their own order. Two memory formats on one CPU differ by 2e-7 in the loss and
+// 2e-6 in the parameters; cuDNN may choose Winograd's sums, a hundred times coarser. TF32 or a wrong
+// formula, scale or layout is above the limits.
 #[test]
 #[ignore = "needs a CUDA device"]
 fn fp32_agrees_with_the_cpu() {
@@ -191,7 +192,7 @@ fn fp32_agrees_with_the_cpu() {
             step(stepper, batch, 0.005)
         });
         eprintln!("step {i}: loss {ours} on the device, {cpu} on the CPU");
-        let limit = if i == 0 { 1e-4 } else { 5e-3 };
+        let limit = if i == 0 { 1e-4 } else { 1e-3 };
         if i == 0 {
             first = cpu;
         }
@@ -202,7 +203,7 @@ fn fp32_agrees_with_the_cpu() {
         if i == 0 {
             let worst = difference(&params(&sides[0].0), &params(&sides[1].0));
             eprintln!("parameters after a step differ by {worst:e}");
-            assert!(worst < 5e-3, "after one step: {worst}");
+            assert!(worst < 1e-3, "after one step: {worst}");
         }
     }
 }
@@ -413,6 +414,8 @@ fn two_ranks_on_one_card_train_like_one_rank_with_two_micro_steps() {
             ])
             .envs([
                 ("NCCL_MNNVL_ENABLE", "0"),
+                // Both would listen on the same port for the status service.
+                ("NCCL_RAS_ENABLE", "0"),
                 ("NCCL_SOCKET_IFNAME", "lo"),
                 ("NCCL_MAX_CTAS", "1"),
                 ("GLOO_SOCKET_IFNAME", "lo"),
