@@ -35,7 +35,7 @@ struct DemoArgs {
     #[arg(long, default_value = "data/demo")]
     out: PathBuf,
     /// Number of training clips.
-    #[arg(long, default_value_t = 800)]
+    #[arg(long, default_value_t = 1200)]
     train: usize,
     /// Number of validation clips.
     #[arg(long, default_value_t = 240)]
