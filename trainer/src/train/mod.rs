@@ -383,10 +383,10 @@ fn environment(place: &Place) -> BTreeMap<String, String> {
         ("device".into(), format!("{:?}", place.device)),
         ("threads per rank".into(), place.threads.to_string()),
     ]);
-    if let Ok(text) = fs_err::read_to_string("/proc/cpuinfo") {
-        if let Some(model) = text.lines().find_map(|l| l.strip_prefix("model name")) {
-            facts.insert("cpu".into(), model.trim_start_matches([' ', '\t', ':']).into());
-        }
+    if let Ok(text) = fs_err::read_to_string("/proc/cpuinfo")
+        && let Some(model) = text.lines().find_map(|l| l.strip_prefix("model name"))
+    {
+        facts.insert("cpu".into(), model.trim_start_matches([' ', '\t', ':']).into());
     }
     if let Ok(cores) = std::thread::available_parallelism() {
         facts.insert("cores".into(), cores.to_string());
@@ -411,10 +411,10 @@ impl Pace {
         let event = Event::new(index)?;
         event.record()?;
         self.ahead.push_back(event);
-        if self.ahead.len() > 2 {
-            if let Some(event) = self.ahead.pop_front() {
-                event.synchronize()?;
-            }
+        if self.ahead.len() > 2
+            && let Some(event) = self.ahead.pop_front()
+        {
+            event.synchronize()?;
         }
         Ok(())
     }
