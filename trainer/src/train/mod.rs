@@ -183,7 +183,9 @@ impl<'a> Training<'a> {
             println!("{best}; report in {}", self.run_dir.report().display());
         }
         // Rank 0 holds the store that the others need until here.
-        self.place.peers.barrier(self.config.launch.collective_timeout, "barrier at the end")
+        self.place.peers.barrier(self.config.launch.collective_timeout, "barrier at the end")?;
+        self.place.peers.leave();
+        Ok(())
     }
 
     /// Trains the rest of the current epoch, validates and saves where it is due.
@@ -238,11 +240,12 @@ impl<'a> Training<'a> {
                 let micro_step = batch.micro_step;
                 let last = micro_step + 1 == micro_steps;
                 let (frames, labels_n) = self.feed.input(&batch, 1, self.config.data.train.size)?;
+                // Here, so that the buffer is free once it is copied, not once the step is done.
+                self.feed.hold(batch)?;
                 self.seed(micro_step);
                 let out = self.stepper.micro_step(&frames, &labels_n, step_samples, last)?;
                 loss += &out.loss;
                 hits += log::hits(&out.logits_nk, &labels_n);
-                self.feed.hold(batch)?;
                 if last {
                     break;
                 }
@@ -380,10 +383,10 @@ fn environment(place: &Place) -> BTreeMap<String, String> {
         ("device".into(), format!("{:?}", place.device)),
         ("threads per rank".into(), place.threads.to_string()),
     ]);
-    if let Ok(text) = fs_err::read_to_string("/proc/cpuinfo") {
-        if let Some(model) = text.lines().find_map(|l| l.strip_prefix("model name")) {
-            facts.insert("cpu".into(), model.trim_start_matches([' ', '\t', ':']).into());
-        }
+    if let Ok(text) = fs_err::read_to_string("/proc/cpuinfo")
+        && let Some(model) = text.lines().find_map(|l| l.strip_prefix("model name"))
+    {
+        facts.insert("cpu".into(), model.trim_start_matches([' ', '\t', ':']).into());
     }
     if let Ok(cores) = std::thread::available_parallelism() {
         facts.insert("cores".into(), cores.to_string());
@@ -408,10 +411,10 @@ impl Pace {
         let event = Event::new(index)?;
         event.record()?;
         self.ahead.push_back(event);
-        if self.ahead.len() > 2 {
-            if let Some(event) = self.ahead.pop_front() {
-                event.synchronize()?;
-            }
+        if self.ahead.len() > 2
+            && let Some(event) = self.ahead.pop_front()
+        {
+            event.synchronize()?;
         }
         Ok(())
     }

@@ -102,7 +102,7 @@ fn translate(meta: &Meta, config: &Config, env: &WorkerEnv, path: &Path) -> Resu
     }
     let (before, now) = (meta.global_batch, config.global_batch(env.world_size));
     let clips = meta.step_in_epoch * before;
-    if clips % now != 0 {
+    if !clips.is_multiple_of(now) {
         return Err(refuse(format!("a step had {before} clips, now {now}, which does not divide the {clips} clips done")));
     }
     Ok(clips / now)
