@@ -46,12 +46,11 @@ fn edit(path: &Path, change: impl FnOnce(String) -> String) {
 fn a_misspelt_key_is_shown_with_its_place() {
     let scene = Scene::new();
     let text = fs::read_to_string(config("demo.yaml")).unwrap();
-    let line = 1 + text.lines().position(|l| l.trim() == "epochs: 10").unwrap();
-    fs::write(
-        scene.path("job.yaml"),
-        text.replace("  epochs: 10", "  epoches: 10"),
-    )
-    .unwrap();
+    let is_epochs = |l: &&str| l.starts_with("  epochs: ");
+    let right = text.lines().find(is_epochs).unwrap();
+    let line = 1 + text.lines().position(|l| l == right).unwrap();
+    let wrong = right.replace("epochs", "epoches");
+    fs::write(scene.path("job.yaml"), text.replace(right, &wrong)).unwrap();
     let command = scene.launch(&["--cpus", "2", "--run-dir", "run", "job.yaml"]);
     let place = format!("job.yaml:{line}:3: unknown key `epoches` in train");
     refused(

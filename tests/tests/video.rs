@@ -55,7 +55,9 @@ fn real_videos_of_several_formats_are_a_training_set() {
     ];
     expect(scene.job("run", 2, &overrides), exit::OK);
     let history = history(&scene.run("run"));
-    assert_eq!(history.steps.len(), rows.len().div_ceil(4));
+    // A last step that has no clip for every rank is left out.
+    let steps = rows.len() / 4 + usize::from(rows.len() % 4 >= 2);
+    assert_eq!(history.steps.len(), steps);
     assert!(
         history
             .steps
