@@ -1,5 +1,5 @@
 # The two commands a newcomer needs: `make demo` and `make test`.
-.PHONY: demo test setup build lint clean peers
+.PHONY: demo test setup build lint clean
 
 CARGO ?= cargo
 
@@ -14,6 +14,7 @@ setup:
 
 test:
 	@scripts/setup.sh test
+	benchmarks/peers/smoke_test.sh
 	$(CARGO) test --release --workspace --no-fail-fast
 
 lint:

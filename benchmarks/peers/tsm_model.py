@@ -123,7 +123,7 @@ class TSM(nn.Module):
             layers.append(conv_bn(320, 1280, 1, relu=nn.ReLU6(inplace=True)))
             i = 1280
         else:
-            raise SystemExit(f"error: unknown model {arch!r}; resnet50 and mobilenetv2 are known")
+            raise ValueError(f"unknown model {arch!r}; resnet50 and mobilenetv2 are known")
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(i, classes)
 

@@ -1,8 +1,8 @@
 //! Which rank failed first. Pure.
 //!
-//! Time alone is not enough: a process that dies holds its sockets for less long than its memory, so
-//! a peer can notice the death, complain and end before the death itself is visible. What a rank says
-//! about its own end therefore counts before the order of the ends.
+//! The order of the ends alone is not enough: a process closes its sockets before its death can be seen, and
+//! some libraries close them while the program is still unwinding, so a peer can notice, complain and end
+//! earlier. What a rank says about its own end therefore counts before the order.
 
 use serde::{Deserialize, Serialize};
 use tsm_job::exit;

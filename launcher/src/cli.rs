@@ -8,7 +8,7 @@ use std::time::Duration;
 use tsm_job::config::duration;
 
 const EXAMPLES: &str = "Examples:
-  tsm-launch --gpus 8 configs/k400_r50.yaml optim.lr=0.01
+  tsm-launch --gpus 8 configs/ucf101.yaml optim.lr=0.01
   tsm-launch --cpus 2 configs/demo.yaml
   tsm-launch --gpus auto -- python train.py --epochs 10
   tsm-launch --gpus 8 --resume runs/demo-20260131-120000

@@ -38,6 +38,7 @@ impl Crew {
         for (rank, happening) in happenings {
             events.push(match happening {
                 Happening::Ended(end) => Event::Ended { rank, end },
+                Happening::Left => Event::Left { rank },
                 Happening::Said(WorkerMessage::Step { step, .. }) => Event::Step { rank, step },
                 Happening::Said(WorkerMessage::Section { name }) => Event::Section { rank, name },
                 Happening::Said(WorkerMessage::Failure(record)) => Event::Failing { rank, record },
@@ -76,17 +77,19 @@ impl Crew {
         }
     }
 
-    /// Ends what the workers started and left behind: SIGTERM, the grace, SIGKILL.
-    pub async fn end_descendants(&mut self, state: &State, signals: &mut Signals, grace: Duration) {
-        for (rank, known) in state.ranks.iter().enumerate() {
-            if let Some(end) = known.end {
-                let ms = known.ended_at.as_secs_f64() * 1e3;
-                self.events.write(
-                    "exit",
-                    json!({"rank": rank, "end": end, "order": known.order, "seen_ms": ms}),
-                );
+    /// Writes down which ranks have ended, after all that was urgent.
+    pub fn write_ends(&mut self, events: &[Event], state: &State) {
+        for event in events {
+            if let Event::Ended { rank, end } = event {
+                let order = state.ranks[*rank].order;
+                self.events
+                    .write("exit", json!({"rank": rank, "end": end, "order": order}));
             }
         }
+    }
+
+    /// Ends what the workers started and left behind: SIGTERM, the grace, SIGKILL.
+    pub async fn end_descendants(&mut self, state: &State, signals: &mut Signals, grace: Duration) {
         let sessions: Vec<i32> = self
             .workers
             .iter()
@@ -105,7 +108,7 @@ impl Crew {
             let format = tsm_job::config::duration::format;
             let number = left.len();
             self.notice(&format!(
-                "ending {number} process(es) that the workers left behind, grace {}",
+                "processes that the workers left behind: ending {number}, grace {}",
                 format(grace)
             ));
             for &pid in &left {

@@ -29,9 +29,11 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         );
         bail!(Coded::new(exit::USAGE, text));
     }
-    let target = Target::resolve(args)?;
+    let mut target = Target::resolve(args)?;
     let launch = target.config().map(|config| &config.launch);
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
+    target.settle(&devices);
+    let launch = target.config().map(|config| &config.launch);
     let (root, name) = target.place();
     let time = clock::Utc::now();
 
@@ -145,9 +147,19 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
             .or(launch.map(|l| l.grace))
             .unwrap_or(Duration::from_secs(30)),
         manifest,
-        resumable: is_trainer,
+        resume: is_trainer.then(|| resume_command(args, &dir)),
     };
     run.execute()
+}
+
+/// The command that continues the run in `dir` on the same devices.
+fn resume_command(args: &Args, dir: &Path) -> String {
+    let device = match (&args.gpus, args.cpus) {
+        (Some(gpus), _) => format!("--gpus {gpus} "),
+        (None, Some(n)) => format!("--cpus {n} "),
+        (None, None) => String::new(),
+    };
+    format!("tsm-launch {device}--resume {}", plan::shell(&[dir.into()]))
 }
 
 /// A run is called after its folder.

@@ -4,10 +4,10 @@
 //! done by [`crate::shim`], which becomes the worker by exec.
 
 use anyhow::Context;
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
-    pidfd_send_signal, waitid,
+    Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getrlimit,
+    kill_process_group, pidfd_open, pidfd_send_signal, setrlimit, waitid,
 };
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,6 +17,11 @@ use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 
 use crate::cores;
 use crate::end::End;
+
+/// Lowest number of a worker's agent socket, above the files and sockets that it opens itself. A dying process
+/// closes its descriptors from the highest down (Linux 4.4 and newer, `task_work_run`), so the launcher hears of
+/// a death before the peers do, however long the driver then takes to close the GPU.
+const AGENT_FD: i32 = 1000;
 
 /// What to start.
 pub struct Spec<'a> {
@@ -36,23 +41,32 @@ pub struct Worker {
     pidfd: OwnedFd,
 }
 
+/// Raises the limit of open files to `needed` where it is lower; workers inherit it. More than the hard limit is
+/// not given, and the file that is one too many is then an error of its own.
+pub fn allow_open_files(needed: u64) {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some_and(|current| current < needed) {
+        let current = Some(limit.maximum.map_or(needed, |maximum| needed.min(maximum)));
+        let _ = setrlimit(Resource::Nofile, Rlimit { current, ..limit });
+    }
+}
+
 /// The launcher's ends of a new worker's streams.
 pub struct Streams {
     pub out: ChildStdout,
     pub err: ChildStderr,
-    pub agent: UnixStream,
 }
 
-/// Starts a worker. Call from the main thread only: the worker's parent-death signal
+/// Starts a worker, with `agent` as its `TSM_AGENT_FD`. Call from the main thread only: the worker's parent-death signal
 /// fires when the *thread* that started it ends, and no other thread may spawn meanwhile,
 /// since the worker's end of the agent socket is inheritable until this returns.
 ///
 /// # Errors
 /// When the shim cannot be started, or the kernel has no pidfd.
-pub fn spawn(spec: &Spec) -> anyhow::Result<(Worker, Streams)> {
-    let (agent, theirs) = UnixStream::pair().context("cannot make a socket for a worker")?;
-    agent.set_nonblocking(true)?;
-    fcntl_setfd(&theirs, FdFlags::empty())?;
+pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)> {
+    // Where the limit of open files is lower, it stays at the number that it has.
+    let agent = fcntl_dupfd_cloexec(&agent, AGENT_FD).unwrap_or(agent.into());
+    fcntl_setfd(&agent, FdFlags::empty()).context("cannot make a socket for a worker")?;
 
     let mut command = Command::new(spec.shim);
     command
@@ -64,7 +78,7 @@ pub fn spawn(spec: &Spec) -> anyhow::Result<(Worker, Streams)> {
     }
     command
         .envs(spec.env.iter().map(|(k, v)| (k, v)))
-        .env("TSM_AGENT_FD", theirs.as_raw_fd().to_string());
+        .env("TSM_AGENT_FD", agent.as_raw_fd().to_string());
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -79,7 +93,7 @@ pub fn spawn(spec: &Spec) -> anyhow::Result<(Worker, Streams)> {
     let (Some(out), Some(err)) = (child.stdout.take(), child.stderr.take()) else {
         unreachable!("both streams were asked for")
     };
-    Ok((Worker { pid, pidfd }, Streams { out, err, agent }))
+    Ok((Worker { pid, pidfd }, Streams { out, err }))
 }
 
 impl Worker {

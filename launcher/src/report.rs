@@ -72,8 +72,8 @@ pub struct Run<'a> {
     pub exit_code: i32,
     /// Processes that the kernel's out-of-memory killer ended on this machine meanwhile.
     pub oom_kills: u64,
-    /// The workers can be continued with `--resume`.
-    pub resumable: bool,
+    /// The command that continues the run, where the workers know how to.
+    pub resume: Option<&'a str>,
 }
 
 /// All a rank said about its end: torch's error file and the end of its stderr.
@@ -135,7 +135,6 @@ pub fn failure(run: &Run, blame: &Blame, ranks: &[Rank], places: &[Place]) -> Fa
 }
 
 fn hint(run: &Run, end: Option<End>, out_of_memory: bool) -> String {
-    let resume = format!("tsm-launch --resume {}", run.dir.display());
     match end {
         _ if out_of_memory => {
             "less memory is needed: fewer data.workers, a smaller data.prefetch, or fewer ranks"
@@ -150,11 +149,13 @@ fn hint(run: &Run, end: Option<End>, out_of_memory: bool) -> String {
         Some(End::Code(exit::DIVERGED)) => {
             "a lower optim.lr, a longer warmup or optim.max_grad_norm may help".into()
         }
-        _ if run.resumable => format!("once the cause is gone, continue with: {resume}"),
-        _ => format!(
-            "the whole output of every rank is in {}",
-            run.dir.join("logs").display()
-        ),
+        _ => match run.resume {
+            Some(command) => format!("once the cause is gone, continue with: {command}"),
+            None => format!(
+                "the whole output of every rank is in {}",
+                run.dir.join("logs").display()
+            ),
+        },
     }
 }
 
@@ -299,7 +300,7 @@ mod tests {
             dir: Path::new("runs/r"),
             exit_code: 17,
             oom_kills,
-            resumable: true,
+            resume: Some("tsm-launch --cpus 6 --resume runs/r"),
         };
         failure(&run, &blame, &ranks, &places).to_string()
     }
@@ -317,7 +318,7 @@ mod tests {
     ranks 1-2,4: stopped by the launcher: signal 15 (SIGTERM), 0.9 ms after
     rank 3: succeeded, 2.7 ms after
     rank 5: lost another rank: exit code 76, 4.5 ms after
-  hint: once the cause is gone, continue with: tsm-launch --resume runs/r";
+  hint: once the cause is gone, continue with: tsm-launch --cpus 6 --resume runs/r";
         assert_eq!(text, expected);
     }
 

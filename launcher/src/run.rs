@@ -8,6 +8,7 @@ use fs_err::File;
 use serde_json::json;
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -32,6 +33,11 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// How long to wait for the description of the machine at the end of a short run.
 const DESCRIBE: Duration = Duration::from_secs(2);
 
+/// Open files of the launcher itself, generously, and those that it has for each rank: two pipes, two logs,
+/// a pidfd and a socket.
+const FILES: u64 = 64;
+const FILES_PER_RANK: u64 = 6;
+
 /// All that is decided before the first worker starts.
 pub struct Run {
     pub start: Instant,
@@ -44,8 +50,8 @@ pub struct Run {
     pub show: Show,
     pub grace: Duration,
     pub manifest: Manifest,
-    /// The workers are trainers, which know how to continue.
-    pub resumable: bool,
+    /// The command that continues the run, where the workers know how to.
+    pub resume: Option<String>,
 }
 
 impl Run {
@@ -82,6 +88,7 @@ impl Run {
             };
             let actions = supervisor::decide(&mut state, &events, self.start.elapsed());
             crew.act(&actions);
+            crew.write_ends(&events, &state);
         }
         crew.end_descendants(&state, &mut signals, self.grace).await;
         Ok(self.conclude(
@@ -94,6 +101,7 @@ impl Run {
 
     /// Starts the guard and every worker, then reads their output.
     fn start_workers(&self) -> anyhow::Result<Crew> {
+        process::allow_open_files(FILES + FILES_PER_RANK * self.workers.len() as u64);
         let mut watch = Watch::new()?;
         let mut guard = Guard::start(&self.shim)?;
         let mut events = Events::open(&self.folder.dir, self.start);
@@ -136,10 +144,7 @@ impl Run {
             notices,
             events,
         };
-        let number = match self.workers.len() {
-            1 => "1 worker".into(),
-            n => format!("{n} workers"),
-        };
+        let number = supervisor::count(self.workers.len(), "worker");
         crew.notice(&format!(
             "{number} on {}; run folder {}",
             self.host,
@@ -170,7 +175,10 @@ impl Run {
             File::options().create(true).append(true).open(path)
         };
         let (out_file, err_file) = (log(false)?, log(true)?);
-        let (worker, streams) = process::spawn(&spec)?;
+        // Watched from before the start, so that no message is older than the watch.
+        let (ours, theirs) = UnixStream::pair().context("cannot make a socket for a worker")?;
+        watch.add_agent(ours)?;
+        let (worker, streams) = process::spawn(&spec, theirs)?;
         let tail = Tail::default();
         let digits = (self.workers.len() - 1).to_string().len();
         let shown = |progress| {
@@ -205,7 +213,7 @@ impl Run {
             to: err,
         });
         tails.push(tail);
-        if let Err(e) = watch.add(&worker, streams.agent) {
+        if let Err(e) = watch.add_worker(&worker) {
             worker.kill();
             return Err(e);
         }
@@ -327,7 +335,7 @@ impl Run {
             dir,
             exit_code,
             oom_kills,
-            resumable: self.resumable,
+            resume: self.resume.as_deref(),
         };
         let failure = report::failure(&run, blame, &state.ranks, places);
         let _ = writeln!(stderr, "{failure}");

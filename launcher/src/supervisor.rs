@@ -15,12 +15,20 @@ use crate::end::End;
 /// How long the kernel may take to end a process after SIGKILL before it is named as stuck.
 const KILL_WAIT: Duration = Duration::from_secs(5);
 
+/// A rank that ends within this time after it closed its agent socket was dying since then. Closing a GPU
+/// takes a driver seconds; a program that closes descriptors it does not know does so when it starts.
+const DYING: Duration = Duration::from_secs(10);
+
 /// Something that happened. Events given together happened in that order before any of them was acted on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     Ended {
         rank: usize,
         end: End,
+    },
+    /// It closed its agent socket, which a dying process does before its end can be seen.
+    Left {
+        rank: usize,
     },
     Failing {
         rank: usize,
@@ -75,10 +83,13 @@ pub struct Rank {
     pub end: Option<End>,
     /// When its end was seen, since the launcher started.
     pub ended_at: Duration,
-    /// Position of its end, or of its failure record if that came first, among all such events.
+    /// Position among all such events of the first sign of its end: a failure record, the loss of its agent
+    /// socket shortly before, or the end itself.
     pub order: usize,
     /// It ended after the launcher had begun to stop the job.
     pub after_stop: bool,
+    /// When it closed its agent socket: position, time, and whether the job was being stopped.
+    pub left: Option<(usize, Duration, bool)>,
     /// Signals the launcher sent it.
     pub sent: Vec<i32>,
     pub record: Option<FailureRecord>,
@@ -190,10 +201,14 @@ impl State {
                 let order = self.next_order();
                 let rank = &mut self.ranks[*rank];
                 if rank.record.is_none() {
-                    rank.order = order;
-                    rank.after_stop = after_stop;
+                    let dying = rank.left.filter(|(_, at, _)| now - *at <= DYING);
+                    let since = dying.map(|(order, _, after_stop)| (order, after_stop));
+                    (rank.order, rank.after_stop) = since.unwrap_or((order, after_stop));
                 }
                 (rank.end, rank.ended_at) = (Some(*end), now);
+            }
+            Event::Left { rank } => {
+                self.ranks[*rank].left = Some((self.next_order(), now, after_stop));
             }
             Event::Failing { rank, record } if self.ranks[*rank].record.is_none() => {
                 let order = self.next_order();
@@ -237,8 +252,9 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
             let others = state.alive().count();
             if others > 0 {
                 let grace = tsm_job::config::duration::format(state.grace);
+                let others = count(others, "other");
                 actions.push(Action::Notice(format!(
-                    "rank {rank} ended with {end}: stopping {others} others, grace {grace}"
+                    "rank {rank} ended with {end}: stopping {others}, grace {grace}"
                 )));
             }
             state.stop(StopCause::Failure, libc::SIGTERM, now, actions);
@@ -265,9 +281,9 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
         }
         (Event::Signal(signal), Phase::Running) => {
             let name = crate::end::signal_name(*signal);
-            let workers = state.alive().count();
+            let workers = count(state.alive().count(), "worker");
             actions.push(Action::Notice(format!(
-                "{name}: stopping {workers} workers; Ctrl-C again kills them"
+                "{name}: stopping {workers}; Ctrl-C again kills them"
             )));
             state.stop(StopCause::Signal(*signal), *signal, now, actions);
         }
@@ -277,6 +293,11 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
         }
         _ => {}
     }
+}
+
+/// `1 worker`, `2 workers`.
+pub fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

@@ -3,10 +3,12 @@
 use anyhow::{Context, bail};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use tsm_job::config::DeviceKind;
 use tsm_job::exit::{self, Coded};
 use tsm_job::{Config, RunDir};
 
 use crate::cli::Args;
+use crate::plan::Devices;
 
 /// A resolved command line.
 pub struct Target {
@@ -71,6 +73,7 @@ impl Target {
         };
         let config = Config::load(&config, &args.overrides)
             .map_err(|e| Coded::new(exit::CONFIG, e.to_string()))?;
+        check_files(&config)?;
         let trainer = match &args.trainer {
             Some(path) => std::path::absolute(path)?,
             None => std::env::current_exe()
@@ -103,6 +106,19 @@ impl Target {
         }
     }
 
+    /// Writes the devices chosen into the config, which is where the trainer learns of them.
+    pub fn settle(&mut self, devices: &Devices) {
+        let What::Trainer { config, .. } = &mut self.what else {
+            return;
+        };
+        let (device, count) = match devices {
+            Devices::Cpu(n) => (DeviceKind::Cpu, *n),
+            Devices::Gpus(gpus) => (DeviceKind::Gpu, gpus.len() as u32),
+        };
+        config.launch.device = device;
+        config.launch.nproc_per_node = Some(count);
+    }
+
     /// Folder of run folders, and the name of this run.
     pub fn place(&self) -> (PathBuf, String) {
         match &self.what {
@@ -119,6 +135,20 @@ impl Target {
         match &self.what {
             What::Trainer { trainer, .. } => vec![trainer.into(), "--config".into(), config.into()],
             What::Program(program) => program.clone(),
+        }
+    }
+}
+
+/// Every file that the config names is there.
+fn check_files(config: &Config) -> anyhow::Result<()> {
+    let missing: Vec<String> = config.check_files().iter().map(|p| p.to_string()).collect();
+    match missing.as_slice() {
+        [] => Ok(()),
+        [one] => bail!(Coded::new(exit::DATA, one.clone())),
+        many => {
+            let (number, all) = (many.len(), many.join("\n\n"));
+            let text = format!("{number} paths of the configuration lead nowhere\n\n{all}");
+            bail!(Coded::new(exit::DATA, text))
         }
     }
 }
@@ -181,7 +211,10 @@ mod tests {
         let error = find_program(&"no-such-program".into()).unwrap_err();
         assert_eq!(exit::code_of(&error), exit::PREFLIGHT);
         let text = tempfile::NamedTempFile::new().unwrap();
-        assert!(find_program(&text.path().into()).is_err(), "a file that is no program");
+        assert!(
+            find_program(&text.path().into()).is_err(),
+            "a file that is no program"
+        );
     }
 
     #[test]

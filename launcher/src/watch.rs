@@ -27,6 +27,8 @@ const MAX_LINE: usize = 1 << 20;
 pub enum Happening {
     Ended(End),
     Said(WorkerMessage),
+    /// It closed its agent socket: by all odds it is dying, see [`crate::process`].
+    Left,
 }
 
 /// All workers of this node.
@@ -59,25 +61,43 @@ impl Watch {
         })
     }
 
-    /// Adds the worker of the next local rank.
+    /// Adds the agent socket of the next local rank, before its worker is started.
     ///
     /// # Errors
     /// When the kernel's limit of watches is reached.
-    pub fn add(&mut self, worker: &Worker, agent: UnixStream) -> anyhow::Result<()> {
-        let index = self.agents.len() as u64;
-        let epoll = self.epoll.get_ref();
-        // A pidfd stays readable after the death, so it must fire once only.
-        let once = EventFlags::IN | EventFlags::ONESHOT;
-        epoll::add(epoll, worker, EventData::new_u64(index << 1), once)
+    pub fn add_agent(&mut self, agent: UnixStream) -> anyhow::Result<()> {
+        agent
+            .set_nonblocking(true)
             .context("cannot watch a worker")?;
-        let edge = EventFlags::IN | EventFlags::ET;
-        epoll::add(epoll, &agent, EventData::new_u64(index << 1 | 1), edge)
-            .context("cannot watch a worker")?;
+        let token = EventData::new_u64((self.agents.len() as u64) << 1 | 1);
+        epoll::add(
+            self.epoll.get_ref(),
+            &agent,
+            token,
+            EventFlags::IN | EventFlags::ET,
+        )
+        .context("cannot watch a worker")?;
         self.agents.push(Agent {
             stream: Some(agent),
             pending: Vec::new(),
         });
         Ok(())
+    }
+
+    /// Adds the worker whose agent socket was added last.
+    ///
+    /// # Errors
+    /// As [`Self::add_agent`].
+    pub fn add_worker(&mut self, worker: &Worker) -> anyhow::Result<()> {
+        let token = EventData::new_u64((self.agents.len() as u64 - 1) << 1);
+        // A pidfd stays readable after the death, so it must fire once only.
+        epoll::add(
+            self.epoll.get_ref(),
+            worker,
+            token,
+            EventFlags::IN | EventFlags::ONESHOT,
+        )
+        .context("cannot watch a worker")
     }
 
     /// Waits until something happened; then all of it, in order, by local rank.
@@ -97,8 +117,12 @@ impl Watch {
             for event in events {
                 let (index, said) = ((event >> 1) as usize, event & 1 == 1);
                 // What a worker said, it said before it died, whatever is read first.
-                self.agents[index]
-                    .drain(|message| happenings.push((index, Happening::Said(message))));
+                let agent = &mut self.agents[index];
+                let was_open = agent.stream.is_some();
+                agent.drain(|message| happenings.push((index, Happening::Said(message))));
+                if was_open && agent.stream.is_none() {
+                    happenings.push((index, Happening::Left));
+                }
                 if !said && let Some(end) = workers[index].end() {
                     happenings.push((index, Happening::Ended(end)));
                 }

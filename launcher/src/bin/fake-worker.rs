@@ -4,6 +4,7 @@
 //! other rank hang instead.
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
 use std::io::Write;
 use std::path::PathBuf;
@@ -29,6 +30,7 @@ const HELP: &str = "actions:
   --error-file TEXT  write torch's error file
   --touch PATH       make a file, its pid and rank in it; `{rank}` in PATH is the rank
   --wait-for PATH    until such a file exists
+  --lock PATH        lock a file, and keep it until the end
   --wait-death PATH  until the process named in the file has died";
 
 fn main() {
@@ -59,6 +61,10 @@ fn main() {
             "--exit" => std::process::exit(number(next()) as i32),
             "--kill" => {
                 let signal = Signal::from_named_raw(number(next()) as i32).expect("a signal");
+                if signal != Signal::KILL {
+                    // Rust's own handler of SIGSEGV would take a signal without a fault for nothing.
+                    on_signal(signal.as_raw(), libc::SIG_DFL);
+                }
                 kill_process(getpid(), signal).expect("a process may signal itself");
                 hang();
             }
@@ -124,6 +130,15 @@ fn main() {
             "--wait-for" => {
                 wait_for(&PathBuf::from(next()));
             }
+            "--lock" => {
+                let file = fs_err::File::options()
+                    .create(true)
+                    .append(true)
+                    .open(next())
+                    .expect("the folder exists");
+                flock(&file, FlockOperation::LockExclusive).expect("a lock");
+                std::mem::forget(file);
+            }
             "--wait-death" => {
                 let pid = wait_for(&PathBuf::from(next()))
                     .parse()
@@ -144,7 +159,7 @@ static CODE: std::sync::atomic::AtomicI32 = std::sync::atomic::AtomicI32::new(0)
 
 #[expect(unsafe_code, reason = "signal handlers have no safe interface in libc")]
 fn on_signal(signal: i32, handler: libc::sighandler_t) {
-    // SAFETY: the handler is SIG_IGN, or `leave`, which calls only functions that are safe in a handler.
+    // SAFETY: the handler is SIG_IGN, SIG_DFL, or `leave`, which calls only functions that are safe in a handler.
     unsafe { libc::signal(signal, handler) };
 }
 

@@ -150,3 +150,31 @@ fn ends_read_together_all_count_as_before_the_stop() {
     decide(&mut state, &[ended(1, End::Code(1))], at(2));
     assert!(state.ranks[1].after_stop);
 }
+
+#[test]
+fn a_rank_was_dying_since_it_closed_its_agent_socket() {
+    let mut state = State::new(3, GRACE);
+    decide(&mut state, &[Event::Left { rank: 2 }], at(1));
+    decide(&mut state, &[ended(0, End::Code(1))], at(2));
+    decide(
+        &mut state,
+        &[ended(2, End::Code(17)), ended(1, End::Signal(15))],
+        at(900),
+    );
+    assert_eq!(
+        (
+            state.first_failure(|_| String::new()).unwrap().rank,
+            code(&state)
+        ),
+        (2, 17)
+    );
+}
+
+#[test]
+fn a_program_that_closed_the_socket_long_ago_was_not_dying() {
+    let mut state = State::new(2, GRACE);
+    decide(&mut state, &[Event::Left { rank: 1 }], at(1));
+    decide(&mut state, &[ended(0, End::Code(17))], at(60_000));
+    decide(&mut state, &[ended(1, End::Code(1))], at(60_001));
+    assert_eq!(code(&state), 17);
+}

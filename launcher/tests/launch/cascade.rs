@@ -64,6 +64,47 @@ fn the_culprit_is_right_when_the_others_follow_at_once() {
     }
 }
 
+/// Peers notice a death by a closed connection, which the kernel closes before the death itself is visible. A lock
+/// that the dying rank held stands for the connection.
+#[test]
+fn the_culprit_is_right_when_the_others_notice_before_its_death_is_visible() {
+    for repetition in 0..16 {
+        let k = repetition % 4;
+        let scene = Scene::new();
+        let at = |name: &str| scene.path(name).display().to_string();
+        let others = (0..4)
+            .filter(|&r| r != k)
+            .map(|r| format!("--wait-for {}{r}", at("ready")));
+        let script = format!(
+            "if [ $RANK = {k} ]; then exec $0 --lock {lock} --touch {held} {others} --sleep-ms 20 --exit 17; \
+             else exec $0 --wait-for {held} --touch {ready}{{rank}} --lock {lock} --exit 1; fi",
+            lock = at("lock"),
+            held = at("held"),
+            ready = at("ready"),
+            others = others.collect::<Vec<_>>().join(" "),
+        );
+        let words = [
+            "--cpus",
+            "4",
+            "--run-dir",
+            "run",
+            "--",
+            "sh",
+            "-c",
+            &script,
+            crate::harness::FAKE,
+        ];
+        let outcome = crate::harness::finish(crate::harness::start(&mut scene.command(&words)));
+        let rank = scene.json("failure.json")["rank"].as_u64();
+        assert_eq!(
+            (rank, outcome.code),
+            (Some(k), 17),
+            "repetition {repetition}\n{}",
+            outcome.err
+        );
+    }
+}
+
 #[test]
 fn a_failure_that_was_announced_counts_before_a_silent_end() {
     let scene = Scene::new();

@@ -9,3 +9,4 @@ mod refusals;
 mod resume;
 mod start;
 mod stop;
+mod trainer;

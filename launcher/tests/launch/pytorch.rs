@@ -53,7 +53,8 @@ fn ddp_over_gloo_trains() {
 fn the_exception_of_the_rank_that_raised_it_is_reported() {
     let Some(python) = python() else { return };
     let (scene, outcome) = launch(&python, &["--fail-on", "1"]);
-    assert_eq!(outcome.code, 1, "{}", outcome.err);
+    // 134: torch's abort at the end of Python, see the script.
+    assert!([1, 134].contains(&outcome.code), "{}", outcome.err);
     assert_eq!(scene.json("failure.json")["rank"], 1, "{}", outcome.err);
     assert!(
         outcome.err.contains("ValueError: broken clip"),

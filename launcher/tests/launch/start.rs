@@ -189,3 +189,20 @@ fn a_shell_command_is_a_program_too() {
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     assert!(outcome.out.contains("1 | rank 1 of 2\n"), "{}", outcome.out);
 }
+
+#[test]
+fn many_ranks_need_no_higher_limit_of_open_files() {
+    let scene = Scene::new();
+    let launch = env!("CARGO_BIN_EXE_tsm-launch");
+    let script = format!(
+        "ulimit -S -n 100; exec {launch} --cpus 32 --run-dir run --show-ranks none -- {} --say up",
+        crate::harness::FAKE
+    );
+    let outcome = finish(start(
+        std::process::Command::new("sh")
+            .args(["-c", &script])
+            .current_dir(scene.path(".")),
+    ));
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert_eq!(scene.log(31, "err"), b"up\n");
+}

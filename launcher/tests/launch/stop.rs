@@ -215,9 +215,12 @@ fn nothing_survives_the_sigkill_of_the_launcher() {
 
 #[test]
 fn what_a_worker_started_ends_with_the_job() {
-    for (actions, code) in [("--fork", 0), ("--fork --exit 4", 4)] {
+    for (end, code) in [("--exit 0", 0), ("--on-rank 0 --exit 4", 4)] {
         let scene = Scene::new();
-        let outcome = scene.launch("--cpus 2 --grace 5s", actions);
+        let ready = scene.path("ready").display().to_string();
+        let actions =
+            format!("--fork --touch {ready}{{rank}} --wait-for {ready}0 --wait-for {ready}1 {end}");
+        let outcome = scene.launch("--cpus 2 --grace 5s", &actions);
         assert_eq!(outcome.code, code, "{}", outcome.err);
         for rank in 0..2 {
             let out = String::from_utf8(scene.log(rank, "out")).unwrap();
@@ -237,7 +240,7 @@ fn a_process_that_leaves_the_session_does_not_hold_up_the_end() {
     let scene = Scene::new();
     let marker = scene.path("marker");
     let script = format!(
-        "setsid sh -c 'sleep 5; : {}' & echo started",
+        "setsid sh -c 'touch {0}; sleep 5; : {0}' & while [ ! -e {0} ]; do sleep 0.01; done",
         marker.display()
     );
     let outcome = finish(start(

@@ -44,7 +44,7 @@ struct DemoArgs {
     #[arg(long, default_value_t = 64)]
     size: usize,
     /// Frames per clip.
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 8)]
     frames: usize,
     /// Seed of everything random.
     #[arg(long, default_value_t = 0)]

@@ -122,6 +122,7 @@ impl<'a> Training<'a> {
     fn introduce(&mut self, notes: Vec<String>) -> Result<()> {
         let config = &self.config;
         let summary = self.stepper.network.summary(config.data.val.size).to_string();
+        let summary = summary.trim_end();
         let world = self.env.world_size;
         let global = config.global_batch(world);
         let rule = if config.optim.scale_lr {
@@ -133,7 +134,7 @@ impl<'a> Training<'a> {
             format!("lr {} as configured (optim.scale_lr is off; a step has {global} clips)", self.base_lr)
         };
         let groups: Vec<String> =
-            self.stepper.sgd.groups().map(|(g, n)| format!("{} {n} (lr x{}, decay {:?})", g.name, g.lr_mult, g.decay)).collect();
+            self.stepper.sgd.groups().map(|(g, n)| format!("{} {n} (lr x{}, weight decay {})", g.name, g.lr_mult, g.decay.resolve(config.optim.weight_decay))).collect();
         let left_out = order(config, self.env, &self.train_set, 0).num_left_out();
         let data = format!(
             "{} training clips ({left_out} left out of each epoch), {} validation clips; {} steps of {global} clips an epoch, {} epochs",
@@ -148,7 +149,7 @@ impl<'a> Training<'a> {
         );
         let yaml = config.to_yaml();
         if let Some((_, out)) = &mut self.writer {
-            out.line(&summary);
+            out.line(summary);
             for line in [&place, &data, &rule] {
                 out.line(line);
             }

@@ -1,0 +1,153 @@
+//! A config, and a stand-in for the trainer.
+
+use crate::harness::{Outcome, Scene, finish, start};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
+
+/// A scene with the demo's data files and a trainer that is this shell script.
+fn scene(script: &str) -> Scene {
+    let scene = Scene::new();
+    let data = scene.path("data/demo");
+    fs_err::create_dir_all(&data).unwrap();
+    for name in ["train.txt", "val.txt", "classes.txt"] {
+        fs_err::write(data.join(name), "").unwrap();
+    }
+    let trainer = scene.path("trainer");
+    fs_err::write(&trainer, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs_err::set_permissions(&trainer, PermissionsExt::from_mode(0o755)).unwrap();
+    scene
+}
+
+fn launch(scene: &Scene, words: &[&str]) -> Outcome {
+    finish(start(scene.command(&["--trainer", "trainer"]).args(words)))
+}
+
+/// The only folder below `runs`.
+fn run_dir(scene: &Scene) -> std::path::PathBuf {
+    let mut found: Vec<_> = fs_err::read_dir(scene.path("runs"))
+        .unwrap()
+        .flatten()
+        .collect();
+    assert_eq!(found.len(), 1);
+    found.remove(0).path()
+}
+
+fn load(path: &Path) -> tsm_job::Config {
+    tsm_job::Config::load(path, &[]).unwrap()
+}
+
+#[test]
+fn the_trainer_gets_the_resolved_config() {
+    let scene = scene("echo rank $RANK: $@");
+    let outcome = launch(&scene, &[DEMO, "optim.lr=0.125", "run.name=mine"]);
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    let dir = run_dir(&scene);
+    assert!(
+        dir.file_name()
+            .unwrap()
+            .to_string_lossy()
+            .starts_with("mine-2"),
+        "{dir:?}"
+    );
+    assert_eq!(load(&dir.join("config.yaml")).optim.lr, 0.125);
+    let settled = load(&dir.join("config.yaml")).launch;
+    assert_eq!(settled.device, tsm_job::config::DeviceKind::Cpu);
+    assert_eq!(settled.nproc_per_node, Some(2));
+    let expected = format!(
+        "0 | rank 0: --config {}\n",
+        dir.join("config.yaml").display()
+    );
+    assert_eq!(
+        outcome.out, expected,
+        "of a training only rank 0 is shown; the config asks for 2 workers on the CPU"
+    );
+    let text = fs_err::read_to_string(dir.join("manifest.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(manifest["overrides"][0], "optim.lr=0.125");
+    assert_eq!(manifest["world_size"], 2);
+}
+
+#[test]
+fn a_run_folder_is_enough_to_resume() {
+    let scene = scene("echo $@ from $TSM_RESUME_FROM; exit $(cat code)");
+    fs_err::write(scene.path("code"), "9").unwrap();
+    let outcome = launch(&scene, &["--cpus", "1", DEMO]);
+    assert_eq!(outcome.code, 9, "{}", outcome.err);
+    let dir = run_dir(&scene);
+    let hint = format!("tsm-launch --cpus 1 --resume {}", dir.display());
+    assert!(outcome.err.contains(&hint), "{}", outcome.err);
+
+    fs_err::write(scene.path("code"), "0").unwrap();
+    let path = dir.to_string_lossy();
+    let outcome = launch(&scene, &["--cpus", "1", "--resume", &path]);
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert_eq!(
+        outcome.out,
+        format!("0 | --config {path}/config.yaml from {path}\n")
+    );
+
+    let outcome = launch(
+        &scene,
+        &[
+            "--cpus",
+            "1",
+            "--resume",
+            &path,
+            &format!("{path}/config.yaml"),
+            "optim.lr=0.5",
+        ],
+    );
+    assert_eq!(
+        outcome.out,
+        format!("0 | --config {path}/config-2.yaml from {path}\n"),
+        "{}",
+        outcome.err
+    );
+    assert_eq!(load(&dir.join("config-2.yaml")).optim.lr, 0.5);
+    assert_ne!(load(&dir.join("config.yaml")).optim.lr, 0.5);
+}
+
+#[test]
+fn problems_are_found_before_anything_is_made() {
+    let scene = scene("touch started");
+    for (words, code, text) in [
+        (&[DEMO, "optim.lrr=1"][..], 78, "optim.lrr"),
+        (
+            &[DEMO, "data.train_list=none.txt"],
+            65,
+            "data.train_list is none.txt: no such file",
+        ),
+        (&[DEMO, "--gpus", "99"], 69, "--gpus is 99"),
+    ] {
+        let outcome = launch(&scene, words);
+        assert_eq!(outcome.code, code, "{}", outcome.err);
+        assert!(
+            outcome.err.starts_with("error: ") && outcome.err.contains(text),
+            "{}",
+            outcome.err
+        );
+        assert!(!scene.path("runs").exists() && !scene.path("started").exists());
+    }
+    let outcome = finish(start(&mut scene.command(&["--trainer", "none", DEMO])));
+    assert_eq!(outcome.code, 69);
+    assert!(
+        outcome.err.contains("cannot start the trainer: "),
+        "{}",
+        outcome.err
+    );
+}
+
+#[test]
+fn a_dry_run_shows_the_trainer_s_command() {
+    let scene = scene("touch started");
+    let outcome = launch(&scene, &["--dry-run", DEMO]);
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert!(
+        outcome.out.contains("/trainer --config ") && outcome.out.contains("/runs/demo-2"),
+        "{}",
+        outcome.out
+    );
+    assert!(!scene.path("runs").exists() && !scene.path("started").exists());
+}
