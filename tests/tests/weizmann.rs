@@ -31,7 +31,8 @@ fn actions_of_unseen_people_are_recognised_also_after_a_kill() {
         path("class_names", "classes.txt"),
         format!("run.seed={seed}"),
     ]);
-    // 96 x 120 pixels; every action is the same to the left and to the right.
+    // 96 x 120 pixels; every action is the same to the left and to the right. 16 frames, because
+    // steps and jumps are short: with 8, one seed of three ended at 83 %.
     let recipe = [
         "data.frame_template=img_{:05}.png",
         "data.train.crop.multi_scale.scales=[1.0, 0.875, 0.75]",
@@ -40,13 +41,18 @@ fn actions_of_unseen_people_are_recognised_also_after_a_kill() {
         "data.val.short_side=72",
         "data.val.size=64",
         "model.num_classes=10",
+        "model.num_segments=16",
         "model.head.dropout=0.3",
+        "model.head.init_std=0.001",
         "train.batch_per_rank=4",
-        "optim.base_batch=8",
-        "train.epochs=120",
+        "train.epochs=110",
         "train.eval_every=20",
         "train.checkpoint_every=20",
         "train.checkpoint_steps=50",
+        "optim.base_batch=8",
+        "optim.lr=0.02",
+        "optim.max_grad_norm=20",
+        "optim.warmup=null",
     ];
     words.extend(recipe.map(String::from));
 
@@ -71,7 +77,7 @@ fn actions_of_unseen_people_are_recognised_also_after_a_kill() {
         "{starts:?}"
     );
     let history = history(&run);
-    assert_eq!(history.steps.len(), 120 * 7);
+    assert_eq!(history.steps.len(), 110 * 7);
     let last = history.validations.last().unwrap();
     let top1 = last.top1.unwrap();
     eprintln!(
