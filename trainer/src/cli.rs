@@ -44,7 +44,11 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {
-            let code = if e.use_stderr() { exit::USAGE } else { exit::OK };
+            let code = if e.use_stderr() {
+                exit::USAGE
+            } else {
+                exit::OK
+            };
             let _ = e.print();
             return ExitCode::from(code as u8);
         }
@@ -53,7 +57,7 @@ pub fn main() -> ExitCode {
         Some(Command::Compare { runs }) => {
             println!("{}", report::compare(&runs));
             ExitCode::SUCCESS
-        },
+        }
         Some(Command::Model { config, overrides }) => finish(print_model(&config, &overrides)),
         None => worker(cli.config, &cli.overrides),
     }

@@ -13,7 +13,13 @@ pub fn at_step(step: u64) {
     STEP.store(step, Ordering::Relaxed);
 }
 
-fn record(rank: u32, code: i32, cause: &str, message: String, backtrace: Option<String>) -> WorkerMessage {
+fn record(
+    rank: u32,
+    code: i32,
+    cause: &str,
+    message: String,
+    backtrace: Option<String>,
+) -> WorkerMessage {
     let step = STEP.load(Ordering::Relaxed);
     WorkerMessage::Failure(FailureRecord {
         rank,
@@ -36,9 +42,18 @@ pub fn install(rank: u32, link: Arc<AgentLink>) {
             .map(|s| (*s).to_owned())
             .or_else(|| info.payload().downcast_ref::<String>().cloned())
             .unwrap_or_else(|| "panic without a message".into());
-        let place = info.location().map(|l| format!(" at {l}")).unwrap_or_default();
+        let place = info
+            .location()
+            .map(|l| format!(" at {l}"))
+            .unwrap_or_default();
         let backtrace = std::backtrace::Backtrace::force_capture().to_string();
-        link.send(&record(rank, exit::BUG, "panic", format!("{message}{place}"), Some(backtrace)));
+        link.send(&record(
+            rank,
+            exit::BUG,
+            "panic",
+            format!("{message}{place}"),
+            Some(backtrace),
+        ));
         leave(exit::BUG);
     }));
 }

@@ -20,7 +20,10 @@ impl Slab {
 }
 
 impl AsMut<[u8]> for Slab {
-    #[expect(unsafe_code, reason = "the loader writes pixels straight into the tensor")]
+    #[expect(
+        unsafe_code,
+        reason = "the loader writes pixels straight into the tensor"
+    )]
     fn as_mut(&mut self) -> &mut [u8] {
         // SAFETY: a contiguous u8 host tensor of `numel` bytes, which nothing else refers to while
         // the loader has it; `&mut self` makes the view exclusive.
@@ -46,7 +49,12 @@ pub struct Feed {
 impl Feed {
     pub fn new(config: &Config, place: &Place) -> Feed {
         let device = place.device;
-        let row = |v: [f64; 3]| Tensor::from_slice(&v).to_kind(Kind::Float).view([1, 3, 1, 1]).to_device(device);
+        let row = |v: [f64; 3]| {
+            Tensor::from_slice(&v)
+                .to_kind(Kind::Float)
+                .view([1, 3, 1, 1])
+                .to_device(device)
+        };
         Feed {
             device,
             threads: config.data.workers.map_or(place.threads, |n| n as usize),
@@ -69,7 +77,10 @@ impl Feed {
             self.pool.push(Slab::new(bytes, self.device)?);
         }
         let pool = &mut self.pool;
-        self.loader = Some(Loader::start(spec, |_| pool.pop().expect("prefetch + 2 buffers are enough by Loader's contract"))?);
+        self.loader = Some(Loader::start(spec, |_| {
+            pool.pop()
+                .expect("prefetch + 2 buffers are enough by Loader's contract")
+        })?);
         Ok(())
     }
 
@@ -80,9 +91,21 @@ impl Feed {
 
     /// float32 frames `[n * num_clips * t, 3, size, size]`, normalised, and int64 labels `[n]` on the device.
     /// On a GPU the copy is asynchronous: give the batch to [`Self::hold`] afterwards.
-    pub fn input(&self, batch: &Batch<Slab>, num_clips: i64, size: u32) -> Result<(Tensor, Tensor)> {
-        let (nt, size) = (batch.n as i64 * num_clips * self.num_segments, i64::from(size));
-        let pixels = batch.buffer.0.f_narrow(0, 0, nt * size * size * 3)?.f_view([nt, size, size, 3])?;
+    pub fn input(
+        &self,
+        batch: &Batch<Slab>,
+        num_clips: i64,
+        size: u32,
+    ) -> Result<(Tensor, Tensor)> {
+        let (nt, size) = (
+            batch.n as i64 * num_clips * self.num_segments,
+            i64::from(size),
+        );
+        let pixels = batch
+            .buffer
+            .0
+            .f_narrow(0, 0, nt * size * size * 3)?
+            .f_view([nt, size, size, 3])?;
         let pixels = match self.device {
             Device::Cuda(_) => pixels.f_to_device_(self.device, Kind::Uint8, true, false)?,
             _ => pixels,
@@ -90,10 +113,19 @@ impl Feed {
         // Interleaved pixels seen as NCHW are already channels_last.
         let mut x = pixels.f_permute([0, 3, 1, 2])?.f_to_kind(Kind::Float)?;
         let x = x.f_sub_(&self.mean)?.f_mul_(&self.inv_std)?;
-        let x = if self.channels_last { x } else { x.f_contiguous()? };
+        let x = if self.channels_last {
+            x
+        } else {
+            x.f_contiguous()?
+        };
         // Not blocking: a blocking copy would wait for every step queued so far. The labels are in
         // the driver's hands when the call returns, as they are not page-locked.
-        let labels_n = Tensor::from_slice(&batch.labels).f_to_device_(self.device, Kind::Int64, true, false)?;
+        let labels_n = Tensor::from_slice(&batch.labels).f_to_device_(
+            self.device,
+            Kind::Int64,
+            true,
+            false,
+        )?;
         Ok((x, labels_n))
     }
 
@@ -115,7 +147,9 @@ impl Feed {
             read.synchronize()?;
             drop(batch);
         }
-        let Some(loader) = self.loader.take() else { return Ok(0) };
+        let Some(loader) = self.loader.take() else {
+            return Ok(0);
+        };
         let num_bad = loader.num_bad();
         self.pool.extend(loader.into_buffers());
         Ok(num_bad)

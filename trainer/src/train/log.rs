@@ -51,17 +51,32 @@ pub fn hits(logits_nk: &Tensor, labels_n: &Tensor) -> Tensor {
     let k = logits_nk.size()[1].min(5);
     let (_, best) = logits_nk.topk(k, 1, true, true);
     let hit = best.eq_tensor(&labels_n.unsqueeze(1)).to_kind(Kind::Float);
-    Tensor::stack(&[hit.narrow(1, 0, 1).sum(Kind::Float), hit.sum(Kind::Float)], 0)
+    Tensor::stack(
+        &[hit.narrow(1, 0, 1).sum(Kind::Float), hit.sum(Kind::Float)],
+        0,
+    )
 }
 
 impl StepLog {
     pub fn new(rank: u32, device: Device) -> StepLog {
-        StepLog { rank, device, rows: Vec::new(), facts: Vec::new() }
+        StepLog {
+            rank,
+            device,
+            rows: Vec::new(),
+            facts: Vec::new(),
+        }
     }
 
     /// Keeps a step: `loss` is this rank's part (see [`super::step::MicroStep`]), `hits` of
     /// [`hits`], all on the device. Does not wait for it.
-    pub fn push(&mut self, facts: StepFacts, loss: &Tensor, hits: &Tensor, grad_norm: &Tensor, loss_scale: Option<&Tensor>) {
+    pub fn push(
+        &mut self,
+        facts: StepFacts,
+        loss: &Tensor,
+        hits: &Tensor,
+        grad_norm: &Tensor,
+        loss_scale: Option<&Tensor>,
+    ) {
         let bad = loss.isfinite().logical_not().to_kind(Kind::Float);
         let scale = loss_scale.map_or_else(|| loss.zeros_like(), |s| s.view([] as [i64; 0]));
         let row = [
@@ -72,7 +87,8 @@ impl StepLog {
             &bad.view([1]),
             &(&bad * f64::from(self.rank + 1)).view([1]),
         ];
-        self.rows.push(Tensor::cat(&row.map(|t| t.to_kind(Kind::Double)), 0));
+        self.rows
+            .push(Tensor::cat(&row.map(|t| t.to_kind(Kind::Double)), 0));
         self.facts.push(facts);
     }
 
@@ -97,15 +113,28 @@ impl StepLog {
         debug_assert!(table.device() == self.device);
         let world = f64::from(peers.world_size());
         let mut numbers = Vec::with_capacity(self.facts.len());
-        for (facts, row) in self.facts.drain(..).zip(values.chunks_exact(COLUMNS as usize)) {
+        for (facts, row) in self
+            .facts
+            .drain(..)
+            .zip(values.chunks_exact(COLUMNS as usize))
+        {
             let (num_bad, rank_sum) = (row[5], row[6]);
             let (grad_norm, scaled) = (row[3] / world, row[4] > 0.0);
             if num_bad > 0.0 {
-                let who = if num_bad == 1.0 { format!("on rank {}", rank_sum - 1.0) } else { format!("on {num_bad} ranks") };
+                let who = if num_bad == 1.0 {
+                    format!("on rank {}", rank_sum - 1.0)
+                } else {
+                    format!("on {num_bad} ranks")
+                };
                 return Err(diverged(&facts, "loss", &who, grad_norm));
             }
             if !scaled && !grad_norm.is_finite() {
-                return Err(diverged(&facts, "gradient", "though the loss is", grad_norm));
+                return Err(diverged(
+                    &facts,
+                    "gradient",
+                    "though the loss is",
+                    grad_norm,
+                ));
             }
             let clips = facts.num_clips.max(1) as f64;
             numbers.push(StepNumbers {
@@ -149,18 +178,38 @@ mod tests {
         };
         let mut log = StepLog::new(0, Device::Cpu);
         let scale = loss_scale.map(|s| Tensor::from_slice(&[s]));
-        log.push(facts, &Tensor::from(loss), &Tensor::from_slice(&[1f32, 2.0]), &Tensor::from(grad_norm), scale.as_ref());
+        log.push(
+            facts,
+            &Tensor::from(loss),
+            &Tensor::from_slice(&[1f32, 2.0]),
+            &Tensor::from(grad_norm),
+            scale.as_ref(),
+        );
         log.flush(&Peers::alone())
     }
 
     #[test]
     fn only_a_falling_loss_scale_outlives_a_gradient_that_is_not_finite() {
         let numbers = flush(0.25, 3.0, None).unwrap();
-        assert_eq!((numbers[0].loss, numbers[0].grad_norm, numbers[0].top1), (0.25, 3.0, 50.0));
-        assert_eq!(flush(0.25, f32::INFINITY, Some(1024.0)).unwrap()[0].loss_scale, Some(1024.0));
+        assert_eq!(
+            (numbers[0].loss, numbers[0].grad_norm, numbers[0].top1),
+            (0.25, 3.0, 50.0)
+        );
+        assert_eq!(
+            flush(0.25, f32::INFINITY, Some(1024.0)).unwrap()[0].loss_scale,
+            Some(1024.0)
+        );
         for (loss, norm, message) in [
-            (0.25, f32::NAN, "the gradient is not finite at step 7 though the loss is (lr 0.5, gradient norm NaN)"),
-            (f32::NAN, f32::NAN, "the loss is not finite at step 7 on rank 0 (lr 0.5, gradient norm NaN)"),
+            (
+                0.25,
+                f32::NAN,
+                "the gradient is not finite at step 7 though the loss is (lr 0.5, gradient norm NaN)",
+            ),
+            (
+                f32::NAN,
+                f32::NAN,
+                "the loss is not finite at step 7 on rank 0 (lr 0.5, gradient norm NaN)",
+            ),
         ] {
             let e = flush(loss, norm, None).unwrap_err();
             assert!(e.to_string().starts_with(message), "{e}");

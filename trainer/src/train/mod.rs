@@ -40,7 +40,11 @@ use tsm_torch_ext::dist::ReduceOp;
 /// # Errors
 /// Everything that ends a training, with its exit code (see [`exit`]).
 pub fn run(config: Config, env: &WorkerEnv, link: &AgentLink) -> Result<()> {
-    link.send(&WorkerMessage::Hello { rank: env.rank, pid: std::process::id(), version: env!("CARGO_PKG_VERSION").into() });
+    link.send(&WorkerMessage::Hello {
+        rank: env.rank,
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").into(),
+    });
     Training::new(config, env, link)?.run()
 }
 
@@ -66,7 +70,9 @@ struct Training<'a> {
 
 impl<'a> Training<'a> {
     fn new(config: Config, env: &'a WorkerEnv, link: &'a AgentLink) -> Result<Training<'a>> {
-        link.send(&WorkerMessage::Section { name: "load".into() });
+        link.send(&WorkerMessage::Section {
+            name: "load".into(),
+        });
         // Lists first: a wrong path must not cost a rendezvous.
         let train_set = Arc::new(Dataset::open(&config, Split::Train)?);
         let val_set = Arc::new(Dataset::open(&config, Split::Val)?);
@@ -75,8 +81,9 @@ impl<'a> Training<'a> {
         let network = Network::new(&config.model, place.device, config.run.seed)?;
         let mut notes = Vec::new();
         if let (Some(file), None) = (&config.model.weights, &env.resume_from) {
-            let loaded = weights::load_pretrained(&network, file, config.model.weights_min_coverage)
-                .with_context(|| format!("model.weights {}", file.display()))?;
+            let loaded =
+                weights::load_pretrained(&network, file, config.model.weights_min_coverage)
+                    .with_context(|| format!("model.weights {}", file.display()))?;
             notes.push(format!("{}: {loaded}", file.display()));
         }
         let mut stepper = Stepper::new(&config, &place, network)?;
@@ -86,12 +93,23 @@ impl<'a> Training<'a> {
             at = position;
             notes.extend(said);
         }
-        let shape = Shape { num_epochs: config.train.epochs, steps_per_epoch: order(&config, env, &train_set, 0).num_steps() };
+        let shape = Shape {
+            num_epochs: config.train.epochs,
+            steps_per_epoch: order(&config, env, &train_set, 0).num_steps(),
+        };
         let base_lr = config.scaled_lr(env.world_size);
         let writer = match env.rank {
             0 => {
-                let checkpoints = Checkpoints::open(&run_dir.checkpoints(), config.train.keep_last)?;
-                let outputs = Outputs::new(&run_dir, shape, &at, env.world_size, config.model.num_segments, place.cuda_index());
+                let checkpoints =
+                    Checkpoints::open(&run_dir.checkpoints(), config.train.keep_last)?;
+                let outputs = Outputs::new(
+                    &run_dir,
+                    shape,
+                    &at,
+                    env.world_size,
+                    config.model.num_segments,
+                    place.cuda_index(),
+                );
                 Some((checkpoints, outputs))
             }
             _ => None,
@@ -121,20 +139,42 @@ impl<'a> Training<'a> {
     /// Says on rank 0 what will be trained, and how the learning rate came about.
     fn introduce(&mut self, notes: Vec<String>) -> Result<()> {
         let config = &self.config;
-        let summary = self.stepper.network.summary(config.data.val.size).to_string();
+        let summary = self
+            .stepper
+            .network
+            .summary(config.data.val.size)
+            .to_string();
         let summary = summary.trim_end();
         let world = self.env.world_size;
         let global = config.global_batch(world);
         let rule = if config.optim.scale_lr {
             format!(
                 "linear scaling rule: lr {} x ({world} ranks x {} clips x {} micro steps) / base batch {} = {}",
-                config.optim.lr, config.train.batch_per_rank, config.train.accumulation, config.optim.base_batch, self.base_lr
+                config.optim.lr,
+                config.train.batch_per_rank,
+                config.train.accumulation,
+                config.optim.base_batch,
+                self.base_lr
             )
         } else {
-            format!("lr {} as configured (optim.scale_lr is off; a step has {global} clips)", self.base_lr)
+            format!(
+                "lr {} as configured (optim.scale_lr is off; a step has {global} clips)",
+                self.base_lr
+            )
         };
-        let groups: Vec<String> =
-            self.stepper.sgd.groups().map(|(g, n)| format!("{} {n} (lr x{}, weight decay {})", g.name, g.lr_mult, g.decay.resolve(config.optim.weight_decay))).collect();
+        let groups: Vec<String> = self
+            .stepper
+            .sgd
+            .groups()
+            .map(|(g, n)| {
+                format!(
+                    "{} {n} (lr x{}, weight decay {})",
+                    g.name,
+                    g.lr_mult,
+                    g.decay.resolve(config.optim.weight_decay)
+                )
+            })
+            .collect();
         let left_out = order(config, self.env, &self.train_set, 0).num_left_out();
         let data = format!(
             "{} training clips ({left_out} left out of each epoch), {} validation clips; {} steps of {global} clips an epoch, {} epochs",
@@ -145,7 +185,10 @@ impl<'a> Training<'a> {
         );
         let place = format!(
             "rank 0 of {world} on {:?}, {} threads; precision {:?}, channels-last {}",
-            self.place.device, self.place.threads, config.train.precision.mode, config.train.channels_last
+            self.place.device,
+            self.place.threads,
+            config.train.precision.mode,
+            config.train.channels_last
         );
         let yaml = config.to_yaml();
         if let Some((_, out)) = &mut self.writer {
@@ -168,8 +211,14 @@ impl<'a> Training<'a> {
         while self.at.epoch < self.config.train.epochs {
             self.epoch()?;
         }
-        let bad = Tensor::from(self.num_bad as f64).to_kind(Kind::Double).to_device(self.place.device);
-        self.place.peers.all_reduce(&bad, ReduceOp::Sum, "all-reduce of the count of bad samples")?;
+        let bad = Tensor::from(self.num_bad as f64)
+            .to_kind(Kind::Double)
+            .to_device(self.place.device);
+        self.place.peers.all_reduce(
+            &bad,
+            ReduceOp::Sum,
+            "all-reduce of the count of bad samples",
+        )?;
         if let Some((_, out)) = self.writer.take() {
             out.finish();
             let end = report::RunEnd {
@@ -179,22 +228,34 @@ impl<'a> Training<'a> {
                 environment: environment(&self.place),
             };
             let summary = report::write(&self.run_dir, &self.config, end)?;
-            let best = summary.best_top1.map_or("no validation".into(), |b| format!("best top1 {b:.2}"));
+            let best = summary
+                .best_top1
+                .map_or("no validation".into(), |b| format!("best top1 {b:.2}"));
             println!("{best}; report in {}", self.run_dir.report().display());
         }
         // Rank 0 holds the store that the others need until here.
-        self.place.peers.barrier(self.config.launch.collective_timeout, "barrier at the end")?;
+        self.place
+            .peers
+            .barrier(self.config.launch.collective_timeout, "barrier at the end")?;
         self.place.peers.leave();
         Ok(())
     }
 
     /// Trains the rest of the current epoch, validates and saves where it is due.
     fn epoch(&mut self) -> Result<()> {
-        self.link.send(&WorkerMessage::Section { name: "train".into() });
+        self.link.send(&WorkerMessage::Section {
+            name: "train".into(),
+        });
         let epoch = u64::from(self.at.epoch);
         let share = Share::new(self.env.rank, self.env.world_size);
         if self.at.step_in_epoch < self.shape.steps_per_epoch {
-            let spec = LoaderSpec::train(&self.config, self.train_set.clone(), share, epoch, self.at.step_in_epoch)?;
+            let spec = LoaderSpec::train(
+                &self.config,
+                self.train_set.clone(),
+                share,
+                epoch,
+                self.at.step_in_epoch,
+            )?;
             self.feed.start(spec)?;
             self.steps()?;
             self.num_bad += self.feed.end()?;
@@ -206,7 +267,10 @@ impl<'a> Training<'a> {
         let last = number == self.config.train.epochs;
         let due = |every: u32| last || (every > 0 && number.is_multiple_of(every));
         let mut improved = false;
-        let (eval, save) = (due(self.config.train.eval_every), due(self.config.train.checkpoint_every));
+        let (eval, save) = (
+            due(self.config.train.eval_every),
+            due(self.config.train.checkpoint_every),
+        );
         if eval || save {
             self.sync_buffers()?;
         }
@@ -228,7 +292,9 @@ impl<'a> Training<'a> {
         let mut data_time = Duration::ZERO;
         loop {
             let started = Instant::now();
-            let Some(first) = self.feed.next()? else { break };
+            let Some(first) = self.feed.next()? else {
+                break;
+            };
             data_time += started.elapsed();
             let (step_samples, micro_steps) = (first.step_samples, first.micro_steps);
             self.stepper.begin()?;
@@ -243,19 +309,32 @@ impl<'a> Training<'a> {
                 // Here, so that the buffer is free once it is copied, not once the step is done.
                 self.feed.hold(batch)?;
                 self.seed(micro_step);
-                let out = self.stepper.micro_step(&frames, &labels_n, step_samples, last)?;
+                let out = self
+                    .stepper
+                    .micro_step(&frames, &labels_n, step_samples, last)?;
                 loss += &out.loss;
                 hits += log::hits(&out.logits_nk, &labels_n);
                 if last {
                     break;
                 }
                 let waiting = Instant::now();
-                batch = self.feed.next()?.context("the loader ended in the middle of a step")?;
+                batch = self
+                    .feed
+                    .next()?
+                    .context("the loader ended in the middle of a step")?;
                 data_time += waiting.elapsed();
             }
-            let schedule_step = u64::from(self.at.epoch) * self.shape.steps_per_epoch + self.at.step_in_epoch;
+            let schedule_step =
+                u64::from(self.at.epoch) * self.shape.steps_per_epoch + self.at.step_in_epoch;
             let optim = &self.config.optim;
-            let lr = lr_at(&optim.schedule, optim.warmup.as_ref(), self.base_lr, self.config.train.epochs, self.shape.steps_per_epoch, schedule_step);
+            let lr = lr_at(
+                &optim.schedule,
+                optim.warmup.as_ref(),
+                self.base_lr,
+                self.config.train.epochs,
+                self.shape.steps_per_epoch,
+                schedule_step,
+            );
             let scale = self.stepper.precision.scale().map(|s| s.value());
             let done = self.stepper.update(lr)?;
             pace.step()?;
@@ -264,7 +343,10 @@ impl<'a> Training<'a> {
             self.at.step_in_epoch += 1;
             self.at.samples_seen += step_samples;
             failure::at_step(self.at.step);
-            self.link.send(&WorkerMessage::Step { step: self.at.step, epoch: self.at.epoch });
+            self.link.send(&WorkerMessage::Step {
+                step: self.at.step,
+                epoch: self.at.epoch,
+            });
             let step_time = ended.elapsed();
             ended = Instant::now();
             let facts = StepFacts {
@@ -280,9 +362,19 @@ impl<'a> Training<'a> {
                 out.meter.step(step_samples, facts.data_time, step_time);
                 out.moved(&self.at);
             }
-            let due = self.config.train.checkpoint_steps.is_some_and(|n| self.at.step.is_multiple_of(n));
+            let due = self
+                .config
+                .train
+                .checkpoint_steps
+                .is_some_and(|n| self.at.step.is_multiple_of(n));
             let inside = self.at.step_in_epoch < self.shape.steps_per_epoch;
-            if self.at.step_in_epoch.is_multiple_of(u64::from(self.config.train.log_every)) || !inside || due {
+            if self
+                .at
+                .step_in_epoch
+                .is_multiple_of(u64::from(self.config.train.log_every))
+                || !inside
+                || due
+            {
                 let numbers = log.flush(&self.place.peers)?;
                 if let Some((_, out)) = &mut self.writer {
                     out.steps(&numbers, &self.at);
@@ -294,56 +386,97 @@ impl<'a> Training<'a> {
                 self.save(false)?;
             }
         }
-        debug_assert!(log.is_empty(), "the last step of an epoch reads the log back");
+        debug_assert!(
+            log.is_empty(),
+            "the last step of an epoch reads the log back"
+        );
         Ok(())
     }
 
     /// Dropout draws from (seed, step, micro step, rank) alone, so that a resumed run repeats it.
     fn seed(&self, micro_step: u32) {
-        let step = SplitMix64::for_sample(self.config.run.seed, self.at.step, u64::from(micro_step)).next_u64();
+        let step =
+            SplitMix64::for_sample(self.config.run.seed, self.at.step, u64::from(micro_step))
+                .next_u64();
         let seed = SplitMix64::for_sample(step, u64::from(self.env.rank), 1).next_u64();
         tch::manual_seed((seed >> 1) as i64);
     }
 
     fn sync_buffers(&self) -> Result<()> {
         let buffers = self.stepper.network.buffers().iter().map(|b| &b.tensor);
-        self.place.peers.sync_buffers(buffers, self.config.train.bn_buffers)
+        self.place
+            .peers
+            .sync_buffers(buffers, self.config.train.bn_buffers)
     }
 
     /// Returns whether this is the best validation so far.
     fn validate(&mut self) -> Result<bool> {
-        self.link.send(&WorkerMessage::Section { name: "validate".into() });
+        self.link.send(&WorkerMessage::Section {
+            name: "validate".into(),
+        });
         let started = Instant::now();
-        let (result, bad) = validate::validate(&self.config, &self.place, &self.stepper, &mut self.feed, &self.val_set)?;
+        let (result, bad) = validate::validate(
+            &self.config,
+            &self.place,
+            &self.stepper,
+            &mut self.feed,
+            &self.val_set,
+        )?;
         complain(&bad);
         self.num_bad += bad.len() as u64;
-        let improved = result.num_clips > 0 && self.at.best_top1.is_none_or(|best| result.top1 > best);
+        let improved =
+            result.num_clips > 0 && self.at.best_top1.is_none_or(|best| result.top1 > best);
         if improved {
             self.at.best_top1 = Some(result.top1);
             self.best_epoch = self.at.epoch + 1;
         }
         if let Some((_, out)) = &mut self.writer {
-            let best = Best { top1: self.at.best_top1.unwrap_or(f64::NAN), epoch: self.best_epoch };
+            let best = Best {
+                top1: self.at.best_top1.unwrap_or(f64::NAN),
+                epoch: self.best_epoch,
+            };
             out.validation(&self.at, &result, started.elapsed(), best);
         }
         Ok(improved)
     }
 
     fn save(&mut self, best: bool) -> Result<()> {
-        let Some((checkpoints, _)) = &self.writer else { return Ok(()) };
-        self.link.send(&WorkerMessage::Section { name: "checkpoint".into() });
-        let snapshot = position::snapshot(&self.stepper, &self.config, self.env, &self.train_set.class_names, &self.at)?;
+        let Some((checkpoints, _)) = &self.writer else {
+            return Ok(());
+        };
+        self.link.send(&WorkerMessage::Section {
+            name: "checkpoint".into(),
+        });
+        let snapshot = position::snapshot(
+            &self.stepper,
+            &self.config,
+            self.env,
+            &self.train_set.class_names,
+            &self.at,
+        )?;
         checkpoints.save(&snapshot, best)?;
-        self.link.send(&WorkerMessage::Section { name: "train".into() });
+        self.link.send(&WorkerMessage::Section {
+            name: "train".into(),
+        });
         Ok(())
     }
 }
 
 /// The samples and steps of an epoch.
 fn order(config: &Config, env: &WorkerEnv, dataset: &Dataset, epoch: u64) -> TrainOrder {
-    let cut =
-        Cut { batch_per_rank: config.train.batch_per_rank, accumulation: config.train.accumulation, drop_last: config.train.drop_last };
-    TrainOrder::new(dataset.len(), config.run.seed, epoch, Share::new(env.rank, env.world_size), cut, 0)
+    let cut = Cut {
+        batch_per_rank: config.train.batch_per_rank,
+        accumulation: config.train.accumulation,
+        drop_last: config.train.drop_last,
+    };
+    TrainOrder::new(
+        dataset.len(),
+        config.run.seed,
+        epoch,
+        Share::new(env.rank, env.world_size),
+        cut,
+        0,
+    )
 }
 
 /// Names every sample that was left out.
@@ -358,13 +491,23 @@ fn run_dir(config: &Config, env: &WorkerEnv) -> Result<RunDir> {
     let path = match &env.run_dir {
         Some(path) => path.clone(),
         None => {
-            let seconds = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-            config.run.dir.join(format!("{}-{seconds}", config.run.name))
+            let seconds = SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .map_or(0, |d| d.as_secs());
+            config
+                .run
+                .dir
+                .join(format!("{}-{seconds}", config.run.name))
         }
     };
     let run = RunDir::new(path);
     if env.rank == 0 {
-        let cannot = |e: std::io::Error| Coded::new(exit::CANNOT_WRITE, format!("cannot write the run folder: {e}"));
+        let cannot = |e: std::io::Error| {
+            Coded::new(
+                exit::CANNOT_WRITE,
+                format!("cannot write the run folder: {e}"),
+            )
+        };
         for folder in [run.tb(), run.checkpoints()] {
             fs_err::create_dir_all(folder).map_err(cannot)?;
         }
@@ -386,7 +529,10 @@ fn environment(place: &Place) -> BTreeMap<String, String> {
     if let Ok(text) = fs_err::read_to_string("/proc/cpuinfo")
         && let Some(model) = text.lines().find_map(|l| l.strip_prefix("model name"))
     {
-        facts.insert("cpu".into(), model.trim_start_matches([' ', '\t', ':']).into());
+        facts.insert(
+            "cpu".into(),
+            model.trim_start_matches([' ', '\t', ':']).into(),
+        );
     }
     if let Ok(cores) = std::thread::available_parallelism() {
         facts.insert("cores".into(), cores.to_string());
@@ -403,11 +549,16 @@ struct Pace {
 
 impl Pace {
     fn new(device: Device) -> Pace {
-        Pace { device, ahead: VecDeque::new() }
+        Pace {
+            device,
+            ahead: VecDeque::new(),
+        }
     }
 
     fn step(&mut self) -> Result<()> {
-        let Device::Cuda(index) = self.device else { return Ok(()) };
+        let Device::Cuda(index) = self.device else {
+            return Ok(());
+        };
         let event = Event::new(index)?;
         event.record()?;
         self.ahead.push_back(event);

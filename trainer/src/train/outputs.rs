@@ -4,8 +4,8 @@ use super::log::StepNumbers;
 use super::position::Position;
 use crate::eval::AccuracyResult;
 use crate::meter::{
-    Best, EpochRecord, EventWriter, LoadMeter, Metrics, Progress, Record, StartRecord, StepLine, StepMeter, StepRecord, ValidationLine,
-    ValidationRecord, unix_s,
+    Best, EpochRecord, EventWriter, LoadMeter, Metrics, Progress, Record, StartRecord, StepLine,
+    StepMeter, StepRecord, ValidationLine, ValidationRecord, unix_s,
 };
 use std::time::{Duration, Instant, SystemTime};
 use tsm_job::RunDir;
@@ -30,19 +30,37 @@ pub struct Outputs {
 
 impl Outputs {
     /// Opens the files of `run` and notes that a process trains on from `at`.
-    pub fn new(run: &RunDir, shape: Shape, at: &Position, world_size: u32, num_segments: u32, cuda_index: Option<u32>) -> Outputs {
+    pub fn new(
+        run: &RunDir,
+        shape: Shape,
+        at: &Position,
+        world_size: u32,
+        num_segments: u32,
+        cuda_index: Option<u32>,
+    ) -> Outputs {
         let now = SystemTime::now();
         let finished = u64::from(at.epoch) * shape.steps_per_epoch + at.step_in_epoch;
         let mut outputs = Outputs {
             metrics: Metrics::append(run.metrics()),
             tb: EventWriter::create(run.tb(), Some(at.step), Duration::from_secs(5), now),
-            progress: Progress::new(u64::from(shape.num_epochs) * shape.steps_per_epoch, finished, Instant::now()),
+            progress: Progress::new(
+                u64::from(shape.num_epochs) * shape.steps_per_epoch,
+                finished,
+                Instant::now(),
+            ),
             load: LoadMeter::new(cuda_index, Duration::from_secs(2)),
             meter: StepMeter::new(num_segments),
             shape,
             world_size,
         };
-        outputs.write(&Record::Start(StartRecord { step: at.step, time_s: unix_s(now), world_size: outputs.world_size }), now);
+        outputs.write(
+            &Record::Start(StartRecord {
+                step: at.step,
+                time_s: unix_s(now),
+                world_size: outputs.world_size,
+            }),
+            now,
+        );
         outputs
     }
 
@@ -62,7 +80,8 @@ impl Outputs {
 
     /// Moves the progress bar; after every step.
     pub fn moved(&mut self, at: &Position) {
-        self.progress.done(u64::from(at.epoch) * self.shape.steps_per_epoch + at.step_in_epoch);
+        self.progress
+            .done(u64::from(at.epoch) * self.shape.steps_per_epoch + at.step_in_epoch);
     }
 
     /// Steps read back together: one record each, and one line for the last.
@@ -94,7 +113,8 @@ impl Outputs {
             }
             self.write(&Record::Step(record), n.facts.ended);
         }
-        let mean = |f: fn(&StepNumbers) -> f64| numbers.iter().map(f).sum::<f64>() / numbers.len() as f64;
+        let mean =
+            |f: fn(&StepNumbers) -> f64| numbers.iter().map(f).sum::<f64>() / numbers.len() as f64;
         let finished = u64::from(at.epoch) * self.shape.steps_per_epoch + at.step_in_epoch;
         let eta = self.progress.eta(finished, Instant::now());
         self.progress.step(&StepLine {
@@ -122,9 +142,23 @@ impl Outputs {
     }
 
     /// A validation after epoch `at.epoch`; `best` is the best so far, this one included.
-    pub fn validation(&mut self, at: &Position, result: &AccuracyResult, took: Duration, best: Best) {
+    pub fn validation(
+        &mut self,
+        at: &Position,
+        result: &AccuracyResult,
+        took: Duration,
+        best: Best,
+    ) {
         let now = SystemTime::now();
-        self.write(&Record::Validation(ValidationRecord::new(at.step, at.epoch + 1, unix_s(now), result)), now);
+        self.write(
+            &Record::Validation(ValidationRecord::new(
+                at.step,
+                at.epoch + 1,
+                unix_s(now),
+                result,
+            )),
+            now,
+        );
         self.progress.validation(&ValidationLine {
             epoch: at.epoch + 1,
             num_epochs: self.shape.num_epochs,

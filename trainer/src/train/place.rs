@@ -39,7 +39,11 @@ impl Place {
             1 => Peers::alone(),
             _ => meet(env, device, config.launch.collective_timeout)?,
         };
-        Ok(Place { device, threads, peers: Arc::new(peers) })
+        Ok(Place {
+            device,
+            threads,
+            peers: Arc::new(peers),
+        })
     }
 
     /// The device's index in this process, `None` on the CPU.
@@ -66,8 +70,12 @@ fn device(config: &Config, env: &WorkerEnv) -> Result<Device> {
     cuda::load_cuda().map_err(unusable)?;
     let visible = tch::Cuda::device_count();
     if i64::from(env.local_rank) >= visible {
-        let list = std::env::var("CUDA_VISIBLE_DEVICES").map_or("not set".into(), |v| format!("{v:?}"));
-        let why = format!("local rank {} has no device, {visible} are visible (CUDA_VISIBLE_DEVICES is {list})", env.local_rank);
+        let list =
+            std::env::var("CUDA_VISIBLE_DEVICES").map_or("not set".into(), |v| format!("{v:?}"));
+        let why = format!(
+            "local rank {} has no device, {visible} are visible (CUDA_VISIBLE_DEVICES is {list})",
+            env.local_rank
+        );
         return Err(unusable(why).into());
     }
     let index = env.local_rank as usize;
@@ -91,10 +99,15 @@ fn meet(env: &WorkerEnv, device: Device, timeout: Duration) -> Result<Peers> {
     let apart = |e: tsm_torch_ext::TorchError| {
         Coded::new(
             exit::PEER,
-            format!("rank {rank} could not meet the other {} ranks at {address}:{}: {e}", world_size - 1, env.master_port),
+            format!(
+                "rank {rank} could not meet the other {} ranks at {address}:{}: {e}",
+                world_size - 1,
+                env.master_port
+            ),
         )
     };
-    let store = Store::tcp(&address, env.master_port, world_size, rank == 0, timeout).map_err(apart)?;
+    let store =
+        Store::tcp(&address, env.master_port, world_size, rank == 0, timeout).map_err(apart)?;
     let group = match device {
         Device::Cuda(index) => ProcessGroup::nccl(&store, rank, world_size, index, timeout),
         _ => {
@@ -103,5 +116,8 @@ fn meet(env: &WorkerEnv, device: Device, timeout: Duration) -> Result<Peers> {
         }
     }
     .map_err(apart)?;
-    Peers::join(Link { store: Arc::new(store), group: Arc::new(group) })
+    Peers::join(Link {
+        store: Arc::new(store),
+        group: Arc::new(group),
+    })
 }

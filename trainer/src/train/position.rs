@@ -25,7 +25,13 @@ pub struct Position {
 ///
 /// # Errors
 /// The loss scale cannot be read back.
-pub fn snapshot(stepper: &Stepper, config: &Config, env: &WorkerEnv, class_names: &[String], at: &Position) -> Result<Snapshot> {
+pub fn snapshot(
+    stepper: &Stepper,
+    config: &Config,
+    env: &WorkerEnv,
+    class_names: &[String],
+    at: &Position,
+) -> Result<Snapshot> {
     let mut snapshot = Snapshot::new(Meta {
         format: checkpoint::FORMAT,
         run_id: env.run_id.clone(),
@@ -43,8 +49,20 @@ pub fn snapshot(stepper: &Stepper, config: &Config, env: &WorkerEnv, class_names
         torch: tsm_torch_ext::ops::libtorch_version(),
     });
     let network = &stepper.network;
-    snapshot.put(section::MODEL, network.params().iter().map(|p| (p.name.as_str(), &p.tensor)));
-    snapshot.put(section::BUFFER, network.buffers().iter().map(|b| (b.name.as_str(), &b.tensor)));
+    snapshot.put(
+        section::MODEL,
+        network
+            .params()
+            .iter()
+            .map(|p| (p.name.as_str(), &p.tensor)),
+    );
+    snapshot.put(
+        section::BUFFER,
+        network
+            .buffers()
+            .iter()
+            .map(|b| (b.name.as_str(), &b.tensor)),
+    );
     snapshot.put(section::MOMENTUM, stepper.sgd.momenta());
     snapshot.put(section::MASTER, stepper.sgd.masters());
     Ok(snapshot)
@@ -56,19 +74,43 @@ pub fn snapshot(stepper: &Stepper, config: &Config, env: &WorkerEnv, class_names
 /// # Errors
 /// No usable checkpoint, another network, or a place in the middle of an epoch that this job's
 /// batch or seed does not have.
-pub fn resume(stepper: &mut Stepper, config: &Config, env: &WorkerEnv, path: &Path) -> Result<(Position, Vec<String>)> {
+pub fn resume(
+    stepper: &mut Stepper,
+    config: &Config,
+    env: &WorkerEnv,
+    path: &Path,
+) -> Result<(Position, Vec<String>)> {
     let found = checkpoint::find(path)?;
     let (snapshot, meta) = (&found.snapshot, &found.snapshot.meta);
     snapshot.check_model(&config.model)?;
     let step_in_epoch = translate(meta, config, env, &found.path)?;
     let network = &stepper.network;
-    snapshot.restore(section::MODEL, network.params().iter().map(|p| (p.name.as_str(), &p.tensor)))?;
-    snapshot.restore(section::BUFFER, network.buffers().iter().map(|b| (b.name.as_str(), &b.tensor)))?;
-    stepper.sgd.import(&snapshot.section(section::MOMENTUM), &snapshot.section(section::MASTER))?;
+    snapshot.restore(
+        section::MODEL,
+        network
+            .params()
+            .iter()
+            .map(|p| (p.name.as_str(), &p.tensor)),
+    )?;
+    snapshot.restore(
+        section::BUFFER,
+        network
+            .buffers()
+            .iter()
+            .map(|b| (b.name.as_str(), &b.tensor)),
+    )?;
+    stepper.sgd.import(
+        &snapshot.section(section::MOMENTUM),
+        &snapshot.section(section::MASTER),
+    )?;
     if let (Some(scale), Some(state)) = (stepper.precision.scale_mut(), meta.loss_scale) {
         scale.import(state)?;
     }
-    let mut notes: Vec<String> = found.skipped.iter().map(|s| format!("warning: {s}")).collect();
+    let mut notes: Vec<String> = found
+        .skipped
+        .iter()
+        .map(|s| format!("warning: {s}"))
+        .collect();
     notes.push(format!(
         "resumed from {} (epoch {}, step {} of it, {} steps in all)",
         found.path.display(),
@@ -76,8 +118,13 @@ pub fn resume(stepper: &mut Stepper, config: &Config, env: &WorkerEnv, path: &Pa
         step_in_epoch,
         meta.step
     ));
-    let position =
-        Position { epoch: meta.epoch, step_in_epoch, step: meta.step, samples_seen: meta.samples_seen, best_top1: meta.best_top1 };
+    let position = Position {
+        epoch: meta.epoch,
+        step_in_epoch,
+        step: meta.step,
+        samples_seen: meta.samples_seen,
+        best_top1: meta.best_top1,
+    };
     Ok((position, notes))
 }
 
@@ -98,12 +145,17 @@ fn translate(meta: &Meta, config: &Config, env: &WorkerEnv, path: &Path) -> Resu
         .into()
     };
     if meta.seed != config.run.seed {
-        return Err(refuse(format!("run.seed was {}, now {}: the order of the clips differs", meta.seed, config.run.seed)));
+        return Err(refuse(format!(
+            "run.seed was {}, now {}: the order of the clips differs",
+            meta.seed, config.run.seed
+        )));
     }
     let (before, now) = (meta.global_batch, config.global_batch(env.world_size));
     let clips = meta.step_in_epoch * before;
     if !clips.is_multiple_of(now) {
-        return Err(refuse(format!("a step had {before} clips, now {now}, which does not divide the {clips} clips done")));
+        return Err(refuse(format!(
+            "a step had {before} clips, now {now}, which does not divide the {clips} clips done"
+        )));
     }
     Ok(clips / now)
 }

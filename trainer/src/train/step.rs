@@ -46,8 +46,16 @@ impl Stepper {
         }
         let peers = place.peers.clone();
         let named = || {
-            let params = network.params().iter().map(|p| (p.name.as_str(), &p.tensor));
-            params.chain(network.buffers().iter().map(|b| (b.name.as_str(), &b.tensor)))
+            let params = network
+                .params()
+                .iter()
+                .map(|p| (p.name.as_str(), &p.tensor));
+            params.chain(
+                network
+                    .buffers()
+                    .iter()
+                    .map(|b| (b.name.as_str(), &b.tensor)),
+            )
         };
         peers.verify_same_shapes(named(), place.device)?;
         let all: Vec<Tensor> = named().map(|(_, t)| t.shallow_clone()).collect();
@@ -57,19 +65,37 @@ impl Stepper {
             .params()
             .iter()
             .filter(|p| !p.frozen)
-            .map(|p| ParamInfo { name: p.name.clone(), role: p.role, tensor: p.tensor.shallow_clone() })
+            .map(|p| ParamInfo {
+                name: p.name.clone(),
+                role: p.role,
+                tensor: p.tensor.shallow_clone(),
+            })
             .collect();
         let ddp = Ddp::new(&trainable, peers.clone(), config.train.bucket_mib)?;
         let size = i64::from(config.data.train.size);
-        let dummy = Tensor::zeros([i64::from(config.model.num_segments), 3, size, size], (Kind::Float, place.device));
-        let dummy = if config.train.channels_last { ops::to_channels_last(&dummy)? } else { dummy };
+        let dummy = Tensor::zeros(
+            [i64::from(config.model.num_segments), 3, size, size],
+            (Kind::Float, place.device),
+        );
+        let dummy = if config.train.channels_last {
+            ops::to_channels_last(&dummy)?
+        } else {
+            dummy
+        };
         // In evaluation mode the dry run leaves BatchNorm's statistics alone.
         ddp.record_order(|| {
             let logits = forward(&network, &precision, &dummy, false);
             Ok(ops::backward(&logits.sum(Kind::Float))?)
         })?;
         let sgd = Sgd::new(&trainable, &ddp.buckets(), &config.optim)?;
-        Ok(Stepper { network, sgd, precision, peers, ddp, label_smoothing: config.optim.label_smoothing })
+        Ok(Stepper {
+            network,
+            sgd,
+            precision,
+            peers,
+            ddp,
+            label_smoothing: config.optim.label_smoothing,
+        })
     }
 
     /// Forgets the gradients of the step before.
@@ -84,15 +110,30 @@ impl Stepper {
     ///
     /// # Errors
     /// A peer that is gone (exit code PEER), or no memory.
-    pub fn micro_step(&self, frames: &Tensor, labels_n: &Tensor, step_samples: u64, last: bool) -> Result<MicroStep> {
+    pub fn micro_step(
+        &self,
+        frames: &Tensor,
+        labels_n: &Tensor,
+        step_samples: u64,
+        last: bool,
+    ) -> Result<MicroStep> {
         self.ddp.begin(last);
         let logits = forward(&self.network, &self.precision, frames, true);
         let none = None::<Tensor>;
-        let sum = logits.f_cross_entropy_loss(labels_n, none.as_ref(), Reduction::Sum, -100, self.label_smoothing)?;
+        let sum = logits.f_cross_entropy_loss(
+            labels_n,
+            none.as_ref(),
+            Reduction::Sum,
+            -100,
+            self.label_smoothing,
+        )?;
         let loss = sum * (f64::from(self.peers.world_size()) / step_samples as f64);
         ops::backward(&self.precision.scale_loss(&loss))?;
         self.ddp.finish()?;
-        Ok(MicroStep { loss: loss.detach(), logits_nk: logits.detach() })
+        Ok(MicroStep {
+            loss: loss.detach(),
+            logits_nk: logits.detach(),
+        })
     }
 
     /// The update from the gradients of the micro steps.
@@ -112,5 +153,7 @@ fn forward(network: &Network, precision: &Precision, frames: &Tensor, train: boo
         Some(kind) => frames.to_kind(kind),
         None => frames.shallow_clone(),
     };
-    precision.forward(|| network.forward(&frames, train)).to_kind(Kind::Float)
+    precision
+        .forward(|| network.forward(&frames, train))
+        .to_kind(Kind::Float)
 }

@@ -41,10 +41,15 @@ pub fn validate(
         feed.hold(batch)?;
         // A dense protocol reads several clips of a sample: their logits are averaged.
         let logits = stepper.evaluate(&frames).view([n, num_clips, -1]);
-        counts.update(&logits.mean_dim([1i64].as_slice(), false, Kind::Float), &labels_n);
+        counts.update(
+            &logits.mean_dim([1i64].as_slice(), false, Kind::Float),
+            &labels_n,
+        );
     }
     feed.end()?;
     let total = counts.to_tensor();
-    place.peers.all_reduce(&total, ReduceOp::Sum, "all-reduce of the validation counts")?;
+    place
+        .peers
+        .all_reduce(&total, ReduceOp::Sum, "all-reduce of the validation counts")?;
     Ok((Accuracy::from_tensor(&total).result(), bad))
 }
