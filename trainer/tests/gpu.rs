@@ -326,6 +326,7 @@ fn snapshot(stepper: &Stepper, config: &Config) -> Snapshot {
         seed: 0,
         loss_scale: None,
         best_top1: None,
+        best_epoch: 0,
         class_names: Vec::new(),
         model: config.model.clone(),
         torch: tsm_torch_ext::ops::libtorch_version(),

@@ -60,8 +60,6 @@ struct Training<'a> {
     shape: Shape,
     base_lr: f64,
     at: Position,
-    /// Epoch of the best validation, from 1.
-    best_epoch: u32,
     num_bad: u64,
     run_dir: RunDir,
     /// Rank 0 alone writes.
@@ -127,7 +125,6 @@ impl<'a> Training<'a> {
             shape,
             base_lr,
             at,
-            best_epoch: 0,
             num_bad: 0,
             run_dir,
             writer,
@@ -227,10 +224,10 @@ impl<'a> Training<'a> {
                 bad_videos: bad.double_value(&[]) as u64,
                 environment: environment(&self.place),
             };
-            let summary = report::write(&self.run_dir, &self.config, end)?;
-            let best = summary
-                .best_top1
-                .map_or("no validation".into(), |b| format!("best top1 {b:.2}"));
+            report::write(&self.run_dir, &self.config, end)?;
+            let best = self.at.best_top1.map_or("no validation".into(), |b| {
+                format!("best top1 {b:.2} at epoch {}", self.at.best_epoch)
+            });
             println!("{best}; report in {}", self.run_dir.report().display());
         }
         // Rank 0 holds the store that the others need until here.
@@ -428,12 +425,12 @@ impl<'a> Training<'a> {
             result.num_clips > 0 && self.at.best_top1.is_none_or(|best| result.top1 > best);
         if improved {
             self.at.best_top1 = Some(result.top1);
-            self.best_epoch = self.at.epoch + 1;
+            self.at.best_epoch = self.at.epoch + 1;
         }
         if let Some((_, out)) = &mut self.writer {
             let best = Best {
                 top1: self.at.best_top1.unwrap_or(f64::NAN),
-                epoch: self.best_epoch,
+                epoch: self.at.best_epoch,
             };
             out.validation(&self.at, &result, started.elapsed(), best);
         }

@@ -19,6 +19,8 @@ pub struct Position {
     pub samples_seen: u64,
     /// Percent.
     pub best_top1: Option<f64>,
+    /// Epoch of the best validation, from 1; 0 before any.
+    pub best_epoch: u32,
 }
 
 /// The training as a checkpoint. Buffers must agree over the ranks before.
@@ -44,6 +46,7 @@ pub fn snapshot(
         seed: config.run.seed,
         loss_scale: stepper.precision.scale().map(|s| s.export()).transpose()?,
         best_top1: at.best_top1,
+        best_epoch: at.best_epoch,
         class_names: class_names.to_vec(),
         model: config.model.clone(),
         torch: tsm_torch_ext::ops::libtorch_version(),
@@ -124,6 +127,7 @@ pub fn resume(
         step: meta.step,
         samples_seen: meta.samples_seen,
         best_top1: meta.best_top1,
+        best_epoch: meta.best_epoch,
     };
     Ok((position, notes))
 }
