@@ -3,9 +3,11 @@
 mod feed;
 mod log;
 mod outputs;
+mod pace;
 mod place;
 mod position;
 mod step;
+mod surroundings;
 mod validate;
 
 pub use place::Place;
@@ -20,25 +22,23 @@ use anyhow::{Context, Result};
 use feed::Feed;
 use log::{StepFacts, StepLog};
 use outputs::{Outputs, Shape};
+use pace::Pace;
 use position::Position;
-use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use tsm_data::clip::Dataset;
 use tsm_data::list::Split;
 use tsm_data::loader::{BadSample, LoaderSpec};
 use tsm_data::order::{Cut, Share, SplitMix64, TrainOrder};
-use tsm_job::exit::{self, Coded};
 use tsm_job::message::{AgentLink, WorkerMessage};
 use tsm_job::{Config, RunDir, WorkerEnv};
-use tsm_torch_ext::cuda::Event;
 use tsm_torch_ext::dist::ReduceOp;
 
 /// Trains this rank to the end of the job.
 ///
 /// # Errors
-/// Everything that ends a training, with its exit code (see [`exit`]).
+/// Everything that ends a training, with its exit code (see [`tsm_job::exit`]).
 pub fn run(config: Config, env: &WorkerEnv, link: &AgentLink) -> Result<()> {
     link.send(&WorkerMessage::Hello {
         rank: env.rank,
@@ -74,7 +74,7 @@ impl<'a> Training<'a> {
         // Lists first: a wrong path must not cost a rendezvous.
         let train_set = Arc::new(Dataset::open(&config, Split::Train)?);
         let val_set = Arc::new(Dataset::open(&config, Split::Val)?);
-        let run_dir = run_dir(&config, env)?;
+        let run_dir = surroundings::run_dir(&config, env)?;
         let place = Place::new(&config, env)?;
         let network = Network::new(&config.model, place.device, config.run.seed)?;
         let mut notes = Vec::new();
@@ -222,7 +222,7 @@ impl<'a> Training<'a> {
                 world_size: self.env.world_size,
                 final_step: self.at.step,
                 bad_videos: bad.double_value(&[]) as u64,
-                environment: environment(&self.place),
+                environment: surroundings::environment(&self.place),
             };
             report::write(&self.run_dir, &self.config, end)?;
             let best = self.at.best_top1.map_or("no validation".into(), |b| {
@@ -480,90 +480,5 @@ fn order(config: &Config, env: &WorkerEnv, dataset: &Dataset, epoch: u64) -> Tra
 fn complain(skipped: &[BadSample]) {
     for bad in skipped {
         eprintln!("warning: left out: {bad}");
-    }
-}
-
-/// The run folder of the launcher, or one of our own for a trainer started alone.
-fn run_dir(config: &Config, env: &WorkerEnv) -> Result<RunDir> {
-    let path = match &env.run_dir {
-        Some(path) => path.clone(),
-        None => {
-            let seconds = SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(0, |d| d.as_secs());
-            config
-                .run
-                .dir
-                .join(format!("{}-{seconds}", config.run.name))
-        }
-    };
-    let run = RunDir::new(path);
-    if env.rank == 0 {
-        let cannot = |e: std::io::Error| {
-            Coded::new(
-                exit::CANNOT_WRITE,
-                format!("cannot write the run folder: {e}"),
-            )
-        };
-        for folder in [run.tb(), run.checkpoints()] {
-            fs_err::create_dir_all(folder).map_err(cannot)?;
-        }
-        if env.run_dir.is_none() {
-            fs_err::write(run.config(), config.to_yaml()).map_err(cannot)?;
-            println!("run folder {}", run.path().display());
-        }
-    }
-    Ok(run)
-}
-
-fn environment(place: &Place) -> BTreeMap<String, String> {
-    let mut facts = BTreeMap::from([
-        ("tsm-trainer".into(), env!("CARGO_PKG_VERSION").into()),
-        ("libtorch".into(), tsm_torch_ext::ops::libtorch_version()),
-        ("device".into(), format!("{:?}", place.device)),
-        ("threads per rank".into(), place.threads.to_string()),
-    ]);
-    if let Ok(text) = fs_err::read_to_string("/proc/cpuinfo")
-        && let Some(model) = text.lines().find_map(|l| l.strip_prefix("model name"))
-    {
-        facts.insert(
-            "cpu".into(),
-            model.trim_start_matches([' ', '\t', ':']).into(),
-        );
-    }
-    if let Ok(cores) = std::thread::available_parallelism() {
-        facts.insert("cores".into(), cores.to_string());
-    }
-    facts
-}
-
-/// Keeps the host at most two steps ahead of a GPU, so that step times are the device's and the
-/// memory of queued steps is bounded.
-struct Pace {
-    device: Device,
-    ahead: VecDeque<Event>,
-}
-
-impl Pace {
-    fn new(device: Device) -> Pace {
-        Pace {
-            device,
-            ahead: VecDeque::new(),
-        }
-    }
-
-    fn step(&mut self) -> Result<()> {
-        let Device::Cuda(index) = self.device else {
-            return Ok(());
-        };
-        let event = Event::new(index)?;
-        event.record()?;
-        self.ahead.push_back(event);
-        if self.ahead.len() > 2
-            && let Some(event) = self.ahead.pop_front()
-        {
-            event.synchronize()?;
-        }
-        Ok(())
     }
 }
