@@ -1,6 +1,6 @@
 //! The other side: `peers/pytorch_step.py` under any Python that has PyTorch.
 
-use crate::worker::{Args, Layout, PrecisionName, word};
+use crate::worker::{Args, DeviceName, Layout, PrecisionName, word};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -19,35 +19,89 @@ pub struct Variant {
 impl Variant {
     /// The same precision and layout as ours, a one-pass shift, fused SGD: PyTorch at its best without a compiler.
     pub fn best(args: &Args) -> Variant {
-        let layout = if args.layout == Layout::Nhwc { "nhwc" } else { "nchw" };
-        // The script's fp16 is autocast; it has nothing like o2.
-        let precision = if args.precision == PrecisionName::O2 { "fp16".into() } else { word(&args.precision) };
-        Variant { name: "PyTorch, tuned", precision, layout, shift: "onepass", optimizer: "fused" }
+        let layout = if args.layout == Layout::Nhwc {
+            "nhwc"
+        } else {
+            "nchw"
+        };
+        let precision = match args.precision {
+            // The script's fp16 is autocast; it has nothing like o2.
+            PrecisionName::O2 => "fp16".into(),
+            PrecisionName::Fp32 => fp32(args).into(),
+            other => word(&other),
+        };
+        Variant {
+            name: "PyTorch, tuned",
+            precision,
+            layout,
+            shift: "onepass",
+            optimizer: "fused",
+        }
     }
 
     /// As the published code bases run it: float32, contiguous, slice and concatenate.
-    pub fn as_shipped() -> Variant {
-        Variant { name: "PyTorch, as shipped", precision: "fp32".into(), layout: "nchw", shift: "cat", optimizer: "foreach" }
+    pub fn as_shipped(args: &Args) -> Variant {
+        Variant {
+            name: "PyTorch, as shipped",
+            precision: fp32(args).into(),
+            layout: "nchw",
+            shift: "cat",
+            optimizer: "foreach",
+        }
     }
 
     pub fn describe(&self) -> String {
-        format!("{} {} {} shift, {} SGD", self.precision, self.layout, self.shift, self.optimizer)
+        format!(
+            "{} {} {} shift, {} SGD",
+            self.precision, self.layout, self.shift, self.optimizer
+        )
     }
+}
+
+/// The script's word for float32 as our trainer and PyTorch's defaults compute it: on a GPU with TF32.
+fn fp32(args: &Args) -> &'static str {
+    match args.device {
+        DeviceName::Cpu => "fp32",
+        DeviceName::Gpu => "tf32",
+    }
+}
+
+/// One run of the script.
+pub struct Measured {
+    pub median_ms: f64,
+    pub peak_bytes: Option<u64>,
+    /// PyTorch's version.
+    pub version: String,
 }
 
 /// The script, in the source tree this program was built from or beside the current directory.
 pub fn script() -> Result<PathBuf> {
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/pytorch_step.py");
     let here = PathBuf::from("benchmarks/peers/pytorch_step.py");
-    [built, here].into_iter().find(|p| p.is_file()).context("benchmarks/peers/pytorch_step.py is not here; run from the root of the checkout")
+    [built, here]
+        .into_iter()
+        .find(|p| p.is_file())
+        .context("benchmarks/peers/pytorch_step.py is not here; run from the root of the checkout")
 }
 
-/// Median milliseconds of a step in one fresh run of the script, and PyTorch's version.
-pub fn measure(python: &Path, variant: &Variant, args: &Args, ranks: u32, threads: usize) -> Result<(f64, String)> {
+/// Measures `variant` in one fresh run of the script.
+pub fn measure(
+    python: &Path,
+    variant: &Variant,
+    args: &Args,
+    ranks: u32,
+    threads: usize,
+) -> Result<Measured> {
     let out = tempfile::Builder::new().suffix(".json").tempfile()?;
     let mut command = Command::new(python);
     if ranks > 1 {
-        command.args(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", &ranks.to_string()]);
+        command.args([
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            &ranks.to_string(),
+        ]);
     }
     command.arg(script()?);
     let arch = word(&args.arch);
@@ -69,8 +123,17 @@ pub fn measure(python: &Path, variant: &Variant, args: &Args, ranks: u32, thread
     ] {
         command.args([flag, value]);
     }
-    command.env("OMP_NUM_THREADS", threads.to_string()).env("GLOO_SOCKET_IFNAME", "lo").stdin(Stdio::null());
-    let output = command.output().with_context(|| format!("cannot start {}", python.display()))?;
+    if args.device == DeviceName::Cpu {
+        // The script takes a GPU wherever it sees one.
+        command.env("CUDA_VISIBLE_DEVICES", "");
+    }
+    command
+        .env("OMP_NUM_THREADS", threads.to_string())
+        .env("GLOO_SOCKET_IFNAME", "lo")
+        .stdin(Stdio::null());
+    let output = command
+        .output()
+        .with_context(|| format!("cannot start {}", python.display()))?;
     ensure!(
         output.status.success(),
         "{} {}: {}\n{}",
@@ -81,7 +144,15 @@ pub fn measure(python: &Path, variant: &Variant, args: &Args, ranks: u32, thread
     );
     let text = fs_err::read_to_string(out.path())?;
     let result: Value = serde_json::from_str(&text).context("the result of pytorch_step.py")?;
-    let median = result["rows"][0]["step_ms"].as_f64().context("pytorch_step.py measured no row")?;
-    let version = result["machine"]["torch"].as_str().unwrap_or("unknown").to_owned();
-    Ok((median, version))
+    let row = &result["rows"][0];
+    Ok(Measured {
+        median_ms: row["step_ms"]
+            .as_f64()
+            .context("pytorch_step.py measured no row")?,
+        peak_bytes: row["peak_bytes"].as_u64(),
+        version: result["machine"]["torch"]
+            .as_str()
+            .unwrap_or("unknown")
+            .to_owned(),
+    })
 }

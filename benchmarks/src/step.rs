@@ -2,7 +2,7 @@
 
 use crate::pytorch::{self, Variant};
 use crate::stats::Spread;
-use crate::worker;
+use crate::worker::{self, Timed};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use serde::Serialize;
@@ -43,6 +43,8 @@ struct Row {
     /// Milliseconds of a step; for PyTorch over the medians of its processes.
     step_ms: Spread,
     clips_per_s: f64,
+    /// Of rank 0, the largest over the processes; see [`Timed`].
+    peak_bytes: Option<u64>,
     /// Ours / this row's, in clips/s.
     ratio: f64,
 }
@@ -52,6 +54,7 @@ struct Report {
     benchmark: &'static str,
     unix_s: u64,
     cpu: String,
+    gpu: Option<String>,
     cores: usize,
     version: &'static str,
     commit: Option<String>,
@@ -65,45 +68,57 @@ struct Report {
 
 /// Measures, prints the table, and writes the files asked for.
 pub fn run(args: &Args) -> Result<()> {
-    ensure!(args.ranks > 0 && args.rounds > 0 && args.step.steps > 0, "--ranks, --rounds and --steps start at 1");
+    ensure!(
+        args.ranks > 0 && args.rounds > 0 && args.step.steps > 0,
+        "--ranks, --rounds and --steps start at 1"
+    );
     let cores = std::thread::available_parallelism()?.get();
     let threads = args.threads.unwrap_or((cores / args.ranks as usize).max(1));
     let variants = match &args.against {
-        Some(_) => vec![Variant::best(&args.step), Variant::as_shipped()],
+        Some(_) => vec![Variant::best(&args.step), Variant::as_shipped(&args.step)],
         None => Vec::new(),
     };
-    let mut ours = Vec::new();
-    let mut theirs: Vec<Vec<f64>> = vec![Vec::new(); variants.len()];
-    let mut version = None;
-    for round in 0..args.rounds {
-        let times = our_step(args, threads)?;
-        eprintln!("round {}: tsm-launch {:.1} ms", round + 1, Spread::of(&times).context("no step was timed")?.median);
-        ours.extend(times);
+    let mut ours = Side::default();
+    let mut theirs: Vec<Side> = variants.iter().map(|_| Side::default()).collect();
+    let (mut version, mut gpu) = (None, None);
+    for round in 1..=args.rounds {
+        let timed = our_step(args, threads)?;
+        eprintln!(
+            "round {round}: tsm-launch {:.1} ms",
+            Spread::of(&timed.step_ms)
+                .context("no step was timed")?
+                .median
+        );
+        ours.add(&timed.step_ms, Some(timed.peak_bytes));
+        gpu = timed.gpu;
         if let Some(python) = &args.against {
-            for (variant, medians) in variants.iter().zip(&mut theirs) {
-                let (median, torch) = pytorch::measure(python, variant, &args.step, args.ranks, threads)?;
-                eprintln!("round {}: {} {median:.1} ms", round + 1, variant.name);
-                medians.push(median);
-                version = Some(torch);
+            for (variant, side) in variants.iter().zip(&mut theirs) {
+                let measured = pytorch::measure(python, variant, &args.step, args.ranks, threads)?;
+                eprintln!(
+                    "round {round}: {} {:.1} ms",
+                    variant.name, measured.median_ms
+                );
+                side.add(&[measured.median_ms], measured.peak_bytes);
+                version = Some(measured.version);
             }
         }
     }
     let clips = f64::from(args.ranks * args.step.clips);
-    let row = |name: &str, form: String, times: &[f64], base: f64| -> Result<Row> {
-        let step_ms = Spread::of(times).context("no step was timed")?;
-        let clips_per_s = clips * 1e3 / step_ms.median;
-        Ok(Row { name: name.into(), form, ratio: if base > 0.0 { base / clips_per_s } else { 1.0 }, clips_per_s, step_ms })
-    };
-    let form = format!("{} {}, one-op shift, fused SGD", worker::word(&args.step.precision), worker::word(&args.step.layout));
-    let mut rows = vec![row("tsm-launch", form, &ours, 0.0)?];
+    let form = format!(
+        "{} {}, one-op shift, fused SGD",
+        worker::word(&args.step.precision),
+        worker::word(&args.step.layout)
+    );
+    let mut rows = vec![ours.row("tsm-launch", form, clips, None)?];
     let base = rows[0].clips_per_s;
-    for (variant, medians) in variants.iter().zip(&theirs) {
-        rows.push(row(variant.name, variant.describe(), medians, base)?);
+    for (variant, side) in variants.iter().zip(&theirs) {
+        rows.push(side.row(variant.name, variant.describe(), clips, Some(base))?);
     }
     let report = Report {
         benchmark: "step",
         unix_s: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
         cpu: cpu_model(),
+        gpu,
         cores,
         version: env!("CARGO_PKG_VERSION"),
         commit: commit(),
@@ -121,21 +136,64 @@ pub fn run(args: &Args) -> Result<()> {
     }
     if let Some(file) = &args.markdown {
         let before = fs_err::read_to_string(file).unwrap_or_default();
-        fs_err::write(file, if before.is_empty() { table } else { before + "\n" + &table })?;
+        fs_err::write(
+            file,
+            if before.is_empty() {
+                table
+            } else {
+                before + "\n" + &table
+            },
+        )?;
     }
     Ok(())
 }
 
-/// Starts the ranks, waits for all, returns rank 0's milliseconds.
-fn our_step(args: &Args, threads: usize) -> Result<Vec<f64>> {
+/// What the processes of one side measured.
+#[derive(Default)]
+struct Side {
+    step_ms: Vec<f64>,
+    peak_bytes: Option<u64>,
+}
+
+impl Side {
+    fn add(&mut self, step_ms: &[f64], peak_bytes: Option<u64>) {
+        self.step_ms.extend(step_ms);
+        self.peak_bytes = self.peak_bytes.max(peak_bytes);
+    }
+
+    /// `clips` of a step over all ranks; `ours` in clips/s, `None` for ours itself.
+    fn row(&self, name: &str, form: String, clips: f64, ours: Option<f64>) -> Result<Row> {
+        let step_ms = Spread::of(&self.step_ms).context("no step was timed")?;
+        let clips_per_s = clips * 1e3 / step_ms.median;
+        let ratio = ours.map_or(1.0, |ours| ours / clips_per_s);
+        Ok(Row {
+            name: name.into(),
+            form,
+            ratio,
+            clips_per_s,
+            peak_bytes: self.peak_bytes,
+            step_ms,
+        })
+    }
+}
+
+/// Starts the ranks, waits for all, returns what rank 0 measured.
+fn our_step(args: &Args, threads: usize) -> Result<Timed> {
     let exe = std::env::current_exe()?;
     // Held only while the number is looked up; rank 0 binds it again at once.
     let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
     let mut children: Vec<Child> = Vec::new();
     for rank in 0..args.ranks {
         let mut command = Command::new(&exe);
-        command.arg("__step").args(args.step.to_flags()).stdin(Stdio::null());
-        command.stdout(if rank == 0 { Stdio::piped() } else { Stdio::null() });
+        command
+            .arg("__step")
+            .args(args.step.to_flags())
+            .stdin(Stdio::null());
+        command.stdout(if rank == 0 {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        });
         for (name, value) in [
             ("RANK", rank.to_string()),
             ("LOCAL_RANK", rank.to_string()),
@@ -154,7 +212,11 @@ fn our_step(args: &Args, threads: usize) -> Result<Vec<f64>> {
     let mut first = None;
     for (rank, child) in children.into_iter().enumerate() {
         let output = child.wait_with_output()?;
-        ensure!(output.status.success(), "rank {rank} ended with {}", output.status);
+        ensure!(
+            output.status.success(),
+            "rank {rank} ended with {}",
+            output.status
+        );
         if rank == 0 {
             first = Some(serde_json::from_slice(&output.stdout).context("the times of rank 0")?);
         }
@@ -177,23 +239,46 @@ fn markdown(report: &Report, args: &Args) -> String {
     );
     let _ = writeln!(
         out,
-        "{}, {} cores; tsm-launch {}{}{}. {} fresh processes a side in turn, {} steps each after {} for warm-up; a PyTorch row is over its processes' medians.\n",
+        "{}{}, {} cores; tsm-launch {}{}{}. {} fresh processes a side in turn, {} steps each after {} for warm-up; a PyTorch row is over its processes' medians.\n",
+        report
+            .gpu
+            .as_ref()
+            .map(|g| format!("{g}; "))
+            .unwrap_or_default(),
         report.cpu,
         report.cores,
         report.version,
-        report.commit.as_ref().map(|c| format!(" ({c})")).unwrap_or_default(),
-        report.pytorch.as_ref().map(|v| format!("; PyTorch {v}")).unwrap_or_default(),
+        report
+            .commit
+            .as_ref()
+            .map(|c| format!(" ({c})"))
+            .unwrap_or_default(),
+        report
+            .pytorch
+            .as_ref()
+            .map(|v| format!("; PyTorch {v}"))
+            .unwrap_or_default(),
         report.rounds,
         step.steps,
         step.warmup
     );
-    out.push_str("| | form | clips/s | ms a step, median | mean +- sd | min-max | ours / this |\n|---|---|---|---|---|---|---|\n");
+    out.push_str("| | form | clips/s | ms a step, median | mean +- sd | min-max | peak GB | ours / this |\n|---|---|---|---|---|---|---|---|\n");
     for row in &report.rows {
         let s = &row.step_ms;
         let _ = writeln!(
             out,
-            "| {} | {} | {:.2} | {:.1} | {:.1} +- {:.1} | {:.1}-{:.1} | {:.2} |",
-            row.name, row.form, row.clips_per_s, s.median, s.mean, s.sd, s.min, s.max, row.ratio
+            "| {} | {} | {:.2} | {:.1} | {:.1} +- {:.1} | {:.1}-{:.1} | {} | {:.2} |",
+            row.name,
+            row.form,
+            row.clips_per_s,
+            s.median,
+            s.mean,
+            s.sd,
+            s.min,
+            s.max,
+            row.peak_bytes
+                .map_or("-".into(), |b| format!("{:.2}", b as f64 / 1e9)),
+            row.ratio
         );
     }
     out
@@ -202,11 +287,24 @@ fn markdown(report: &Report, args: &Args) -> String {
 fn cpu_model() -> String {
     fs_err::read_to_string("/proc/cpuinfo")
         .ok()
-        .and_then(|text| text.lines().find_map(|l| l.strip_prefix("model name").map(|m| m.trim_start_matches([' ', '\t', ':']).to_owned())))
+        .and_then(|text| {
+            text.lines().find_map(|l| {
+                l.strip_prefix("model name")
+                    .map(|m| m.trim_start_matches([' ', '\t', ':']).to_owned())
+            })
+        })
         .unwrap_or_else(|| "unknown CPU".into())
 }
 
 fn commit() -> Option<String> {
-    let output = Command::new("git").args(["rev-parse", "--short", "HEAD"]).current_dir(env!("CARGO_MANIFEST_DIR")).stderr(Stdio::null()).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    let output = Command::new("git")
+        .args(["rev-parse", "--short", "HEAD"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

@@ -2,11 +2,13 @@
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
+use serde::{Deserialize, Serialize};
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 use tsm_job::config::{Arch, DeviceKind, PrecisionMode, ShiftMode};
 use tsm_job::{Config, WorkerEnv};
-use tsm_torch_ext::{cuda, ops};
+use tsm_torch_ext::cuda::{self, Event};
+use tsm_torch_ext::ops;
 use tsm_trainer::model::Network;
 use tsm_trainer::train::{Place, Stepper};
 
@@ -67,7 +69,9 @@ pub enum DeviceName {
 
 /// The word that the command line uses for a value.
 pub fn word(value: &impl ValueEnum) -> String {
-    value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned())
+    value
+        .to_possible_value()
+        .map_or_else(String::new, |v| v.get_name().to_owned())
 }
 
 impl Args {
@@ -124,7 +128,18 @@ impl Args {
     }
 }
 
-/// Measures and, on rank 0, prints the milliseconds of every counted step as a JSON array.
+/// What one rank measured.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Timed {
+    /// Of every counted step.
+    pub step_ms: Vec<f64>,
+    /// On a GPU the most memory in tensors during the counted steps, else the most this process had.
+    pub peak_bytes: u64,
+    /// The GPU's name.
+    pub gpu: Option<String>,
+}
+
+/// Measures and, on rank 0, prints a [`Timed`] as JSON.
 pub fn run(args: &Args) -> Result<()> {
     let config = args.config();
     let env = WorkerEnv::from_process()?;
@@ -134,34 +149,101 @@ pub fn run(args: &Args) -> Result<()> {
     let mut stepper = Stepper::new(&config, &place, network)?;
     let (size, frames) = (i64::from(args.size), i64::from(args.clips * args.segments));
     let x = Tensor::f_randn([frames, 3, size, size], (Kind::Float, place.device))?;
-    let x = if config.train.channels_last { ops::to_channels_last(&x)? } else { x };
-    let y = Tensor::f_randint(i64::from(config.model.num_classes), [i64::from(args.clips)], (Kind::Int64, place.device))?;
+    let x = if config.train.channels_last {
+        ops::to_channels_last(&x)?
+    } else {
+        x
+    };
+    let y = Tensor::f_randint(
+        i64::from(config.model.num_classes),
+        [i64::from(args.clips)],
+        (Kind::Int64, place.device),
+    )?;
     let step_samples = u64::from(env.world_size) * u64::from(args.clips);
-    let mut times = Vec::with_capacity(args.steps);
     let mut loss = None;
-    for i in 0..args.warmup + args.steps {
-        place.peers.barrier(config.launch.collective_timeout, "barrier before a timed step")?;
-        wait(place.device)?;
-        let started = Instant::now();
+    let mut step = || -> Result<()> {
         stepper.begin()?;
         loss = Some(stepper.micro_step(&x, &y, step_samples, true)?.loss);
         stepper.update(1e-3)?;
-        wait(place.device)?;
-        if i >= args.warmup {
-            times.push(started.elapsed().as_secs_f64() * 1e3);
-        }
+        Ok(())
+    };
+    for _ in 0..args.warmup {
+        step()?;
     }
+    let barrier = || {
+        place.peers.barrier(
+            config.launch.collective_timeout,
+            "barrier before timed steps",
+        )
+    };
+    let timed = match place.device {
+        Device::Cuda(index) => {
+            barrier()?;
+            cuda::synchronize(place.device)?;
+            cuda::reset_peak_memory(index)?;
+            Timed {
+                step_ms: by_events(index, args.steps, &mut step)?,
+                peak_bytes: cuda::memory_stats(index)?.peak_bytes,
+                gpu: Some(cuda::device(index)?.0),
+            }
+        }
+        _ => {
+            let mut step_ms = Vec::with_capacity(args.steps);
+            for _ in 0..args.steps {
+                barrier()?;
+                let started = Instant::now();
+                step()?;
+                step_ms.push(started.elapsed().as_secs_f64() * 1e3);
+            }
+            Timed {
+                step_ms,
+                peak_bytes: most_resident()?,
+                gpu: None,
+            }
+        }
+    };
     let loss = loss.context("no step was taken")?.double_value(&[]);
     anyhow::ensure!(loss.is_finite(), "the loss of the measured step is {loss}");
     if env.rank == 0 {
-        println!("{}", serde_json::to_string(&times)?);
+        println!("{}", serde_json::to_string(&timed)?);
     }
+    place.peers.leave();
     Ok(())
 }
 
-fn wait(device: Device) -> Result<()> {
-    if device.is_cuda() {
-        cuda::synchronize(device)?;
+/// Milliseconds between marks that the GPU passes: the host runs ahead, as in training, and its
+/// time counts only where the GPU waits for it.
+fn by_events(
+    index: usize,
+    steps: usize,
+    step: &mut impl FnMut() -> Result<()>,
+) -> Result<Vec<f64>> {
+    let mark = || -> Result<Event> {
+        let event = Event::new(index)?;
+        event.record()?;
+        Ok(event)
+    };
+    let mut marks = vec![mark()?];
+    for _ in 0..steps {
+        step()?;
+        marks.push(mark()?);
     }
-    Ok(())
+    cuda::synchronize(Device::Cuda(index))?;
+    marks
+        .windows(2)
+        .map(|pair| Ok(f64::from(pair[1].elapsed_ms(&pair[0])?)))
+        .collect()
+}
+
+/// The most memory this process had resident (`VmHWM` of proc(5)).
+fn most_resident() -> Result<u64> {
+    let status = fs_err::read_to_string("/proc/self/status")?;
+    let kib = status.lines().find_map(|l| {
+        l.strip_prefix("VmHWM:")?
+            .trim()
+            .strip_suffix(" kB")?
+            .parse::<u64>()
+            .ok()
+    });
+    Ok(kib.context("/proc/self/status has no VmHWM")? * 1024)
 }

@@ -52,6 +52,7 @@ fn meta(step: u64) -> Meta {
             good_steps: 41,
         }),
         best_top1: Some(61.25),
+        best_epoch: 3,
         class_names: vec!["up".into(), "down, \"quoted\"".into(), "stäy".into()],
         model: model(),
         torch: "2.11.0".into(),

@@ -155,6 +155,7 @@ impl Worker {
             seed: 0,
             loss_scale: self.precision.scale().map(|l| l.export().unwrap()),
             best_top1: None,
+            best_epoch: 0,
             class_names: Vec::new(),
             model: model(Arch::Resnet18, 0.25, false),
             torch: tsm_torch_ext::ops::libtorch_version(),

@@ -14,35 +14,20 @@ const TOLERANCE: f64 = 1e-4;
 
 #[test]
 fn resnet18_tsn_equals_the_original() {
-    check(
-        "resnet18_T8_64_tsn",
-        Arch::Resnet18,
-        ShiftMode::None,
-        TOLERANCE,
-    );
+    check("resnet18_T8_64_tsn", Arch::Resnet18, ShiftMode::None);
 }
-
-// A ReLU whose input is within rounding of 0 opens on one machine and not on the other; the
-// gradients of the layers before it then differ by more than rounding. The two tests below meet a
-// few of these: seen 9e-4 and 3e-3. Against our own backward in float64 the golden numbers are off
-// by 3e-4 and 1.3e-2; in ResNet-18 only up to layer1, all stages behind it agree.
 
 #[test]
 fn resnet18_tsm_equals_the_original() {
-    check("resnet18_T8_64_tsm", Arch::Resnet18, ShiftMode::Bi, 5e-3);
+    check("resnet18_T8_64_tsm", Arch::Resnet18, ShiftMode::Bi);
 }
 
 #[test]
 fn mobilenetv2_tsm_equals_the_original() {
-    check(
-        "mobilenetv2_T8_64_tsm",
-        Arch::Mobilenetv2,
-        ShiftMode::Bi,
-        2e-2,
-    );
+    check("mobilenetv2_T8_64_tsm", Arch::Mobilenetv2, ShiftMode::Bi);
 }
 
-fn check(case: &str, arch: Arch, mode: ShiftMode, gradient_tolerance: f64) {
+fn check(case: &str, arch: Arch, mode: ShiftMode) {
     let golden: Value = serde_json::from_str(include_str!("golden/official_tsm.json")).unwrap();
     let golden = &golden[case];
     let net = Network::new(&config(arch, mode), Device::Cpu, 0).unwrap();
@@ -86,17 +71,17 @@ fn check(case: &str, arch: Arch, mode: ShiftMode, gradient_tolerance: f64) {
         &[golden["train_loss"].as_f64().unwrap()],
     );
     loss.backward();
-    check_gradients(&net, &names, &golden["grads"], case, gradient_tolerance);
+    check_gradients(&net, &names, &golden["grads"], case);
 }
 
-/// Norm and first element of every gradient, and to [`TOLERANCE`] the norm of all together.
-fn check_gradients(
-    net: &Network,
-    names: &HashMap<String, String>,
-    golden: &Value,
-    case: &str,
-    tolerance: f64,
-) {
+/// Norm and first element of every gradient, and the norm of all together.
+fn check_gradients(net: &Network, names: &HashMap<String, String>, golden: &Value, case: &str) {
+    if !kernels_as_golden() {
+        eprintln!(
+            "skipped: gradients of {case}: the golden ones come from AVX-512 kernels, this CPU has none"
+        );
+        return;
+    }
     let golden = golden.as_object().unwrap();
     assert_eq!(net.params().len(), golden.len());
     let total = golden
@@ -105,7 +90,7 @@ fn check_gradients(
         .sum::<f64>()
         .sqrt();
     let mut total_ours = 0.0f64;
-    let mut worst = (0.0, "");
+    let mut worst = (0.0f64, "");
     for param in net.params() {
         let original = &names[&param.name];
         let expected = numbers(&golden[original]);
@@ -113,19 +98,20 @@ fn check_gradients(
         let [norm, first] =
             [gradient.norm(), gradient.reshape([-1]).get(0)].map(|v| f64::try_from(v).unwrap());
         total_ours += norm * norm;
-        // A bias that only a BatchNorm follows has gradient 0; both sides hold rounding there.
-        let scale = expected[0].max(1e-5 * total);
+        let scale = match original.strip_suffix(".bias") {
+            Some(layer) if is_cancelled(layer) => numbers(&golden[&format!("{layer}.weight")])[0],
+            _ => expected[0],
+        };
         let errors = [
             (norm - expected[0]).abs() / scale,
             (first - expected[1]).abs() / scale,
         ];
-        worst = if errors[0] > worst.0 {
-            (errors[0], original)
-        } else {
-            worst
-        };
+        let error = errors[0].max(errors[1]);
+        if error > worst.0 {
+            worst = (error, original);
+        }
         assert!(
-            errors[0] <= tolerance && errors[1] <= tolerance,
+            error <= TOLERANCE,
             "{case}: gradient of {original}: norm and first element {norm} {first}, expected {expected:?}"
         );
     }
@@ -138,6 +124,35 @@ fn check_gradients(
         &[total_ours.sqrt()],
         &[total],
     );
+}
+
+/// Whether the next BatchNorm takes the bias of this BatchNorm away again: the last one of a
+/// MobileNetV2 block whose output goes into no sum. The bias's gradient is 0 (1e-14 in float64) and
+/// both sides hold rounding there, which is measured against the gradient of the same layer's
+/// weight, a sum over as many terms.
+fn is_cancelled(layer: &str) -> bool {
+    const LAYERS: [&str; 7] = [
+        "base_model.features.1.conv.4",
+        "base_model.features.3.conv.7",
+        "base_model.features.6.conv.7",
+        "base_model.features.10.conv.7",
+        "base_model.features.13.conv.7",
+        "base_model.features.16.conv.7",
+        "base_model.features.17.conv.7",
+    ];
+    LAYERS.contains(&layer)
+}
+
+/// Other kernels sum convolutions in another order, which opens a ReLU whose input is within
+/// rounding of 0: with oneDNN's AVX2 kernels PyTorch itself is 2e-3 off its own AVX-512 gradients.
+fn kernels_as_golden() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 #[test]
@@ -253,14 +268,15 @@ fn fill_by_formula(net: &Network) -> HashMap<String, String> {
         );
         let size = param.tensor.size();
         let fan_in = size[1..].iter().product::<i64>() as f64;
+        let scale = |s: f64| move |r: f32| r * s as f32;
         let value = match param.role {
             ParamRole::FirstConvWeight | ParamRole::Weight => {
-                formula(&name, &size, |r| r * 0.75 * (6.0 / fan_in).sqrt())
+                formula(&name, &size, scale(0.75 * (6.0 / fan_in).sqrt()))
             }
-            ParamRole::FcWeight => formula(&name, &size, |r| r * (3.0 / fan_in).sqrt()),
+            ParamRole::FcWeight => formula(&name, &size, scale((3.0 / fan_in).sqrt())),
             ParamRole::BnWeight => formula(&name, &size, |r| 1.0 + 0.1 * r),
             ParamRole::FirstConvBias | ParamRole::Bias | ParamRole::BnBias | ParamRole::FcBias => {
-                formula(&name, &size, |r| 0.1 * r)
+                formula(&name, &size, scale(0.1))
             }
         };
         param.tensor.shallow_clone().copy_(&value);
@@ -278,8 +294,13 @@ fn fill_by_formula(net: &Network) -> HashMap<String, String> {
     names
 }
 
-/// Element i is `f(r)` with r in [-1, 1) from splitmix64(fnv1a64(name) + i).
-fn formula(name: &str, size: &[i64], f: impl Fn(f64) -> f64) -> Tensor {
+/// Element i is `f(r)` with r in [-1, 1) from splitmix64(fnv1a64(name) + i); r has 24 bits, so
+/// float32 holds it exactly.
+///
+/// `f` works in float32, as the golden numbers' own formula did. Rounding once from float64 gives
+/// other last bits; that already opens a ReLU whose input is within rounding of 0, and with it
+/// changes gradients by up to 1e-2.
+fn formula(name: &str, size: &[i64], f: impl Fn(f32) -> f32) -> Tensor {
     let start = name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, b| {
         (h ^ u64::from(b)).wrapping_mul(0x100_0000_01B3)
     });
@@ -289,7 +310,7 @@ fn formula(name: &str, size: &[i64], f: impl Fn(f64) -> f64) -> Tensor {
             let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
             let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
             let u = ((x ^ (x >> 31)) >> 40) as f64 / f64::from(1 << 24);
-            f(2.0 * u - 1.0) as f32
+            f((2.0 * u - 1.0) as f32)
         })
         .collect();
     Tensor::from_slice(&values).view(size)

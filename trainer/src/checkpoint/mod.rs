@@ -66,6 +66,8 @@ pub struct Meta {
     pub loss_scale: Option<LossScaleState>,
     /// Best validation top1 so far, in percent.
     pub best_top1: Option<f64>,
+    /// Epoch of that validation, from 1; 0 before any.
+    pub best_epoch: u32,
     /// In label order; empty when the job names none.
     pub class_names: Vec<String>,
     /// The network's configuration.

@@ -59,6 +59,9 @@ impl Peers {
             return;
         };
         watcher.stop();
+        // NCCL's threads end while every rank and the store are still there; gloo has none. What
+        // fails now cannot harm a run that is over.
+        let _ = link.group.shutdown();
         let key = |rank: u32| format!("tsm/left/{rank}");
         if self.rank > 0 {
             // A store that is gone already is what this waits for anyway.

@@ -17,9 +17,9 @@ use tsm_torch_ext::ops::fused_sgd;
 pub struct StepTensors {
     /// Global L2 norm of the mean gradient before clipping, float32 scalar.
     pub grad_norm: Tensor,
-    /// fp16 and o2: `[1]`, 1 where the step was skipped because a gradient is not finite. Valid
-    /// until the next step.
-    pub found_inf: Option<Tensor>,
+    /// `[1]`, float32: 1 where the step was skipped because a gradient, or the norm of all, is not
+    /// finite. Valid until the next step.
+    pub found_inf: Tensor,
 }
 
 /// SGD with momentum, weight decay added to the gradient after clipping, as PyTorch's.
@@ -123,7 +123,8 @@ impl Sgd {
         self.groups.iter().map(|g| (g.group, g.lists.params.len()))
     }
 
-    /// One update from the gradients now in the buckets. `lr` is [`super::lr_at`]'s, before the
+    /// One update from the gradients now in the buckets; where one of them is not finite, weights
+    /// and momentum stay as they are, in every number format. `lr` is [`super::lr_at`]'s, before the
     /// groups' multipliers. The host never waits for the device.
     ///
     /// The gradients in the buckets are spent: they may come back unscaled and clipped.
@@ -135,11 +136,16 @@ impl Sgd {
         for (half, full) in &mut self.widen {
             full.f_copy_(half)?;
         }
-        let found_inf = match precision.scale_mut() {
+        let overflow = match precision.scale_mut() {
             Some(scale) => Some(scale.unscale(&self.flats)?),
             None => None,
         };
         let grad_norm = global_norm(&self.flats)?;
+        let found_inf = match overflow {
+            Some(found_inf) => found_inf,
+            // Without a loss scale nobody has looked yet; reduced gradients make the ranks agree.
+            None => not_finite(&grad_norm)?,
+        };
         let divisor = match self.config.max_grad_norm {
             Some(max) => Some(clip_divisor(&grad_norm, max)?),
             None => None,
@@ -157,7 +163,7 @@ impl Sgd {
                 self.config.nesterov,
                 false,
                 divisor.as_ref(),
-                found_inf.as_ref(),
+                Some(&found_inf),
             )
             .with_context(|| format!("cannot update parameter group {}", group.name))?;
         }
@@ -212,6 +218,12 @@ fn global_norm(flats: &[Tensor]) -> Result<Tensor> {
         .map(|flat| flat.f_norm())
         .collect::<Result<_, _>>()?;
     Ok(Tensor::f_stack(&norms, 0)?.f_norm()?)
+}
+
+/// `[1]`, float32: 1 if `norm` is infinite or NaN, else 0.
+fn not_finite(norm: &Tensor) -> Result<Tensor> {
+    let bad = norm.f_isfinite()?.f_logical_not()?;
+    Ok(bad.f_to_kind(Kind::Float)?.f_reshape([1])?)
 }
 
 /// What to divide the gradients by so that their norm is at most `max`:
@@ -353,6 +365,42 @@ mod tests {
         }
         let clipped = by_hand(&lrs, Some(2.0)).0;
         assert_ne!(clipped, by_hand(&lrs, None).0, "2.0 must clip");
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_leaves_weights_and_momentum_alone() {
+        let state = |s: &Setup| -> Vec<Vec<u32>> {
+            let params = s.params.iter().map(|p| p.tensor.detach());
+            let momenta = s.sgd.momenta().map(|(_, t)| t.shallow_clone());
+            let bits = |t: Tensor| {
+                Vec::<f32>::try_from(t)
+                    .unwrap()
+                    .into_iter()
+                    .map(f32::to_bits)
+            };
+            params.chain(momenta).map(|t| bits(t).collect()).collect()
+        };
+        for max in [None, Some(2.0)] {
+            for bad in [f64::NAN, f64::INFINITY] {
+                let mut s = setup(max);
+                step(&mut s, 0.1);
+                let before = state(&s);
+                s.ddp.zero().unwrap();
+                s.ddp.begin(true);
+                backward(&loss(&s.params)).unwrap();
+                s.ddp.finish().unwrap();
+                let _ = s.ddp.buckets()[0].members[0]
+                    .view
+                    .shallow_clone()
+                    .fill_(bad);
+                let done = s.sgd.step(0.1, &mut fp32()).unwrap();
+                assert_eq!(f64::try_from(&done.found_inf).unwrap(), 1.0);
+                assert!(!f64::try_from(&done.grad_norm).unwrap().is_finite());
+                assert_eq!(state(&s), before, "{max:?} {bad}");
+                step(&mut s, 0.1);
+                assert_ne!(state(&s), before, "the next good step moves the weights");
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 use super::*;
 use crate::meter::{EpochRecord, Metrics, Record, StartRecord, StepRecord, ValidationRecord};
+use std::path::Path;
 
 /// Invented numbers of a run that looks like UCF101 on 8 ranks.
 pub(crate) fn summary() -> Summary {
@@ -158,6 +159,31 @@ fn reference_numbers_are_found_in_free_text() {
         (Some(93.92), Some(295.889))
     );
     assert_eq!(numbers("clips/s and top1 are unknown"), (None, None));
+}
+
+#[test]
+fn the_recipes_carry_the_published_numbers_they_reproduce() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    for (file, top1, clips_per_s) in [
+        ("ucf101.yaml", 93.87, 410.492),
+        ("sthv2.yaml", 58.95, 116.0),
+    ] {
+        let config = Config::load(&configs.join(file), &[]).unwrap();
+        let reference = Reference::from_text(&config.run.reference.unwrap());
+        assert_eq!(reference.top1, Some(top1), "{file}");
+        assert_eq!(reference.clips_per_s, Some(clips_per_s), "{file}");
+        let summary = Summary {
+            reference: Some(reference),
+            ..summary()
+        };
+        let report = markdown(&summary, &History::default());
+        for published in [format!("| {top1} |\n"), format!("| {clips_per_s} |\n")] {
+            assert!(
+                report.contains(&published),
+                "{file}: no {published:?} in\n{report}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -91,7 +91,10 @@ impl Feed {
         let mut x = pixels.f_permute([0, 3, 1, 2])?.f_to_kind(Kind::Float)?;
         let x = x.f_sub_(&self.mean)?.f_mul_(&self.inv_std)?;
         let x = if self.channels_last { x } else { x.f_contiguous()? };
-        Ok((x, Tensor::from_slice(&batch.labels).f_to_device(self.device)?))
+        // Not blocking: a blocking copy would wait for every step queued so far. The labels are in
+        // the driver's hands when the call returns, as they are not page-locked.
+        let labels_n = Tensor::from_slice(&batch.labels).f_to_device_(self.device, Kind::Int64, true, false)?;
+        Ok((x, labels_n))
     }
 
     /// Gives a batch's buffer back as soon as the device has read it.

@@ -83,8 +83,9 @@ impl StepLog {
     /// Sums the steps kept over all ranks and reads them back: one small all-reduce, one wait.
     ///
     /// # Errors
-    /// A loss that is not finite on some rank: all ranks fail here together, with the step
-    /// (exit code DIVERGED). A peer that is gone (exit code PEER).
+    /// A loss that is not finite on some rank, or without a loss scale a gradient (no scale that
+    /// falls would make the next one better): all ranks fail here together, with the step (exit
+    /// code DIVERGED). A peer that is gone (exit code PEER).
     pub fn flush(&mut self, peers: &Peers) -> Result<Vec<StepNumbers>> {
         if self.rows.is_empty() {
             return Ok(Vec::new());
@@ -98,18 +99,13 @@ impl StepLog {
         let mut numbers = Vec::with_capacity(self.facts.len());
         for (facts, row) in self.facts.drain(..).zip(values.chunks_exact(COLUMNS as usize)) {
             let (num_bad, rank_sum) = (row[5], row[6]);
+            let (grad_norm, scaled) = (row[3] / world, row[4] > 0.0);
             if num_bad > 0.0 {
                 let who = if num_bad == 1.0 { format!("on rank {}", rank_sum - 1.0) } else { format!("on {num_bad} ranks") };
-                return Err(Coded::new(
-                    exit::DIVERGED,
-                    format!(
-                        "the loss is not finite at step {} {who} (lr {}, gradient norm {}); all ranks stop here, and checkpoints of earlier steps are kept\n  hint: lower optim.lr, set optim.max_grad_norm, add optim.warmup, or use precision bf16 or fp32",
-                        facts.step,
-                        facts.lr,
-                        row[3] / world
-                    ),
-                )
-                .into());
+                return Err(diverged(&facts, "loss", &who, grad_norm));
+            }
+            if !scaled && !grad_norm.is_finite() {
+                return Err(diverged(&facts, "gradient", "though the loss is", grad_norm));
             }
             let clips = facts.num_clips.max(1) as f64;
             numbers.push(StepNumbers {
@@ -117,10 +113,58 @@ impl StepLog {
                 loss: row[0] / world,
                 top1: 100.0 * row[1] / clips,
                 top5: 100.0 * row[2] / clips,
-                grad_norm: row[3] / world,
-                loss_scale: (row[4] > 0.0).then_some(row[4] / world),
+                grad_norm,
+                loss_scale: scaled.then_some(row[4] / world),
             });
         }
         Ok(numbers)
+    }
+}
+
+/// `what` is not finite; `remark` says on which ranks, or how it can be.
+fn diverged(facts: &StepFacts, what: &str, remark: &str, grad_norm: f64) -> anyhow::Error {
+    let StepFacts { step, lr, .. } = facts;
+    Coded::new(
+        exit::DIVERGED,
+        format!(
+            "the {what} is not finite at step {step} {remark} (lr {lr}, gradient norm {grad_norm}); all ranks stop here, and checkpoints of earlier steps are kept\n  hint: lower optim.lr, set optim.max_grad_norm, add optim.warmup, or use precision bf16 or fp32"
+        ),
+    )
+    .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the log says after one step on one rank.
+    fn flush(loss: f32, grad_norm: f32, loss_scale: Option<f32>) -> Result<Vec<StepNumbers>> {
+        let facts = StepFacts {
+            step: 7,
+            lr: 0.5,
+            num_clips: 2,
+            data_time: Duration::ZERO,
+            step_time: Duration::ZERO,
+            ended: SystemTime::UNIX_EPOCH,
+        };
+        let mut log = StepLog::new(0, Device::Cpu);
+        let scale = loss_scale.map(|s| Tensor::from_slice(&[s]));
+        log.push(facts, &Tensor::from(loss), &Tensor::from_slice(&[1f32, 2.0]), &Tensor::from(grad_norm), scale.as_ref());
+        log.flush(&Peers::alone())
+    }
+
+    #[test]
+    fn only_a_falling_loss_scale_outlives_a_gradient_that_is_not_finite() {
+        let numbers = flush(0.25, 3.0, None).unwrap();
+        assert_eq!((numbers[0].loss, numbers[0].grad_norm, numbers[0].top1), (0.25, 3.0, 50.0));
+        assert_eq!(flush(0.25, f32::INFINITY, Some(1024.0)).unwrap()[0].loss_scale, Some(1024.0));
+        for (loss, norm, message) in [
+            (0.25, f32::NAN, "the gradient is not finite at step 7 though the loss is (lr 0.5, gradient norm NaN)"),
+            (f32::NAN, f32::NAN, "the loss is not finite at step 7 on rank 0 (lr 0.5, gradient norm NaN)"),
+        ] {
+            let e = flush(loss, norm, None).unwrap_err();
+            assert!(e.to_string().starts_with(message), "{e}");
+            assert_eq!(e.downcast_ref::<Coded>().unwrap().code, exit::DIVERGED);
+        }
     }
 }

@@ -56,8 +56,6 @@ struct Training<'a> {
     shape: Shape,
     base_lr: f64,
     at: Position,
-    /// Epoch of the best validation, from 1.
-    best_epoch: u32,
     num_bad: u64,
     run_dir: RunDir,
     /// Rank 0 alone writes.
@@ -109,7 +107,6 @@ impl<'a> Training<'a> {
             shape,
             base_lr,
             at,
-            best_epoch: 0,
             num_bad: 0,
             run_dir,
             writer,
@@ -178,12 +175,14 @@ impl<'a> Training<'a> {
                 bad_videos: bad.double_value(&[]) as u64,
                 environment: environment(&self.place),
             };
-            let summary = report::write(&self.run_dir, &self.config, end)?;
-            let best = summary.best_top1.map_or("no validation".into(), |b| format!("best top1 {b:.2}"));
+            report::write(&self.run_dir, &self.config, end)?;
+            let best = self.at.best_top1.map_or("no validation".into(), |b| format!("best top1 {b:.2} at epoch {}", self.at.best_epoch));
             println!("{best}; report in {}", self.run_dir.report().display());
         }
         // Rank 0 holds the store that the others need until here.
-        self.place.peers.barrier(self.config.launch.collective_timeout, "barrier at the end")
+        self.place.peers.barrier(self.config.launch.collective_timeout, "barrier at the end")?;
+        self.place.peers.leave();
+        Ok(())
     }
 
     /// Trains the rest of the current epoch, validates and saves where it is due.
@@ -238,11 +237,12 @@ impl<'a> Training<'a> {
                 let micro_step = batch.micro_step;
                 let last = micro_step + 1 == micro_steps;
                 let (frames, labels_n) = self.feed.input(&batch, 1, self.config.data.train.size)?;
+                // Here, so that the buffer is free once it is copied, not once the step is done.
+                self.feed.hold(batch)?;
                 self.seed(micro_step);
                 let out = self.stepper.micro_step(&frames, &labels_n, step_samples, last)?;
                 loss += &out.loss;
                 hits += log::hits(&out.logits_nk, &labels_n);
-                self.feed.hold(batch)?;
                 if last {
                     break;
                 }
@@ -317,10 +317,10 @@ impl<'a> Training<'a> {
         let improved = result.num_clips > 0 && self.at.best_top1.is_none_or(|best| result.top1 > best);
         if improved {
             self.at.best_top1 = Some(result.top1);
-            self.best_epoch = self.at.epoch + 1;
+            self.at.best_epoch = self.at.epoch + 1;
         }
         if let Some((_, out)) = &mut self.writer {
-            let best = Best { top1: self.at.best_top1.unwrap_or(f64::NAN), epoch: self.best_epoch };
+            let best = Best { top1: self.at.best_top1.unwrap_or(f64::NAN), epoch: self.at.best_epoch };
             out.validation(&self.at, &result, started.elapsed(), best);
         }
         Ok(improved)
@@ -380,10 +380,10 @@ fn environment(place: &Place) -> BTreeMap<String, String> {
         ("device".into(), format!("{:?}", place.device)),
         ("threads per rank".into(), place.threads.to_string()),
     ]);
-    if let Ok(text) = fs_err::read_to_string("/proc/cpuinfo") {
-        if let Some(model) = text.lines().find_map(|l| l.strip_prefix("model name")) {
-            facts.insert("cpu".into(), model.trim_start_matches([' ', '\t', ':']).into());
-        }
+    if let Ok(text) = fs_err::read_to_string("/proc/cpuinfo")
+        && let Some(model) = text.lines().find_map(|l| l.strip_prefix("model name"))
+    {
+        facts.insert("cpu".into(), model.trim_start_matches([' ', '\t', ':']).into());
     }
     if let Ok(cores) = std::thread::available_parallelism() {
         facts.insert("cores".into(), cores.to_string());
@@ -408,10 +408,10 @@ impl Pace {
         let event = Event::new(index)?;
         event.record()?;
         self.ahead.push_back(event);
-        if self.ahead.len() > 2 {
-            if let Some(event) = self.ahead.pop_front() {
-                event.synchronize()?;
-            }
+        if self.ahead.len() > 2
+            && let Some(event) = self.ahead.pop_front()
+        {
+            event.synchronize()?;
         }
         Ok(())
     }

@@ -35,7 +35,7 @@ impl Outputs {
         let finished = u64::from(at.epoch) * shape.steps_per_epoch + at.step_in_epoch;
         let mut outputs = Outputs {
             metrics: Metrics::append(run.metrics()),
-            tb: EventWriter::create(&run.tb(), Some(at.step), Duration::from_secs(5), now),
+            tb: EventWriter::create(run.tb(), Some(at.step), Duration::from_secs(5), now),
             progress: Progress::new(u64::from(shape.num_epochs) * shape.steps_per_epoch, finished, Instant::now()),
             load: LoadMeter::new(cuda_index, Duration::from_secs(2)),
             meter: StepMeter::new(num_segments),

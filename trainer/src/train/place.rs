@@ -70,7 +70,9 @@ fn device(config: &Config, env: &WorkerEnv) -> Result<Device> {
         let why = format!("local rank {} has no device, {visible} are visible (CUDA_VISIBLE_DEVICES is {list})", env.local_rank);
         return Err(unusable(why).into());
     }
-    Ok(Device::Cuda(env.local_rank as usize))
+    let index = env.local_rank as usize;
+    cuda::set_device(index).map_err(|e| unusable(format!("device {index}: {e}")))?;
+    Ok(Device::Cuda(index))
 }
 
 /// `OMP_NUM_THREADS`, which the launcher sets to the rank's share of the cores, else all cores.

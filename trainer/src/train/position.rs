@@ -19,6 +19,8 @@ pub struct Position {
     pub samples_seen: u64,
     /// Percent.
     pub best_top1: Option<f64>,
+    /// Epoch of the best validation, from 1; 0 before any.
+    pub best_epoch: u32,
 }
 
 /// The training as a checkpoint. Buffers must agree over the ranks before.
@@ -38,6 +40,7 @@ pub fn snapshot(stepper: &Stepper, config: &Config, env: &WorkerEnv, class_names
         seed: config.run.seed,
         loss_scale: stepper.precision.scale().map(|s| s.export()).transpose()?,
         best_top1: at.best_top1,
+        best_epoch: at.best_epoch,
         class_names: class_names.to_vec(),
         model: config.model.clone(),
         torch: tsm_torch_ext::ops::libtorch_version(),
@@ -77,7 +80,7 @@ pub fn resume(stepper: &mut Stepper, config: &Config, env: &WorkerEnv, path: &Pa
         meta.step
     ));
     let position =
-        Position { epoch: meta.epoch, step_in_epoch, step: meta.step, samples_seen: meta.samples_seen, best_top1: meta.best_top1 };
+        Position { epoch: meta.epoch, step_in_epoch, step: meta.step, samples_seen: meta.samples_seen, best_top1: meta.best_top1, best_epoch: meta.best_epoch };
     Ok((position, notes))
 }
 
@@ -102,7 +105,7 @@ fn translate(meta: &Meta, config: &Config, env: &WorkerEnv, path: &Path) -> Resu
     }
     let (before, now) = (meta.global_batch, config.global_batch(env.world_size));
     let clips = meta.step_in_epoch * before;
-    if clips % now != 0 {
+    if !clips.is_multiple_of(now) {
         return Err(refuse(format!("a step had {before} clips, now {now}, which does not divide the {clips} clips done")));
     }
     Ok(clips / now)

@@ -32,13 +32,16 @@ pub fn validate(
     feed.start(spec)?;
     while let Some(batch) = feed.next()? {
         bad.extend(batch.skipped.iter().cloned());
-        if batch.n > 0 {
-            let (frames, labels_n) = feed.input(&batch, num_clips, config.data.val.size)?;
-            // A dense protocol reads several clips of a sample: their logits are averaged.
-            let logits = stepper.evaluate(&frames).view([batch.n as i64, num_clips, -1]);
-            counts.update(&logits.mean_dim([1i64].as_slice(), false, Kind::Float), &labels_n);
+        let n = batch.n as i64;
+        if n == 0 {
+            feed.hold(batch)?;
+            continue;
         }
+        let (frames, labels_n) = feed.input(&batch, num_clips, config.data.val.size)?;
         feed.hold(batch)?;
+        // A dense protocol reads several clips of a sample: their logits are averaged.
+        let logits = stepper.evaluate(&frames).view([n, num_clips, -1]);
+        counts.update(&logits.mean_dim([1i64].as_slice(), false, Kind::Float), &labels_n);
     }
     feed.end()?;
     let total = counts.to_tensor();

@@ -67,6 +67,8 @@ int compute_capability(int device) {
   return 10 * major + minor;
 }
 
+void set_device(int device) { c10::cuda::set_device(index(device)); }
+
 void synchronize(int device) {
   const c10::cuda::CUDAGuard guard(index(device));
   c10::cuda::device_synchronize();
@@ -149,6 +151,7 @@ constexpr tsm::CudaApi kApi{
     device_count,
     device_name,
     compute_capability,
+    set_device,
     synchronize,
     memory,
     reset_peak,

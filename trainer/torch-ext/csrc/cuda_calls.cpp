@@ -42,6 +42,9 @@ int tsm_cuda_device(int device, TsmCudaDevice* out) {
 int tsm_cuda_shift_cubin_bytes(int capability, size_t* out) {
   return guard([&] { *out = cuda().shift_cubin_bytes(capability); });
 }
+int tsm_cuda_set_device(int device) {
+  return guard([&] { cuda().set_device(device); });
+}
 int tsm_cuda_synchronize(int device) {
   return guard([&] { cuda().synchronize(device); });
 }

@@ -27,6 +27,8 @@ struct TsmStore {
 struct TsmGroup {
   intrusive_ptr<c10d::ProcessGroup> group;
   bool gloo;
+  // NCCL's one device: a barrier that is not told guesses it from the rank.
+  std::vector<int64_t> devices{};
 };
 struct TsmWork {
   intrusive_ptr<c10d::Work> work;
@@ -137,6 +139,7 @@ int tsm_group_nccl(const TsmStore* s, int rank, int world, int device, int64_t t
     tsm::cuda().nccl(store, rank, world, device, timeout_ms, backend);
     *out = make_group(store, rank, world, at::kCUDA, c10d::ProcessGroup::BackendType::NCCL, backend);
     (*out)->group->setBoundDeviceId(at::Device(at::kCUDA, static_cast<at::DeviceIndex>(device)));
+    (*out)->devices = {device};
   });
 }
 int tsm_group_all_reduce(const TsmGroup* g, at::Tensor* t, int op, TsmWork** out) {
@@ -173,6 +176,7 @@ int tsm_group_barrier(const TsmGroup* g, int64_t timeout_ms) {
   return guard([&] {
     c10d::BarrierOptions options;
     options.timeout = milliseconds(timeout_ms);
+    options.device_ids = g->devices;
     if (g->gloo) {
       // Names the ranks that did not come.
       g->group->monitoredBarrier(options, /*wait_all_ranks=*/true);

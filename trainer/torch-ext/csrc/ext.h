@@ -66,6 +66,7 @@ struct CudaApi {
   std::string (*device_name)(int device);
   int (*compute_capability)(int device);
 
+  void (*set_device)(int device);
   void (*synchronize)(int device);
   void (*memory)(int device, int64_t* allocated, int64_t* peak, int64_t* reserved);
   void (*reset_peak)(int device);

@@ -35,6 +35,7 @@ unsafe extern "C" {
     fn tsm_cuda_info(out: *mut RawInfo) -> c_int;
     fn tsm_cuda_device(device: c_int, out: *mut RawDevice) -> c_int;
     fn tsm_cuda_shift_cubin_bytes(capability: c_int, out: *mut usize) -> c_int;
+    fn tsm_cuda_set_device(device: c_int) -> c_int;
     fn tsm_cuda_synchronize(device: c_int) -> c_int;
     fn tsm_cuda_memory(
         device: c_int,
@@ -135,6 +136,16 @@ pub fn compile_shift(capability: i32) -> Result<usize> {
     let mut bytes = 0;
     call!(tsm_cuda_shift_cubin_bytes(capability, &mut bytes))?;
     Ok(bytes)
+}
+
+/// Makes `device` this thread's current device, where libraries put what no tensor places: page-locked
+/// memory, handles, a context. A process that keeps to one GPU of several calls it first, or it
+/// takes memory on GPU 0 too.
+///
+/// # Errors
+/// If there is no such device or CUDA is not loaded.
+pub fn set_device(device: usize) -> Result<()> {
+    call!(tsm_cuda_set_device(index(device)))
 }
 
 /// Waits until all work queued on `device` is done; nothing to do on the CPU.

@@ -2,7 +2,7 @@
 
 use super::problem::Problem;
 use super::tree::KeyPath;
-use super::{Arch, Config, DataFormat, PrecisionMode, Schedule, ShiftMode, TrainCrop};
+use super::{Arch, Config, DataFormat, PrecisionMode, Schedule, ShiftMode, ShiftPlace, TrainCrop};
 use std::path::Path;
 
 /// A broken rule.
@@ -150,10 +150,8 @@ impl Config {
         rules.below_one("model.head.dropout", model.head.dropout);
         rules.not_negative("model.head.init_std", model.head.init_std);
         rules.share("model.weights_min_coverage", model.weights_min_coverage);
-        if let Some(n) = model.shift.n_round {
-            rules.at_least("model.shift.n_round", n.into(), 1);
-        }
         self.shift_rules(rules);
+        self.place_rules(rules);
         if model.temporal_pool {
             let (t, arch) = (model.num_segments, model.arch);
             rules.between(
@@ -177,8 +175,8 @@ impl Config {
     fn shift_rules(&self, rules: &mut Rules) {
         let shift = &self.model.shift;
         let (least, why) = match shift.mode {
-            ShiftMode::Bi => (2, "two groups of channels are shifted"),
-            ShiftMode::Uni | ShiftMode::None => (1, "it divides the channels"),
+            ShiftMode::Bi | ShiftMode::Uni => (2, "the channels hold two groups"),
+            ShiftMode::None => (1, "it divides the channels"),
         };
         rules.between(
             shift.div >= least,
@@ -189,15 +187,16 @@ impl Config {
             ),
             None,
         );
-        // The narrowest input of a shifted convolution at width 1; MobileNetV2 keeps 8 at least.
-        let (channels, floor) = match self.model.arch {
-            Arch::Mobilenetv2 => (24.0, 8.0),
-            _ => (64.0, 1.0),
-        };
-        let narrowest = f64::max((channels * self.model.width).round(), floor);
+        // The narrowest input of a shifted convolution, by the networks' own rounding.
+        let width = self.model.width;
+        let narrowest = match self.model.arch {
+            Arch::Mobilenetv2 => 8.0 * (24.0 * width / 8.0).ceil(),
+            _ => (64.0 * width).round(),
+        }
+        .max(8.0);
         rules.between(
             shift.mode == ShiftMode::None
-                || self.model.width <= 0.0
+                || width <= 0.0
                 || f64::from(shift.div) <= narrowest,
             &["model.shift.div", "model.shift.mode", "model.width", "model.arch"],
             format!(
@@ -205,6 +204,33 @@ impl Config {
                 shift.div
             ),
             Some("use a smaller model.shift.div or a larger model.width"),
+        );
+    }
+
+    /// Where the original code shifts: MobileNetV2 has one way, and skipping blocks is a matter of
+    /// a ResNet's branches.
+    fn place_rules(&self, rules: &mut Rules) {
+        let (arch, shift) = (self.model.arch, &self.model.shift);
+        let resnet = arch != Arch::Mobilenetv2;
+        rules.between(
+            resnet || shift.place == ShiftPlace::Blockres,
+            &["model.shift.place", "model.arch"],
+            "model.shift.place is block, which needs a ResNet, model.arch is mobilenetv2".into(),
+            Some("set model.shift.place to blockres"),
+        );
+        let Some(n) = shift.n_round else { return };
+        rules.at_least("model.shift.n_round", n.into(), 1);
+        rules.between(
+            n <= 1 || resnet,
+            &["model.shift.n_round", "model.arch"],
+            format!("model.shift.n_round is {n}, which needs a ResNet, model.arch is mobilenetv2"),
+            Some("set model.shift.n_round to null"),
+        );
+        rules.between(
+            n <= 1 || !resnet || shift.place == ShiftPlace::Blockres,
+            &["model.shift.n_round", "model.shift.place"],
+            format!("model.shift.n_round is {n}, but model.shift.place block shifts every block"),
+            Some("set model.shift.n_round to null, or model.shift.place to blockres"),
         );
     }
 
@@ -517,20 +543,47 @@ mod tests {
         check(&[
             (
                 &["model.shift.div=1"],
-                "model.shift.div is 1, it must be at least 2: two groups of channels are shifted",
+                "model.shift.div is 1, it must be at least 2: the channels hold two groups",
             ),
-            (&["model.shift.div=1", "model.shift.mode=uni"], ""),
             (
-                &["model.shift.div=0", "model.shift.mode=uni"],
+                &["model.shift.div=1", "model.shift.mode=uni"],
+                "model.shift.div is 1, it must be at least 2: the channels hold two groups",
+            ),
+            (&["model.shift.div=1", "model.shift.mode=none"], ""),
+            (
+                &["model.shift.div=0", "model.shift.mode=none"],
                 "model.shift.div is 0, it must be at least 1: it divides the channels",
             ),
-            (&["model.width=0.125"], ""),
+            (&["model.width=0.1"], ""),
+            (&["model.width=0.25", "model.shift.div=16"], ""),
             (
-                &["model.width=0.1"],
-                "model.shift.div is 8, but the narrowest shifted layer has 6 channels: nothing would be shifted",
+                &["model.width=0.2", "model.shift.div=16"],
+                "model.shift.div is 16, but the narrowest shifted layer has 13 channels: nothing would be shifted",
             ),
-            (&["model.width=0.1", "model.shift.mode=none"], ""),
-            (&["model.width=0.1", "model.arch=mobilenetv2"], ""),
+            (
+                &[
+                    "model.width=0.2",
+                    "model.shift.div=16",
+                    "model.shift.mode=none",
+                ],
+                "",
+            ),
+            (
+                &[
+                    "model.width=0.4",
+                    "model.shift.div=16",
+                    "model.arch=mobilenetv2",
+                ],
+                "",
+            ),
+            (
+                &[
+                    "model.width=0.1",
+                    "model.shift.div=16",
+                    "model.arch=mobilenetv2",
+                ],
+                "model.shift.div is 16, but the narrowest shifted layer has 8 channels: nothing would be shifted",
+            ),
         ]);
     }
 
@@ -545,6 +598,28 @@ mod tests {
             (
                 &["model.temporal_pool=true", "model.arch=mobilenetv2"],
                 "model.temporal_pool needs a ResNet, model.arch is mobilenetv2",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn only_branches_of_a_resnet_may_skip_the_shift() {
+        check(&[
+            (&["model.shift.n_round=2"], ""),
+            (&["model.shift.place=block"], ""),
+            (&["model.shift.place=block", "model.shift.n_round=1"], ""),
+            (
+                &["model.shift.place=block", "model.shift.n_round=2"],
+                "model.shift.n_round is 2, but model.shift.place block shifts every block",
+            ),
+            (&["model.arch=mobilenetv2", "model.shift.n_round=1"], ""),
+            (
+                &["model.arch=mobilenetv2", "model.shift.n_round=2"],
+                "model.shift.n_round is 2, which needs a ResNet, model.arch is mobilenetv2",
+            ),
+            (
+                &["model.arch=mobilenetv2", "model.shift.place=block"],
+                "model.shift.place is block, which needs a ResNet, model.arch is mobilenetv2",
             ),
         ]);
     }

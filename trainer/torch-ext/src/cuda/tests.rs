@@ -42,6 +42,7 @@ fn without_a_device_everything_is_an_error_and_nothing_crashes() {
     assert!(Graph::capture(0, || Ok(())).is_err());
     assert!(memory_stats(0).is_err());
     assert!(device(0).is_err());
+    assert!(set_device(0).is_err());
     assert!(synchronize(Device::Cuda(0)).is_err());
     synchronize(Device::Cpu).unwrap();
 }
@@ -64,6 +65,17 @@ fn the_shift_kernel_compiles_for_ampere_hopper_and_blackwell() {
     }
     let error = compile_shift(1).unwrap_err().to_string();
     assert!(error.contains("sm_1"), "{error}");
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_last_device_can_be_made_current_and_one_more_cannot() {
+    let count = load_cuda().unwrap().device_count;
+    set_device(count - 1).unwrap();
+    assert!(set_device(count).is_err());
+    assert!(set_device(usize::MAX).is_err());
+    let x = Tensor::ones([4], (Kind::Float, Device::Cuda(count - 1)));
+    assert_eq!(x.sum(Kind::Float).double_value(&[]), 4.0);
 }
 
 #[test]
