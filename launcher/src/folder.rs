@@ -113,11 +113,12 @@ impl Folder {
         })
     }
 
-    /// Writes the resolved config. One that is there and differs stays, and the new one gets a number.
+    /// Writes the resolved config. One that is there and differs stays, and the new one gets a
+    /// number: then the result is true.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn write_config(&mut self, config: &Config) -> anyhow::Result<()> {
+    pub fn write_config(&mut self, config: &Config) -> anyhow::Result<bool> {
         let text = config.to_yaml();
         let first = self.dir.config();
         let same = |path: &Path| fs_err::read_to_string(path).is_ok_and(|old| old == text);
@@ -128,12 +129,14 @@ impl Folder {
             .filter(|p| p.exists())
             .chain(numbered)
             .collect();
+        let revised = written.last().is_some_and(|last| !same(last));
         self.config = match written.last() {
-            Some(last) if same(last) => last.clone(),
-            Some(_) => free_number(&first, 2),
+            Some(_) if revised => free_number(&first, 2),
+            Some(last) => last.clone(),
             None => first,
         };
-        fs_err::write(&self.config, text).context("cannot write the resolved config")
+        fs_err::write(&self.config, text).context("cannot write the resolved config")?;
+        Ok(revised)
     }
 }
 

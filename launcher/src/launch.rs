@@ -75,9 +75,11 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         (None, Some(Resume::Run(dir))) => Folder::resume(dir)?,
         (None, _) => Folder::create(&root, &name, &time.compact())?,
     };
-    if let Some(config) = target.config() {
-        folder.write_config(config)?;
-    }
+    let revised = match target.config() {
+        Some(config) => folder.write_config(config)?,
+        None => false,
+    };
+    let config = folder.config.clone();
     let port = Port::reserve()?;
     shape.master_port = Some(port.number);
     let ras = matches!(devices, Devices::Gpus(_))
@@ -149,7 +151,12 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         manifest,
         resume: is_trainer.then(|| resume_command(args, &dir)),
     };
-    run.execute()
+    let code = run.execute()?;
+    if revised && code == exit::CONFIG {
+        // The next `--resume` takes the newest config, which must not be one the workers refused.
+        fs_err::rename(&config, config.with_extension("yaml.refused"))?;
+    }
+    Ok(code)
 }
 
 /// The command that continues the run in `dir` on the same devices.

@@ -89,20 +89,29 @@ fn all_problems_are_listed_at_once() {
 #[test]
 fn more_gpus_than_the_machine_has() {
     let scene = Scene::new();
+    scene.motion_set(8, 8);
     let mut command = scene.launch(&["--gpus", "8", "--run-dir", "run"]);
-    command
-        .arg(config("demo.yaml"))
-        .env("CUDA_VISIBLE_DEVICES", "");
+    command.arg(config("demo.yaml")).args(scene.overrides(&[]));
+    command.env("CUDA_VISIBLE_DEVICES", "");
     let parts = ["cannot start 8 workers", "0 GPUs are visible", "hint: "];
     refused(&scene, command, exit::PREFLIGHT, &parts);
 }
 
 #[test]
-fn a_list_that_is_missing() {
+fn a_list_or_weights_that_are_missing() {
     let scene = Scene::new();
     scene.motion_set(8, 8);
-    let command = scene.job("run", 2, &["data.train_list=nowhere/train.txt"]);
-    fails(&scene, command, exit::DATA, &["nowhere/train.txt"]);
+    let overrides = [
+        "data.train_list=nowhere/train.txt",
+        "model.weights=nowhere.safetensors",
+    ];
+    let parts = [
+        "2 paths of the configuration",
+        "data.train_list is nowhere/train.txt: no such file",
+        "model.weights is nowhere.safetensors: no such file",
+        "hint: ",
+    ];
+    refused(&scene, scene.job("run", 2, &overrides), exit::DATA, &parts);
 }
 
 #[test]

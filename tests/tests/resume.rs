@@ -133,7 +133,7 @@ fn a_killed_run_goes_on_bit_for_bit() {
     assert_same_training(&whole, &killed);
 
     truncated_newest_checkpoint(&scene, &whole, &newest);
-    another_seed(&scene, from);
+    another_seed(&scene, &whole, from);
 }
 
 /// Steps of the checkpoints of a run, oldest first.
@@ -168,7 +168,7 @@ fn truncated_newest_checkpoint(scene: &Scene, whole: &RunDir, steps: &[u64]) {
     assert_same_training(whole, &run);
 }
 
-fn another_seed(scene: &Scene, from: u64) {
+fn another_seed(scene: &Scene, whole: &RunDir, from: u64) {
     let run = scene.run("reseeded");
     let before = fs::read(run.metrics()).unwrap();
     let outcome = expect(scene.resume("reseeded", &["run.seed=4"]), exit::CONFIG);
@@ -186,4 +186,9 @@ fn another_seed(scene: &Scene, from: u64) {
         before,
         "nothing was trained"
     );
+
+    // The refused seed is kept, and is not what the next attempt starts with.
+    assert!(run.path().join("config-2.yaml.refused").exists());
+    expect(scene.resume("reseeded", &[]), exit::OK);
+    assert_same_training(whole, &run);
 }

@@ -31,8 +31,8 @@ fn actions_of_unseen_people_are_recognised_also_after_a_kill() {
         path("class_names", "classes.txt"),
         format!("run.seed={seed}"),
     ]);
-    // 96 x 120 pixels; every action is the same to the left and to the right. 16 frames, because
-    // steps and jumps are short: with 8, one seed of three ended at 83 %.
+    // 96 x 120 pixels; every action is the same to the left and to the right. Seeds 0, 1 and 2 end
+    // at 100, 96.7 and 96.7 %; with 8 frames, since steps and jumps are short, at 100, 83 and 97 %.
     let recipe = [
         "data.frame_template=img_{:05}.png",
         "data.train.crop.multi_scale.scales=[1.0, 0.875, 0.75]",
@@ -42,6 +42,8 @@ fn actions_of_unseen_people_are_recognised_also_after_a_kill() {
         "data.val.size=64",
         "model.num_classes=10",
         "model.num_segments=16",
+        "model.width=0.25",
+        "model.shift.div=8",
         "model.head.dropout=0.3",
         "model.head.init_std=0.001",
         "train.batch_per_rank=4",
