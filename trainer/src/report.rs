@@ -60,7 +60,7 @@ pub struct Summary {
     /// Steps the last resume started from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resumed_from: Option<u64>,
-    /// Samples left out because they could not be read, over the whole run.
+    /// Samples left out because they could not be read, over all ranks, since the start or the last resume.
     pub bad_videos: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<Reference>,
@@ -334,7 +334,7 @@ fn remarks(s: &Summary, history: &History) -> String {
     }
     if s.bad_videos > 0 {
         remarks.push(format!(
-            "{} {} could not be read and left out.",
+            "{} {} could not be read and left out since the start or the last resume.",
             s.bad_videos,
             plural(s.bad_videos, "sample")
         ));
