@@ -121,7 +121,7 @@ fn doubts_are_listed() {
     );
     let expected = "and its last.\n\n- The run was resumed 1 time, last after step 20.\n\
                     - The number of ranks changed: [8, 4].\n\
-                    - 3 samples could not be read and left out.\n\
+                    - 3 samples could not be read and left out since the start or the last resume.\n\
                     - 1 line of metrics.jsonl could not be read.\n\n## Curves";
     assert!(text.contains(expected), "{text}");
 }
