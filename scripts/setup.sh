@@ -67,7 +67,7 @@ else
   if has_gpu || [ "${TSM_CUDA:-}" = 1 ]; then set_name=cuda; fi
   stamp=.torch-venv/tsm-set
   if ! { [ "$(cat $stamp 2>/dev/null)" = "$TORCH $set_name $PWD" ] && check_torch .libtorch; }; then
-    say "libtorch $TORCH ($set_name set) into .torch-venv; the download is $([ $set_name = cuda ] && echo 'about 2.4' || echo 0.54) GB"
+    say "libtorch $TORCH ($set_name set) into .torch-venv: $([ $set_name = cuda ] && echo '5.2 GB on disk' || echo 'a download of 0.54 GB, 1.3 GB on disk')"
     python3 -m venv --clear .torch-venv
     pip=(.torch-venv/bin/python -m pip install -q --disable-pip-version-check)
     if [ $set_name = cuda ]; then
