@@ -2,6 +2,7 @@
 
 use crate::{failure, report, train};
 use clap::{Parser, Subcommand};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -77,7 +78,10 @@ fn worker(config: Option<PathBuf>, overrides: &[String]) -> ExitCode {
         train::run(config, &env, &link)
     })();
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            let _ = std::io::stdout().flush();
+            failure::leave(exit::OK)
+        }
         Err(e) => failure::end(env.rank, &link, &e),
     }
 }

@@ -61,7 +61,7 @@ pub fn install(rank: u32, link: Arc<AgentLink>) {
 /// Ends the process at once. Other threads may hold locks or wait in a collective, and exit
 /// handlers of libtorch or NCCL would wait for them for ever.
 #[expect(unsafe_code, reason = "std has no exit without exit handlers")]
-fn leave(code: i32) -> ! {
+pub fn leave(code: i32) -> ! {
     // SAFETY: `_exit` never returns and touches no memory of ours.
     unsafe { libc::_exit(code) }
 }
