@@ -1,6 +1,6 @@
 //! Starts `tsm-launch` with fake workers in a folder of its own.
 
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -9,6 +9,21 @@ pub const FAKE: &str = env!("CARGO_BIN_EXE_fake-worker");
 
 /// Far longer than anything takes, so that only a hang reaches it, also on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Undoes what `nohup` and a shell's `&` do to the signals of everything below them: the launcher
+/// rightly leaves an ignored signal ignored, and these tests send them.
+#[expect(unsafe_code, reason = "the dispositions are set between fork and exec")]
+fn with_default_signals(command: &mut Command) {
+    let defaults = || {
+        for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+            // SAFETY: `signal` may be called between fork and exec, and SIG_DFL runs no code of ours.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        Ok(())
+    };
+    // SAFETY: the closure calls nothing but `signal`.
+    unsafe { command.pre_exec(defaults) };
+}
 
 /// A folder for one test; the run folder is `run` in it.
 pub struct Scene {
@@ -52,6 +67,7 @@ impl Scene {
         command
             .env_remove("OMP_NUM_THREADS")
             .env_remove("CUDA_VISIBLE_DEVICES");
+        with_default_signals(&mut command);
         command
     }
 
