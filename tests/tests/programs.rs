@@ -34,3 +34,15 @@ fn compare_puts_two_runs_side_by_side() {
     }
     contains(&text, &["a/report.md", "--logdir b/tb"]);
 }
+
+#[test]
+fn compare_refuses_folders_without_a_summary() {
+    let scene = Scene::new();
+    let mut compare = Command::new(TRAINER);
+    compare.current_dir(scene.path(".")).args(["compare", "."]);
+    let outcome = expect(compare, exit::DATA);
+    contains(
+        &outcome.err,
+        &["nothing to compare: no summary.json in .", "hint: "],
+    );
+}

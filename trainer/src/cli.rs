@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use tsm_job::exit::{self, Coded};
 use tsm_job::message::AgentLink;
-use tsm_job::{Config, WorkerEnv};
+use tsm_job::{Config, RunDir, WorkerEnv};
 
 /// Trains one rank of a job; `tsm-launch` starts one per GPU.
 #[derive(Parser)]
@@ -55,10 +55,7 @@ pub fn main() -> ExitCode {
         }
     };
     match cli.command {
-        Some(Command::Compare { runs }) => {
-            println!("{}", report::compare(&runs));
-            ExitCode::SUCCESS
-        }
+        Some(Command::Compare { runs }) => finish(compare(&runs)),
         Some(Command::Model { config, overrides }) => finish(print_model(&config, &overrides)),
         None => worker(cli.config, &cli.overrides),
     }
@@ -88,6 +85,20 @@ fn worker(config: Option<PathBuf>, overrides: &[String]) -> ExitCode {
 
 fn load(path: &std::path::Path, overrides: &[String]) -> anyhow::Result<Config> {
     Config::load(path, overrides).map_err(|e| Coded::new(exit::CONFIG, e.to_string()).into())
+}
+
+/// A row of dashes for a run that is not finished; an error if none is.
+fn compare(runs: &[PathBuf]) -> anyhow::Result<()> {
+    if !runs.iter().any(|run| RunDir::new(run).summary().is_file()) {
+        let names: Vec<String> = runs.iter().map(|r| r.display().to_string()).collect();
+        let text = format!(
+            "nothing to compare: no summary.json in {}\n  hint: name run folders; a run writes its summary when it ends",
+            names.join(", ")
+        );
+        return Err(Coded::new(exit::DATA, text).into());
+    }
+    println!("{}", report::compare(runs));
+    Ok(())
 }
 
 fn print_model(config: &std::path::Path, overrides: &[String]) -> anyhow::Result<()> {

@@ -63,7 +63,7 @@ fn device(config: &Config, env: &WorkerEnv) -> Result<Device> {
         Coded::new(
             exit::PREFLIGHT,
             format!(
-                "launch.device is gpu, but no GPU can be used: {why}\n  hint: tsm-launch --cpus N (or launch.device=cpu) trains on the CPU"
+                "launch.device is gpu, but no GPU can be used: {why}\n  hint: tsm-launch --cpus N (or launch.device=cpu) trains on the CPU; where a library is missing, TSM_CUDA=1 scripts/setup.sh brings libtorch's CUDA libraries"
             ),
         )
     };
