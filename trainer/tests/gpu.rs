@@ -267,22 +267,10 @@ fn a_checkpoint_moves_between_devices() {
         let found = find(&folder).unwrap().snapshot;
         let network = &loaded.network;
         found
-            .restore(
-                section::MODEL,
-                network
-                    .params()
-                    .iter()
-                    .map(|p| (p.name.as_str(), &p.tensor)),
-            )
+            .restore(section::MODEL, network.named_params())
             .unwrap();
         found
-            .restore(
-                section::BUFFER,
-                network
-                    .buffers()
-                    .iter()
-                    .map(|b| (b.name.as_str(), &b.tensor)),
-            )
+            .restore(section::BUFFER, network.named_buffers())
             .unwrap();
         loaded
             .sgd
@@ -332,20 +320,8 @@ fn snapshot(stepper: &Stepper, config: &Config) -> Snapshot {
         torch: tsm_torch_ext::ops::libtorch_version(),
     });
     let network = &stepper.network;
-    snapshot.put(
-        section::MODEL,
-        network
-            .params()
-            .iter()
-            .map(|p| (p.name.as_str(), &p.tensor)),
-    );
-    snapshot.put(
-        section::BUFFER,
-        network
-            .buffers()
-            .iter()
-            .map(|b| (b.name.as_str(), &b.tensor)),
-    );
+    snapshot.put(section::MODEL, network.named_params());
+    snapshot.put(section::BUFFER, network.named_buffers());
     snapshot.put(section::MOMENTUM, stepper.sgd.momenta());
     snapshot
 }

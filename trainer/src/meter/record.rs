@@ -1,6 +1,6 @@
 //! The lines of `metrics.jsonl`, and what TensorBoard shows of them.
 
-use super::{Load, StepMeter, Window};
+use super::{Load, Rate, StepMeter};
 use crate::eval::AccuracyResult;
 use serde::{Deserialize, Serialize};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -177,12 +177,10 @@ impl Record {
 }
 
 impl StepRecord {
-    /// Takes over rates and times.
-    pub fn set_window(&mut self, window: &Window) {
-        self.clips_per_s = window.rate.map(|r| r.clips_per_s);
-        self.frames_per_s = window.rate.map(|r| r.frames_per_s);
-        self.data_time_ms = Some(window.data_time.as_secs_f64() * 1e3);
-        self.step_time_ms = Some(window.step_time.as_secs_f64() * 1e3);
+    /// Takes over the throughput of a window, if it has one.
+    pub fn set_rate(&mut self, rate: Option<Rate>) {
+        self.clips_per_s = rate.map(|r| r.clips_per_s);
+        self.frames_per_s = rate.map(|r| r.frames_per_s);
     }
 
     /// Takes over what the process and its device are busy with.

@@ -178,6 +178,16 @@ impl Network {
         &self.buffers
     }
 
+    /// The parameters by name.
+    pub fn named_params(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.params.iter().map(|p| (p.name.as_str(), &p.tensor))
+    }
+
+    /// The buffers by name.
+    pub fn named_buffers(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.buffers.iter().map(|b| (b.name.as_str(), &b.tensor))
+    }
+
     /// Lays the convolutions' weights out as NHWC. Call it before gradients or hooks exist.
     pub fn to_channels_last(&self) {
         let _guard = tch::no_grad_guard();

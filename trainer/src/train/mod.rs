@@ -91,9 +91,11 @@ impl<'a> Training<'a> {
             at = position;
             notes.extend(said);
         }
+        // The same for every epoch.
+        let first_epoch = order(&config, env, &train_set);
         let shape = Shape {
             num_epochs: config.train.epochs,
-            steps_per_epoch: order(&config, env, &train_set, 0).num_steps(),
+            steps_per_epoch: first_epoch.num_steps(),
         };
         let base_lr = config.scaled_lr(env.world_size);
         let writer = match env.rank {
@@ -129,12 +131,12 @@ impl<'a> Training<'a> {
             run_dir,
             writer,
         };
-        training.introduce(notes)?;
+        training.introduce(notes, first_epoch.num_left_out())?;
         Ok(training)
     }
 
     /// Says on rank 0 what will be trained, and how the learning rate came about.
-    fn introduce(&mut self, notes: Vec<String>) -> Result<()> {
+    fn introduce(&mut self, notes: Vec<String>, left_out: u64) -> Result<()> {
         let config = &self.config;
         let summary = self
             .stepper
@@ -172,7 +174,6 @@ impl<'a> Training<'a> {
                 )
             })
             .collect();
-        let left_out = order(config, self.env, &self.train_set, 0).num_left_out();
         let data = format!(
             "{} training clips ({left_out} left out of each epoch), {} validation clips; {} steps of {global} clips an epoch, {} epochs",
             self.train_set.len(),
@@ -283,7 +284,7 @@ impl<'a> Training<'a> {
     }
 
     fn steps(&mut self) -> Result<()> {
-        let mut log = StepLog::new(self.env.rank, self.place.device);
+        let mut log = StepLog::new(self.env.rank);
         let mut pace = Pace::new(self.place.device);
         let mut ended = Instant::now();
         let mut data_time = Duration::ZERO;
@@ -321,8 +322,7 @@ impl<'a> Training<'a> {
                     .context("the loader ended in the middle of a step")?;
                 data_time += waiting.elapsed();
             }
-            let schedule_step =
-                u64::from(self.at.epoch) * self.shape.steps_per_epoch + self.at.step_in_epoch;
+            let schedule_step = self.at.schedule_step(self.shape.steps_per_epoch);
             let optim = &self.config.optim;
             let lr = lr_at(
                 &optim.schedule,
@@ -459,8 +459,8 @@ impl<'a> Training<'a> {
     }
 }
 
-/// The samples and steps of an epoch.
-fn order(config: &Config, env: &WorkerEnv, dataset: &Dataset, epoch: u64) -> TrainOrder {
+/// The samples and steps of the first epoch.
+fn order(config: &Config, env: &WorkerEnv, dataset: &Dataset) -> TrainOrder {
     let cut = Cut {
         batch_per_rank: config.train.batch_per_rank,
         accumulation: config.train.accumulation,
@@ -469,7 +469,7 @@ fn order(config: &Config, env: &WorkerEnv, dataset: &Dataset, epoch: u64) -> Tra
     TrainOrder::new(
         dataset.len(),
         config.run.seed,
-        epoch,
+        0,
         Share::new(env.rank, env.world_size),
         cut,
         0,

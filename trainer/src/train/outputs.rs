@@ -25,7 +25,6 @@ pub struct Outputs {
     load: LoadMeter,
     pub meter: StepMeter,
     shape: Shape,
-    world_size: u32,
 }
 
 impl Outputs {
@@ -39,7 +38,7 @@ impl Outputs {
         cuda_index: Option<u32>,
     ) -> Outputs {
         let now = SystemTime::now();
-        let finished = u64::from(at.epoch) * shape.steps_per_epoch + at.step_in_epoch;
+        let finished = at.schedule_step(shape.steps_per_epoch);
         let mut outputs = Outputs {
             metrics: Metrics::append(run.metrics()),
             tb: EventWriter::create(run.tb(), Some(at.step), Duration::from_secs(5), now),
@@ -51,13 +50,12 @@ impl Outputs {
             load: LoadMeter::new(cuda_index, Duration::from_secs(2)),
             meter: StepMeter::new(num_segments),
             shape,
-            world_size,
         };
         outputs.write(
             &Record::Start(StartRecord {
                 step: at.step,
                 time_s: unix_s(now),
-                world_size: outputs.world_size,
+                world_size,
             }),
             now,
         );
@@ -81,7 +79,7 @@ impl Outputs {
     /// Moves the progress bar; after every step.
     pub fn moved(&mut self, at: &Position) {
         self.progress
-            .done(u64::from(at.epoch) * self.shape.steps_per_epoch + at.step_in_epoch);
+            .done(at.schedule_step(self.shape.steps_per_epoch));
     }
 
     /// Steps read back together: one record each, and one line for the last.
@@ -107,15 +105,14 @@ impl Outputs {
             if n.facts.step == last.facts.step {
                 record.set_load(&load);
                 if let Some(window) = &window {
-                    record.clips_per_s = window.rate.map(|r| r.clips_per_s);
-                    record.frames_per_s = window.rate.map(|r| r.frames_per_s);
+                    record.set_rate(window.rate);
                 }
             }
             self.write(&Record::Step(record), n.facts.ended);
         }
         let mean =
             |f: fn(&StepNumbers) -> f64| numbers.iter().map(f).sum::<f64>() / numbers.len() as f64;
-        let finished = u64::from(at.epoch) * self.shape.steps_per_epoch + at.step_in_epoch;
+        let finished = at.schedule_step(self.shape.steps_per_epoch);
         let eta = self.progress.eta(finished, Instant::now());
         self.progress.step(&StepLine {
             epoch: at.epoch + 1,

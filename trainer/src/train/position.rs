@@ -23,6 +23,14 @@ pub struct Position {
     pub best_epoch: u32,
 }
 
+impl Position {
+    /// Steps that a training of `steps_per_epoch` has behind it here; [`Self::step`] differs after a
+    /// resume with another batch.
+    pub fn schedule_step(&self, steps_per_epoch: u64) -> u64 {
+        u64::from(self.epoch) * steps_per_epoch + self.step_in_epoch
+    }
+}
+
 /// The training as a checkpoint. Buffers must agree over the ranks before.
 ///
 /// # Errors
@@ -52,20 +60,8 @@ pub fn snapshot(
         torch: tsm_torch_ext::ops::libtorch_version(),
     });
     let network = &stepper.network;
-    snapshot.put(
-        section::MODEL,
-        network
-            .params()
-            .iter()
-            .map(|p| (p.name.as_str(), &p.tensor)),
-    );
-    snapshot.put(
-        section::BUFFER,
-        network
-            .buffers()
-            .iter()
-            .map(|b| (b.name.as_str(), &b.tensor)),
-    );
+    snapshot.put(section::MODEL, network.named_params());
+    snapshot.put(section::BUFFER, network.named_buffers());
     snapshot.put(section::MOMENTUM, stepper.sgd.momenta());
     snapshot.put(section::MASTER, stepper.sgd.masters());
     Ok(snapshot)
@@ -88,20 +84,8 @@ pub fn resume(
     snapshot.check_model(&config.model)?;
     let step_in_epoch = translate(meta, config, env, &found.path)?;
     let network = &stepper.network;
-    snapshot.restore(
-        section::MODEL,
-        network
-            .params()
-            .iter()
-            .map(|p| (p.name.as_str(), &p.tensor)),
-    )?;
-    snapshot.restore(
-        section::BUFFER,
-        network
-            .buffers()
-            .iter()
-            .map(|b| (b.name.as_str(), &b.tensor)),
-    )?;
+    snapshot.restore(section::MODEL, network.named_params())?;
+    snapshot.restore(section::BUFFER, network.named_buffers())?;
     stepper.sgd.import(
         &snapshot.section(section::MOMENTUM),
         &snapshot.section(section::MASTER),

@@ -45,32 +45,12 @@ impl Stepper {
             network.to_channels_last();
         }
         let peers = place.peers.clone();
-        let named = || {
-            let params = network
-                .params()
-                .iter()
-                .map(|p| (p.name.as_str(), &p.tensor));
-            params.chain(
-                network
-                    .buffers()
-                    .iter()
-                    .map(|b| (b.name.as_str(), &b.tensor)),
-            )
-        };
+        let named = || network.named_params().chain(network.named_buffers());
         peers.verify_same_shapes(named(), place.device)?;
         let all: Vec<Tensor> = named().map(|(_, t)| t.shallow_clone()).collect();
         peers.broadcast(&all, 0, "broadcast of the initial parameters")?;
 
-        let trainable: Vec<ParamInfo> = network
-            .params()
-            .iter()
-            .filter(|p| !p.frozen)
-            .map(|p| ParamInfo {
-                name: p.name.clone(),
-                role: p.role,
-                tensor: p.tensor.shallow_clone(),
-            })
-            .collect();
+        let trainable = ParamInfo::of(&network);
         let ddp = Ddp::new(&trainable, peers.clone(), config.train.bucket_mib)?;
         let size = i64::from(config.data.train.size);
         let dummy = Tensor::zeros(
