@@ -41,6 +41,7 @@ impl Crew {
                 Happening::Left => Event::Left { rank },
                 Happening::Said(WorkerMessage::Step { step, .. }) => Event::Step { rank, step },
                 Happening::Said(WorkerMessage::Section { name }) => Event::Section { rank, name },
+                Happening::Said(WorkerMessage::Metric { .. }) => continue,
                 Happening::Said(WorkerMessage::Failure(record)) => Event::Failing { rank, record },
                 Happening::Said(WorkerMessage::Hello { version, .. }) => {
                     self.events

@@ -3,10 +3,10 @@
 //! The driver's management library is loaded at run time; where it is missing, the kernel
 //! module's `/proc/driver/nvidia/gpus` is read. `CUDA_VISIBLE_DEVICES` then selects, as CUDA does.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A GPU that the workers may use.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gpu {
     /// What goes into a worker's `CUDA_VISIBLE_DEVICES`: an index or a UUID.
     pub id: String,

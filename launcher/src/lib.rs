@@ -7,15 +7,20 @@
 //!      logs (their output)                blame (who was first)   -> report
 //! ```
 
+pub mod addresses;
 pub mod blame;
+pub mod class;
 pub mod cli;
 pub mod clock;
+pub mod cluster;
 pub mod console;
 pub mod cores;
 pub mod crew;
+pub mod doctor;
 pub mod end;
 pub mod folder;
 pub mod gpus;
+pub mod hang;
 pub mod launch;
 pub mod logs;
 pub mod manifest;
@@ -26,6 +31,8 @@ pub mod report;
 pub mod run;
 pub mod shim;
 pub mod signals;
+pub mod start;
+pub mod status;
 pub mod supervisor;
 pub mod target;
 pub mod watch;

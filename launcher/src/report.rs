@@ -1,6 +1,6 @@
 //! The first failure, for people (stderr) and for programs (failure.json).
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,6 +13,7 @@ use crate::logs::{TAIL_LINES, read_small};
 use crate::supervisor::Rank;
 
 /// What the launcher knows about each rank besides its end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Place {
     pub host: String,
     pub device: String,

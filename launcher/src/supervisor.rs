@@ -5,6 +5,7 @@
 //!    \-- all ended --> Finished      \-- all ended --> Finished               (all ended, or stuck)
 //! ```
 
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use tsm_job::exit;
 use tsm_job::message::FailureRecord;
@@ -78,7 +79,7 @@ pub enum StopCause {
 }
 
 /// What is known of one rank.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rank {
     pub end: Option<End>,
     /// When its end was seen, since the launcher started.

@@ -218,7 +218,11 @@ mod tests {
         worker.write_all(&line.as_bytes()[..10]).unwrap();
         assert_eq!(
             read(&mut agent),
-            [WorkerMessage::Step { step: 6, epoch: 0 }]
+            [WorkerMessage::Step {
+                step: 6,
+                epoch: 0,
+                work_ms: None
+            }]
         );
         worker.write_all(&line.as_bytes()[10..]).unwrap();
         assert!(read(&mut agent).is_empty());

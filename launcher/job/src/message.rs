@@ -17,7 +17,15 @@ pub enum WorkerMessage {
         version: String,
     },
     /// An optimizer step was finished.
-    Step { step: u64, epoch: u32 },
+    Step {
+        step: u64,
+        epoch: u32,
+        /// Milliseconds since the step before that this rank did not spend waiting for other ranks.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        work_ms: Option<f64>,
+    },
+    /// A number worth showing: `loss`, `clips_per_s` (over all ranks), `lr`, `top1`.
+    Metric { name: String, value: f64 },
     /// What the worker is doing: `load`, `train`, `validate`, `checkpoint`.
     Section { name: String },
     /// The worker is about to end because of this.

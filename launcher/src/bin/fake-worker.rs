@@ -107,6 +107,7 @@ fn main() {
             "--step" => link.send(&WorkerMessage::Step {
                 step: number(next()) as u64,
                 epoch: 0,
+                work_ms: None,
             }),
             "--record" => link.send(&WorkerMessage::Failure(FailureRecord {
                 rank,

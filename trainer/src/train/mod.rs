@@ -343,6 +343,7 @@ impl<'a> Training<'a> {
             self.link.send(&WorkerMessage::Step {
                 step: self.at.step,
                 epoch: self.at.epoch,
+                work_ms: None,
             });
             let step_time = ended.elapsed();
             ended = Instant::now();

@@ -1,0 +1,1 @@
+//! Network interfaces of this node, and which of them reach the other nodes.

@@ -1,0 +1,1 @@
+//! The key of a job: 32 random bytes that only the job's own processes know.

@@ -1,0 +1,261 @@
+//! What coordinator and agents say to each other. Nothing but data; every message that belongs to a
+//! generation carries its number, and one of an older generation is dropped.
+
+use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use tsm_job::message::FailureRecord;
+
+use crate::end::End;
+use crate::gpus::Gpu;
+use crate::report::Place;
+use crate::supervisor::Rank;
+
+/// Time by an agent's own monotonic clock, since it started. Only differences mean anything elsewhere.
+pub type AgentTime = Duration;
+
+/// An agent to the coordinator.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum FromAgent {
+    /// First message.
+    Join(Box<Join>),
+    /// Instead of [`FromAgent::Join`]: this node cannot run the job.
+    Unfit {
+        host: String,
+        code: i32,
+        message: String,
+    },
+    /// Every [`BEAT`], and answered by [`ToAgent::Ack`].
+    Beat(Beat),
+    /// Answer to [`ToAgent::Reserve`].
+    Reserved {
+        generation: u32,
+        master_port: u16,
+        probe_port: u16,
+    },
+    /// Answer to [`ToAgent::Probe`]: the addresses of the first node that this node reached, with the
+    /// interface through which it did, the quickest first.
+    Reached {
+        generation: u32,
+        by: Vec<(IpAddr, String)>,
+    },
+    /// All ranks of this node are started.
+    Started {
+        generation: u32,
+        pids: Vec<i32>,
+        at: AgentTime,
+    },
+    /// The ranks of this node cannot be started; none is left.
+    CannotStart {
+        generation: u32,
+        code: i32,
+        message: String,
+    },
+    /// The first sign that a rank ends in failure. Its node stops the other ranks by itself.
+    Failing {
+        generation: u32,
+        local_rank: u32,
+        end: Option<End>,
+        record: Option<FailureRecord>,
+        at: AgentTime,
+    },
+    /// Every process of this generation on this node has ended, or is named in the report.
+    Clean {
+        generation: u32,
+        report: Box<NodeReport>,
+    },
+    /// Whole lines to show, already labelled.
+    Output { stderr: bool, text: String },
+    /// Answer to [`ToAgent::Inspect`].
+    Inspected { generation: u32, text: String },
+    /// The agent was told to stop by a signal of its own: Ctrl-C, or the scheduler.
+    Signal { signal: i32 },
+}
+
+/// The coordinator to an agent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ToAgent {
+    /// Answer to a [`FromAgent::Beat`]: renews the lease.
+    Ack {
+        seq: u64,
+    },
+    /// To the first node: hold a port for rank 0, and answer probes.
+    Reserve {
+        generation: u32,
+    },
+    /// To the other nodes: find out which of these addresses of the first node can be reached.
+    Probe {
+        generation: u32,
+        addresses: Vec<IpAddr>,
+        port: u16,
+    },
+    Start(Box<Start>),
+    /// Stop all ranks: the signal, the grace, SIGKILL.
+    Stop {
+        generation: u32,
+        signal: i32,
+        grace: Duration,
+    },
+    /// Pass a signal on to all ranks, and leave them running.
+    Signal {
+        generation: u32,
+        signal: i32,
+    },
+    /// SIGKILL to all ranks, now.
+    Kill {
+        generation: u32,
+    },
+    /// Describe what these local ranks are doing.
+    Inspect {
+        generation: u32,
+        local_ranks: Vec<u32>,
+    },
+    /// Leave, with this exit code. `message` is for the agent's own stderr.
+    Exit {
+        code: i32,
+        message: Option<String>,
+    },
+}
+
+/// How often an agent shows that it lives.
+pub const BEAT: Duration = Duration::from_millis(250);
+/// A node that was not heard for this long is lost; an agent whose beats were not answered for this
+/// long kills its ranks.
+pub const LEASE: Duration = Duration::from_millis(1500);
+
+/// Who joins.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Join {
+    /// Of tsm-launch.
+    pub version: String,
+    pub host: String,
+    /// Place of this node where a scheduler gave it one.
+    pub order: Option<u32>,
+    pub pid: i32,
+    /// One worker each.
+    pub devices: Vec<String>,
+    pub gpus: Vec<Gpu>,
+    /// Every address of this node that others might reach, without loopback.
+    pub addresses: Vec<(IpAddr, String)>,
+    /// Digest of the job on the agent's own command line; `None` where it has none.
+    pub job: Option<String>,
+    pub facts: Facts,
+}
+
+/// What has to agree on all nodes, or is worth knowing of each.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Facts {
+    pub driver: Option<String>,
+    pub nccl: Option<String>,
+    pub kernel: String,
+    pub cpu: String,
+    pub num_cpus: u32,
+    pub mem_bytes: u64,
+    /// Milliseconds since 1970 by this node's clock, when the message was made.
+    pub clock_ms: u64,
+    /// What the preflight of this node found.
+    pub findings: Vec<Finding>,
+}
+
+/// Something about a machine that harms a job, or may.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Finding {
+    pub severity: Severity,
+    /// `gpu`, `disk`, `clock`, `limits`, ...
+    pub area: String,
+    /// What was seen, with its values.
+    pub text: String,
+    /// What to do.
+    pub hint: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    Ok,
+    Warning,
+    /// The job would fail.
+    Error,
+}
+
+/// A sign of life.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Beat {
+    pub seq: u64,
+    pub generation: u32,
+    pub at: AgentTime,
+    /// Round trip of the last answered beat.
+    pub rtt: Option<Duration>,
+    /// Ranks whose state changed since the last beat.
+    pub ranks: Vec<Progress>,
+    /// New metrics of the ranks of this node.
+    pub metrics: Vec<(String, f64)>,
+    /// One-minute load average.
+    pub load: f32,
+    pub mem_used_bytes: u64,
+}
+
+/// How far a rank has come.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    pub local_rank: u32,
+    pub step: Option<u64>,
+    pub epoch: Option<u32>,
+    pub section: Option<String>,
+    /// Own work in each step since the last beat, see `WorkerMessage::Step`.
+    pub work_ms: Vec<f32>,
+}
+
+/// One generation on one node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Start {
+    pub generation: u32,
+    pub run_id: String,
+    pub run_dir: PathBuf,
+    /// Name and text of the config file in the run folder, where there is one.
+    pub config: Option<(String, String)>,
+    pub command: Vec<OsString>,
+    /// Where to run it.
+    pub directory: PathBuf,
+    /// The environment to start from, for an agent that has none of the job's own.
+    pub base_env: Option<Vec<(OsString, OsString)>>,
+    /// On top of it, from the command line.
+    pub env: Vec<(String, String)>,
+    pub node_rank: u32,
+    pub num_nodes: u32,
+    pub first_rank: u32,
+    pub num_ranks: u32,
+    pub world_size: u32,
+    pub master_addr: IpAddr,
+    /// 0 only on the node that reserved it itself and knows it.
+    pub master_port: u16,
+    /// The interface that reaches the other nodes.
+    pub interface: Option<String>,
+    pub restart_count: u32,
+    pub max_restarts: u32,
+    pub resume_from: Option<PathBuf>,
+    pub grace: Duration,
+    /// Ranks whose output the coordinator shows; `None`: all.
+    pub show: Option<Vec<u32>>,
+    pub affinity: bool,
+    /// The worker is ours: SIGUSR2 makes it save and end with code 75.
+    pub saves: bool,
+}
+
+/// What became of one generation on one node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeReport {
+    /// In order of local rank.
+    pub ranks: Vec<(Rank, Place)>,
+    /// When the generation was started; the times in `ranks` count from the agent's own start.
+    pub started_at: AgentTime,
+    /// Processes that the kernel's out-of-memory killer ended meanwhile.
+    pub oom_kills: u64,
+    /// Lines of the kernel's log about GPUs (`Xid`) since the start of the generation.
+    pub xids: Vec<String>,
+    pub warnings: Vec<String>,
+}

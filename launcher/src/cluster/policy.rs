@@ -1,0 +1,1 @@
+//! Whether a job that failed is started again. Pure.

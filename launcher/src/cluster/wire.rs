@@ -1,0 +1,1 @@
+//! Authenticated, size-capped, versioned frames over any byte stream.

@@ -1,0 +1,1 @@
+//! How the nodes of a job are found: SLURM, ssh, MPI, Kubernetes, or by hand.
