@@ -12,6 +12,7 @@ const EXAMPLES: &str = "Examples:
   tsm-launch --cpus 2 configs/demo.yaml
   tsm-launch --gpus auto -- python train.py --epochs 10
   tsm-launch --gpus 8 --resume runs/demo-20260131-120000
+  tsm-launch --nodes 2 --rendezvous gpu-01:29400 --key-file job.key --gpus 8 configs/ucf101.yaml   (on every node)
 
 Exit codes: 0; the first failing rank's own code, or 128 + its signal; 128 + the signal that stopped
 the launcher; 64 usage, 65 input data, 69 the machine cannot run the job, 70 a bug, 78 configuration.";
@@ -34,6 +35,38 @@ pub struct Args {
     /// Start N workers on the CPU.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub cpus: Option<u32>,
+
+    /// Nodes of the job; with MIN:MAX it starts with MIN and goes on with as few, and more join up to MAX.
+    #[arg(long, value_name = "N|MIN:MAX", default_value = "1")]
+    pub nodes: Nodes,
+
+    /// Where the nodes meet, for the same command on every node: whoever can listen there coordinates.
+    #[arg(long, value_name = "HOST:PORT", requires = "key_file")]
+    pub rendezvous: Option<String>,
+
+    /// The job's key, in a file that is yours alone; `tsm-launch key FILE` makes one.
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+
+    /// Start all ranks again after a failure, so many times in a row without a new checkpoint.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub max_restarts: u32,
+
+    /// Wait this long for nodes to join.
+    #[arg(long, value_name = "TIME", value_parser = duration::parse, default_value = "10m")]
+    pub join_timeout: Duration,
+
+    /// A node that is silent for this long is lost.
+    #[arg(long, value_name = "TIME", value_parser = node_timeout, default_value = "1500ms")]
+    pub node_timeout: Duration,
+
+    /// Name the late ranks and stop when no rank has made a step for this long.
+    #[arg(long, value_name = "TIME|off", default_value = "10m")]
+    pub hang_timeout: Limit,
+
+    /// A variable for the workers: with its value, or as it is here.
+    #[arg(long = "env", value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
 
     /// Wait this long between the first signal to a worker and SIGKILL [default: launch.grace, or 30s].
     #[arg(long, value_name = "TIME", value_parser = duration::parse)]
@@ -78,6 +111,54 @@ pub struct Args {
     /// A program that reads torch's environment variables, and its arguments.
     #[arg(last = true, value_name = "PROGRAM")]
     pub program: Vec<OsString>,
+}
+
+/// How many nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nodes {
+    pub min: u32,
+    pub max: u32,
+}
+
+impl FromStr for Nodes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Nodes, String> {
+        let number = |part: &str| match part.parse::<u32>() {
+            Ok(n) if (1..=65_536).contains(&n) => Ok(n),
+            _ => Err(format!("`{part}` is not a number of nodes; write 4, or 2:4 for two to four")),
+        };
+        let (min, max) = text.split_once(':').unwrap_or((text, text));
+        let (min, max) = (number(min)?, number(max)?);
+        if min > max {
+            return Err(format!("the minimum {min} is above the maximum {max}"));
+        }
+        Ok(Nodes { min, max })
+    }
+}
+
+/// A time, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit(pub Option<Duration>);
+
+impl FromStr for Limit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Limit, String> {
+        match text {
+            "off" => Ok(Limit(None)),
+            text => duration::parse(text).map(|d| Limit(Some(d))),
+        }
+    }
+}
+
+/// Shorter than this, a busy machine is taken for a lost one.
+fn node_timeout(text: &str) -> Result<Duration, String> {
+    let time = duration::parse(text)?;
+    if time < Duration::from_millis(200) {
+        return Err("a node needs at least 200ms to be heard".into());
+    }
+    Ok(time)
 }
 
 /// What `--gpus` asks for.

@@ -1,19 +1,36 @@
-//! From the command line to a run: everything that can be refused is refused here, before anything starts.
+//! From the command line to a job: everything that can be refused is refused here, before anything starts.
 
 use anyhow::{Context, bail};
+use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use tokio::net::TcpListener;
+use tsm_job::Config;
 use tsm_job::exit::{self, Coded};
 
 use crate::cli::{Args, Show};
+use crate::cluster::agent;
+use crate::cluster::coordinator::{Job, Settings};
+use crate::cluster::key::Key;
+use crate::cluster::link::{Hub, Link};
+use crate::cluster::policy;
 use crate::folder::{self, Folder};
-use crate::manifest::{self, Manifest, RankEntry};
-use crate::plan::{self, Devices, Shape};
-use crate::port::Port;
+use crate::hang::progress::Limits;
+use crate::manifest::{self, Manifest};
+use crate::plan::{self, Devices, Seat, Shape};
+use crate::screen::Screen;
+use crate::session::Session;
+use crate::start::agent::Parts;
+use crate::start::by_hand::{self, Part};
+use crate::start::children::Children;
+use crate::start::{agent as start_agent, run_here};
 use crate::target::{Resume, Target, What};
-use crate::{clock, cores, gpus, run};
+use crate::{clock, cores, gpus};
+
+/// How long to wait for more nodes when there are enough.
+const LAST_CALL: Duration = Duration::from_secs(5);
 
 /// Runs the job of `args`, or prints its plan, and returns the exit code.
 ///
@@ -24,52 +41,95 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         plan::stale_variable(|name| std::env::var(name).ok()).filter(|_| !args.ignore_env)
     {
         let hint = format!("unset {name}, or give --ignore-env to replace it");
-        let text = format!(
-            "{name} is {value:?} in the environment: this is inside another job\n  hint: {hint}"
-        );
+        let text = format!("{name} is {value:?} in the environment: this is inside another job\n  hint: {hint}");
         bail!(Coded::new(exit::USAGE, text));
     }
-    let mut target = Target::resolve(args)?;
+    let target = Target::resolve(args)?;
     let launch = target.config().map(|config| &config.launch);
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
-    target.settle(&devices);
-    let launch = target.config().map(|config| &config.launch);
-    let (root, name) = target.place();
-    let time = clock::Utc::now();
-
-    let cores = if args.no_affinity {
-        Vec::new()
-    } else {
-        cores::allowed()
-    };
-    let host = manifest::host();
-    let mut shape = Shape {
-        devices: &devices,
-        run_id: "",
-        run_dir: &PathBuf::new(),
-        host: &host,
-        master_port: None,
-        ras_port: None,
-        resume_from: target.resume.as_ref().map(Resume::path),
-        cores: &cores,
-        parallelism: std::thread::available_parallelism().map_or(1, usize::from),
-    };
-    let inherited = |name: &str| std::env::var_os(name).is_some();
     if args.dry_run {
-        let dir = match (&args.run_dir, &target.resume) {
-            (Some(dir), _) | (None, Some(Resume::Run(dir))) => std::path::absolute(dir)?,
-            (None, _) => std::path::absolute(folder::name(&root, &name, &time.compact(), 1))?,
-        };
-        let id = run_id(&dir);
-        (shape.run_dir, shape.run_id) = (&dir, &id);
-        let command = target.command(&tsm_job::RunDir::new(&dir).config());
-        let text = plan::describe(&shape, &plan::workers(&shape, inherited), &command);
-        return std::io::stdout()
-            .write_all(text.as_bytes())
-            .context("cannot print the plan")
-            .map(|()| exit::OK);
+        return dry_run(args, target, &devices);
     }
+    let Some(point) = &args.rendezvous else {
+        if args.nodes.max > 1 {
+            let hint = "give --rendezvous HOST:PORT and --key-file FILE on every node";
+            let text = format!("--nodes is {}, and nothing says how the nodes find each other\n  hint: {hint}", args.nodes.max);
+            bail!(Coded::new(exit::USAGE, text));
+        }
+        return run_here(alone(args, target, devices, start));
+    };
+    let Some(key_file) = &args.key_file else { unreachable!("clap asks for both") };
+    let key = Key::read_file(key_file)?;
+    let (host, port, addresses) = by_hand::resolve(point)?;
+    run_here(async {
+        match by_hand::part(&addresses)? {
+            Part::Coordinator(listener) => together(args, target, devices, start, key, listener).await,
+            Part::Agent => {
+                let digest = digest(&target);
+                let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
+                let (screen, shown) = Screen::start()?;
+                let (host, job, key) = (manifest::host(), Some(digest), Some(key));
+                let parts = Parts { start, host, devices, order: None, job, key, local: false, screen };
+                let leave = agent::run(parts.setup()?, Link::over(connection)).await?;
+                shown.finish();
+                Ok(start_agent::finish(leave))
+            }
+        }
+    })
+}
 
+/// A job of one node: coordinator and agent in one process, and nothing listens.
+async fn alone(args: &Args, target: Target, devices: Devices, start: Instant) -> anyhow::Result<i32> {
+    let (screen, shown) = Screen::start()?;
+    let mut session = session(args, target, Some(&devices), start, screen.clone())?;
+    let link = session.session.hub.local();
+    let parts = Parts { start, host: manifest::host(), devices, order: None, job: None, key: None, local: true, screen };
+    finish(session, parts, link, shown).await
+}
+
+/// The first of several nodes.
+async fn together(args: &Args, target: Target, devices: Devices, start: Instant, key: Key, listener: TcpListener) -> anyhow::Result<i32> {
+    let (screen, shown) = Screen::start()?;
+    let digest = digest(&target);
+    let mut session = session(args, target, Some(&devices), start, screen.clone())?;
+    session.session.settings.open = true;
+    session.session.settings.job.digest = digest;
+    session.session.hub.listen(listener, key.clone(), None);
+    let link = session.session.hub.local();
+    let (host, key) = (manifest::host(), Some(key));
+    let parts = Parts { start, host, devices, order: Some(0), job: None, key, local: true, screen };
+    finish(session, parts, link, shown).await
+}
+
+async fn finish(prepared: Prepared, parts: Parts, link: Link, shown: crate::screen::Shown) -> anyhow::Result<i32> {
+    let Prepared { session, revised, config } = prepared;
+    let setup = parts.setup()?;
+    let (code, leave) = tokio::join!(session.run(), agent::run(setup, link));
+    leave?;
+    let code = code?;
+    shown.finish();
+    if revised && code == exit::CONFIG {
+        // The next `--resume` takes the newest config, which must not be one the workers refused.
+        fs_err::rename(&config, config.with_extension("yaml.refused"))?;
+    }
+    Ok(code)
+}
+
+/// A session that is ready to run.
+struct Prepared {
+    session: Session,
+    /// The config differs from the one that the run folder had.
+    revised: bool,
+    config: PathBuf,
+}
+
+/// Makes the run folder and all that the coordinator needs. `devices`: of this node, where it has ranks.
+fn session(args: &Args, mut target: Target, devices: Option<&Devices>, start: Instant, screen: Screen) -> anyhow::Result<Prepared> {
+    if let Some(devices) = devices {
+        target.settle(devices);
+    }
+    let time = clock::Utc::now();
+    let (root, name) = target.place();
     let mut folder = match (&args.run_dir, &target.resume) {
         (Some(dir), _) => Folder::at(dir)?,
         (None, Some(Resume::Run(dir))) => Folder::resume(dir)?,
@@ -80,83 +140,142 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         None => false,
     };
     let config = folder.config.clone();
-    let port = Port::reserve()?;
-    shape.master_port = Some(port.number);
-    let ras = matches!(devices, Devices::Gpus(_))
-        .then(Port::reserve)
-        .transpose()?;
-    shape.ras_port = ras.as_ref().map(|port| port.number);
-    // NCCL may not share the port, so it is only kept apart from MASTER_PORT.
-    drop(ras);
     let dir = folder.dir.path().to_path_buf();
-    let id = run_id(&dir);
-    (shape.run_dir, shape.run_id) = (&dir, &id);
-    let workers = plan::workers(&shape, inherited);
+    let run_id = run_id(&dir);
     let command = target.command(&folder.config);
-
+    let is_trainer = matches!(target.what, What::Trainer { .. });
+    let default_show = if is_trainer { Show::Ranks(vec![0]) } else { Show::All };
+    let launch = target.config().map(|config| &config.launch);
+    let host = manifest::host();
     let text = |word: &OsString| word.to_string_lossy().into_owned();
-    let rank = |w: &plan::WorkerPlan| {
-        let (rank, device, cores) = (w.rank, w.device.clone(), w.cores.clone());
-        RankEntry {
-            rank,
-            pid: 0,
-            device,
-            cores,
-            end: None,
-        }
-    };
     let manifest = Manifest {
-        run_id: id.clone(),
+        run_id: run_id.clone(),
         argv: std::env::args_os().map(|word| text(&word)).collect(),
         overrides: args.overrides.clone(),
         command: command.iter().map(text).collect(),
         folder: dir.to_string_lossy().into_owned(),
-        resumed_from: target
-            .resume
-            .as_ref()
-            .map(|from| from.path().to_string_lossy().into_owned()),
+        resumed_from: target.resume.as_ref().map(|from| from.path().to_string_lossy().into_owned()),
         tsm_launch: env!("CARGO_PKG_VERSION"),
         commit: None,
         host: host.clone(),
         machine: None,
-        gpus: match &devices {
-            Devices::Gpus(gpus) => gpus.clone(),
-            Devices::Cpu(_) => Vec::new(),
+        gpus: match devices {
+            Some(Devices::Gpus(gpus)) => gpus.clone(),
+            _ => Vec::new(),
         },
-        world_size: workers.len(),
+        world_size: 0,
         started: time.rfc3339(),
         ended: None,
         outcome: "running",
         exit_code: None,
-        ranks: workers.iter().map(rank).collect(),
+        ranks: Vec::new(),
     };
-    let is_trainer = matches!(target.what, What::Trainer { .. });
-    let default_show = if is_trainer {
-        Show::Ranks(vec![0])
-    } else {
-        Show::All
+    let config_text = match target.config() {
+        Some(_) => {
+            let name = config.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            Some((name, fs_err::read_to_string(&config)?))
+        }
+        None => None,
     };
-    let run = run::Run {
-        start,
-        shim: std::env::current_exe().context("cannot find this program")?,
-        host: host.clone(),
-        folder,
-        workers,
+    let job = Job {
+        run_id,
+        run_dir: dir.clone(),
+        config: config_text,
+        digest: String::new(),
         command,
-        show: args.show_ranks.clone().unwrap_or(default_show),
-        grace: args
-            .grace
-            .or(launch.map(|l| l.grace))
-            .unwrap_or(Duration::from_secs(30)),
-        manifest,
-        resume: is_trainer.then(|| resume_command(args, &dir)),
+        directory: std::env::current_dir().context("the current folder is gone")?,
+        base_env: None,
+        env: args.env.iter().map(|pair| variable(pair)).collect::<anyhow::Result<_>>()?,
+        resume_from: target.resume.as_ref().map(|from| from.path().to_path_buf()),
+        grace: args.grace.or(launch.map(|l| l.grace)).unwrap_or(Duration::from_secs(30)),
+        show: match args.show_ranks.clone().unwrap_or(default_show) {
+            Show::All => None,
+            Show::Ranks(ranks) => Some(ranks),
+        },
+        affinity: !args.no_affinity,
+        saves: is_trainer,
     };
-    let code = run.execute()?;
-    if revised && code == exit::CONFIG {
-        // The next `--resume` takes the newest config, which must not be one the workers refused.
-        fs_err::rename(&config, config.with_extension("yaml.refused"))?;
+    let settings = Settings {
+        min_nodes: args.nodes.min,
+        max_nodes: args.nodes.max,
+        join: args.join_timeout,
+        last_call: LAST_CALL,
+        lease: args.node_timeout,
+        open: false,
+        job,
+        policy: policy::Options { max_restarts: args.max_restarts },
+        hang: Limits { hang_timeout: args.hang_timeout.0, ..Limits::default() },
+        save_at: None,
+    };
+    let session = Session {
+        start,
+        settings,
+        hub: Hub::new(),
+        folder,
+        manifest,
+        screen,
+        children: Children::new(),
+        resume: is_trainer.then(|| resume_command(args, &dir)),
+        host,
+    };
+    Ok(Prepared { session, revised, config })
+}
+
+fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result<i32> {
+    target.settle(devices);
+    let (root, name) = target.place();
+    let dir = match (&args.run_dir, &target.resume) {
+        (Some(dir), _) | (None, Some(Resume::Run(dir))) => std::path::absolute(dir)?,
+        (None, _) => std::path::absolute(folder::name(&root, &name, &clock::Utc::now().compact(), 1))?,
+    };
+    let cores = if args.no_affinity { Vec::new() } else { cores::allowed() };
+    let mut seat = Seat::alone(devices.len() * args.nodes.max as usize);
+    seat.max_restarts = args.max_restarts;
+    let shape = Shape {
+        devices,
+        seat,
+        run_id: &run_id(&dir),
+        run_dir: &dir,
+        host: &manifest::host(),
+        master_port: None,
+        ras_port: None,
+        resume_from: target.resume.as_ref().map(Resume::path),
+        cores: &cores,
+        parallelism: std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    let inherited = |name: &str| std::env::var_os(name).is_some();
+    let command = target.command(&tsm_job::RunDir::new(&dir).config());
+    let text = plan::describe(&shape, &plan::workers(&shape, inherited), &command);
+    std::io::stdout().write_all(text.as_bytes()).context("cannot print the plan")?;
+    Ok(exit::OK)
+}
+
+/// `NAME=VALUE`, or `NAME` for the value that it has here.
+fn variable(pair: &str) -> anyhow::Result<(String, String)> {
+    let refuse = |why: &str| Coded::new(exit::USAGE, format!("--env {pair}: {why}"));
+    match pair.split_once('=') {
+        Some(("", _)) => bail!(refuse("a variable needs a name")),
+        Some((name, value)) => Ok((name.into(), value.into())),
+        None => match std::env::var(pair) {
+            Ok(value) => Ok((pair.into(), value)),
+            Err(_) => bail!(refuse("the variable is not set here\n  hint: write NAME=VALUE")),
+        },
     }
-    Ok(code)
+}
+
+/// What must be the same on the command lines of all nodes.
+fn digest(target: &Target) -> String {
+    let mut hash = Sha256::new();
+    match &target.what {
+        What::Trainer { config, .. } => hash.update(Config::to_yaml(config)),
+        What::Program(words) => {
+            for word in words {
+                hash.update(word.as_encoded_bytes());
+                hash.update([0]);
+            }
+        }
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The command that continues the run in `dir` on the same devices.
@@ -171,8 +290,5 @@ fn resume_command(args: &Args, dir: &Path) -> String {
 
 /// A run is called after its folder.
 fn run_id(dir: &Path) -> String {
-    dir.file_name()
-        .unwrap_or(dir.as_os_str())
-        .to_string_lossy()
-        .into_owned()
+    dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy().into_owned()
 }

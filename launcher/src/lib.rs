@@ -15,7 +15,6 @@ pub mod clock;
 pub mod cluster;
 pub mod console;
 pub mod cores;
-pub mod crew;
 pub mod doctor;
 pub mod end;
 pub mod folder;
@@ -23,12 +22,14 @@ pub mod gpus;
 pub mod hang;
 pub mod launch;
 pub mod logs;
+pub mod machine;
 pub mod manifest;
 pub mod plan;
 pub mod port;
 pub mod process;
 pub mod report;
-pub mod run;
+pub mod screen;
+pub mod session;
 pub mod shim;
 pub mod signals;
 pub mod start;
@@ -51,9 +52,34 @@ pub fn main() -> ExitCode {
     match argv.next().as_deref().and_then(|first| first.to_str()) {
         Some(shim::WORKER) => return shim::worker(argv),
         Some(shim::GUARD) => return shim::guard(),
+        Some(start::agent::AGENT) => {
+            return run(|args: &start::agent::Args| start::agent::main(args, start), 1);
+        }
+        Some("key") => return run(key, 1),
         _ => {}
     }
-    let args = match cli::Args::try_parse() {
+    run(|args: &cli::Args| launch::launch(args, start), 0)
+}
+
+/// Makes a key for a job, in a file of its own.
+#[derive(clap::Parser)]
+#[command(name = "tsm-launch key")]
+struct KeyArgs {
+    /// It must not exist yet.
+    file: std::path::PathBuf,
+}
+
+fn key(args: &KeyArgs) -> anyhow::Result<i32> {
+    cluster::key::Key::random().write_file(&args.file)?;
+    Ok(exit::OK)
+}
+
+/// Parses the command line without its first `skip` arguments, and runs what it asks for.
+fn run<A: Parser>(what: impl FnOnce(&A) -> anyhow::Result<i32>, skip: usize) -> ExitCode {
+    let mut argv: Vec<_> = std::env::args_os().collect();
+    let skipped = 1..(1 + skip).min(argv.len());
+    argv.drain(skipped);
+    let args = match A::try_parse_from(argv) {
         Ok(args) => args,
         Err(e) => {
             let _ = e.print();
@@ -65,7 +91,7 @@ pub fn main() -> ExitCode {
         }
     };
     // A bug of the launcher must not look like a failure of the job; the guard ends the workers.
-    let result = catch_unwind(AssertUnwindSafe(|| launch::launch(&args, start)));
+    let result = catch_unwind(AssertUnwindSafe(|| what(&args)));
     to_exit_code(match result {
         Ok(Ok(code)) => code,
         Ok(Err(e)) => {

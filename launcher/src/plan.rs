@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::fmt::Write;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use tsm_job::config::{DeviceKind, Launch};
 use tsm_job::exit::{self, Coded};
@@ -55,6 +56,14 @@ impl Devices {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The first `n` of them.
+    pub fn first(&self, n: usize) -> Devices {
+        match self {
+            Devices::Gpus(gpus) => Devices::Gpus(gpus.iter().take(n).cloned().collect()),
+            Devices::Cpu(all) => Devices::Cpu((*all).min(n as u32)),
+        }
     }
 
     /// `GPU 3 (NVIDIA H200)` or `cpu`.
@@ -168,9 +177,38 @@ pub fn stale_variable(get: impl Fn(&str) -> Option<String>) -> Option<(&'static 
         .find_map(|&name| get(name).map(|value| (name, value)))
 }
 
-/// What all workers of a run have in common.
+/// The place of a node's ranks among all ranks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Seat {
+    pub node_rank: u32,
+    pub first_rank: u32,
+    pub world_size: u32,
+    pub master_addr: IpAddr,
+    /// Through which the other nodes are reached.
+    pub interface: String,
+    pub restart_count: u32,
+    pub max_restarts: u32,
+}
+
+impl Seat {
+    /// A node alone.
+    pub fn alone(world_size: usize) -> Seat {
+        Seat {
+            node_rank: 0,
+            first_rank: 0,
+            world_size: world_size as u32,
+            master_addr: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            interface: "lo".into(),
+            restart_count: 0,
+            max_restarts: 0,
+        }
+    }
+}
+
+/// What all workers of a node have in common.
 pub struct Shape<'a> {
     pub devices: &'a Devices,
+    pub seat: Seat,
     pub run_id: &'a str,
     pub run_dir: &'a Path,
     pub host: &'a str,
@@ -198,48 +236,48 @@ pub struct WorkerPlan {
 
 /// The ranks of one node. `inherited` tells which variables the user has set.
 pub fn workers(shape: &Shape, inherited: impl Fn(&str) -> bool) -> Vec<WorkerPlan> {
-    let world_size = shape.devices.len();
-    (0..world_size)
-        .map(|rank| WorkerPlan {
-            rank: rank as u32,
-            device: shape.devices.name(rank),
-            cores: cores::share(shape.cores, rank, world_size).to_vec(),
-            env: environment(shape, rank, &inherited),
+    let here = shape.devices.len();
+    (0..here)
+        .map(|local_rank| WorkerPlan {
+            rank: shape.seat.first_rank + local_rank as u32,
+            device: shape.devices.name(local_rank),
+            cores: cores::share(shape.cores, local_rank, here).to_vec(),
+            env: environment(shape, local_rank, &inherited),
         })
         .collect()
 }
 
 fn environment(
     shape: &Shape,
-    rank: usize,
+    local_rank: usize,
     inherited: &impl Fn(&str) -> bool,
 ) -> Vec<(String, String)> {
-    let world_size = shape.devices.len().to_string();
-    let rank_text = rank.to_string();
+    let seat = &shape.seat;
+    let rank = seat.first_rank + local_rank as u32;
     let port = |port: Option<u16>| port.map_or("(a free port)".into(), |p| p.to_string());
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let mut env: Vec<(String, String)> = Vec::new();
     let mut set = |name: &str, value: &str| env.push((name.into(), value.into()));
-    set("RANK", &rank_text);
-    set("LOCAL_RANK", &rank_text);
-    set("WORLD_SIZE", &world_size);
-    set("LOCAL_WORLD_SIZE", &world_size);
-    set("GROUP_RANK", "0");
-    set("NODE_RANK", "0");
-    set("MASTER_ADDR", "127.0.0.1");
+    set("RANK", &rank.to_string());
+    set("LOCAL_RANK", &local_rank.to_string());
+    set("WORLD_SIZE", &seat.world_size.to_string());
+    set("LOCAL_WORLD_SIZE", &shape.devices.len().to_string());
+    set("GROUP_RANK", &seat.node_rank.to_string());
+    set("NODE_RANK", &seat.node_rank.to_string());
+    set("MASTER_ADDR", &seat.master_addr.to_string());
     set("MASTER_PORT", &port(shape.master_port));
     set("CUDA_VISIBLE_DEVICES", &shape.devices.cuda_visible());
     set("TORCHELASTIC_RUN_ID", shape.run_id);
-    set("TORCHELASTIC_RESTART_COUNT", "0");
-    set("TORCHELASTIC_MAX_RESTARTS", "0");
+    set("TORCHELASTIC_RESTART_COUNT", &seat.restart_count.to_string());
+    set("TORCHELASTIC_MAX_RESTARTS", &seat.max_restarts.to_string());
     set(
         "TORCHELASTIC_ERROR_FILE",
-        &text(&error_file(shape.run_dir, shape.host, rank as u32)),
+        &text(&error_file(shape.run_dir, shape.host, rank)),
     );
     set("TSM_RUN_DIR", &text(shape.run_dir));
     set("TSM_RUN_ID", shape.run_id);
-    set("TSM_GENERATION", "0");
-    set("TSM_RESTART_COUNT", "0");
+    set("TSM_GENERATION", &seat.restart_count.to_string());
+    set("TSM_RESTART_COUNT", &seat.restart_count.to_string());
     if let Some(from) = shape.resume_from {
         set("TSM_RESUME_FROM", &text(from));
     }
@@ -250,9 +288,10 @@ fn environment(
     };
     let threads = (shape.parallelism / shape.devices.len().max(1)).max(1);
     default("OMP_NUM_THREADS", &threads.to_string());
-    // On one node the loopback interface is always there and always reachable.
-    default("GLOO_SOCKET_IFNAME", "lo");
-    default("NCCL_SOCKET_IFNAME", "lo");
+    default("GLOO_SOCKET_IFNAME", &seat.interface);
+    // NCCL takes a name as the beginning of one; `=` asks for exactly this interface.
+    let exact = if seat.interface == "lo" { "" } else { "=" };
+    default("NCCL_SOCKET_IFNAME", &format!("{exact}{}", seat.interface));
     if matches!(shape.devices, Devices::Gpus(_)) {
         default(
             "NCCL_RAS_ADDR",

@@ -16,11 +16,16 @@ pub struct Port {
 }
 
 impl Port {
-    /// Takes a free port of the loopback interface.
+    /// Takes a free port of the loopback interface, or with `everywhere` one that is free on all of them.
     ///
     /// # Errors
     /// When there is none.
-    pub fn reserve() -> anyhow::Result<Port> {
+    pub fn reserve(everywhere: bool) -> anyhow::Result<Port> {
+        let address = if everywhere {
+            Ipv4Addr::UNSPECIFIED
+        } else {
+            Ipv4Addr::LOCALHOST
+        };
         let what = "cannot reserve a port for MASTER_PORT";
         let socket = socket_with(
             AddressFamily::INET,
@@ -30,7 +35,7 @@ impl Port {
         )
         .context(what)?;
         sockopt::set_socket_reuseaddr(&socket, true).context(what)?;
-        bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).context(what)?;
+        bind(&socket, &SocketAddrV4::new(address, 0)).context(what)?;
         let address: SocketAddrAny = getsockname(&socket).context(what)?;
         let address = SocketAddrV4::try_from(address).context(what)?;
         Ok(Port {
@@ -47,15 +52,17 @@ mod tests {
 
     #[test]
     fn the_worker_can_listen_on_a_held_port() {
-        let port = Port::reserve().unwrap();
-        drop(TcpListener::bind((Ipv4Addr::LOCALHOST, port.number)).unwrap());
-        drop(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port.number)).unwrap());
-        drop(TcpListener::bind((Ipv6Addr::UNSPECIFIED, port.number)).unwrap());
+        for everywhere in [false, true] {
+            let port = Port::reserve(everywhere).unwrap();
+            drop(TcpListener::bind((Ipv4Addr::LOCALHOST, port.number)).unwrap());
+            drop(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port.number)).unwrap());
+            drop(TcpListener::bind((Ipv6Addr::UNSPECIFIED, port.number)).unwrap());
+        }
     }
 
     #[test]
     fn held_ports_differ() {
-        let ports: Vec<Port> = (0..64).map(|_| Port::reserve().unwrap()).collect();
+        let ports: Vec<Port> = (0..64).map(|_| Port::reserve(false).unwrap()).collect();
         let numbers: std::collections::HashSet<u16> = ports.iter().map(|p| p.number).collect();
         assert_eq!(numbers.len(), ports.len());
     }

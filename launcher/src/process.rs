@@ -28,7 +28,11 @@ pub struct Spec<'a> {
     /// This executable; started as the shim.
     pub shim: &'a Path,
     pub command: &'a [OsString],
-    /// Set on top of the inherited environment, after `remove`.
+    /// Replaces what is inherited of the same names.
+    pub base_env: &'a [(OsString, OsString)],
+    /// Where to run it; `None`: here.
+    pub directory: Option<&'a Path>,
+    /// Set on top of the environment, after `remove`.
     pub env: &'a [(String, String)],
     pub remove: &'a [&'a str],
     /// Cores to bind to; empty: no binding.
@@ -73,6 +77,10 @@ pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)
         .arg(crate::shim::WORKER)
         .arg(std::process::id().to_string());
     command.arg(cores::to_list(spec.cores)).args(spec.command);
+    if let Some(directory) = spec.directory {
+        command.current_dir(directory);
+    }
+    command.envs(spec.base_env.iter().map(|(k, v)| (k, v)));
     for name in spec.remove {
         command.env_remove(name);
     }
@@ -179,6 +187,12 @@ impl Guard {
             .collect();
         // Without its guard the launcher still works; only grandchildren could outlive a SIGKILL.
         let _ = writeln!(self.0, "{}", pids.join(" "));
+    }
+
+    /// Kills the watched sessions unless this is called again within `time`.
+    pub fn lease(&mut self, time: std::time::Duration) {
+        use std::io::Write;
+        let _ = writeln!(self.0, "{} {}", crate::shim::LEASE, time.as_millis());
     }
 
     /// Lets the guard go without doing anything.

@@ -1,11 +1,12 @@
 //! What this executable does when the launcher starts it again: become a worker, or guard.
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal, setsid};
 use rustix::thread::sched_setaffinity;
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
 
 use crate::{cores, process};
 
@@ -15,6 +16,9 @@ pub const WORKER: &str = "__worker";
 pub const GUARD: &str = "__guard";
 /// Last line to a guard whose launcher ends in order.
 pub const DISMISS: &str = "done";
+
+/// Before the milliseconds within which the next such line must come.
+pub const LEASE: &str = "lease";
 
 /// The code of a shell for a program that cannot be executed.
 const CANNOT_EXECUTE: u8 = 126;
@@ -53,23 +57,46 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
 
 /// Waits for the launcher to end. Workers die with it by themselves; what they started does
 /// not, so if the launcher ended without saying [`DISMISS`], every member of the workers' sessions is killed.
+///
+/// The same happens when a lease runs out (a line [`LEASE`] and milliseconds renews it): the launcher is
+/// then stopped or cut off, and its ranks would run on beside those that replace them.
 pub fn guard() -> ExitCode {
     // A signal to the launcher's process group or terminal must not end the guard first.
     if setsid().is_err() {
         return ExitCode::FAILURE;
     }
     let mut sessions: Vec<i32> = Vec::new();
-    for line in BufReader::new(std::io::stdin())
-        .lines()
-        .map_while(Result::ok)
-    {
-        if line == DISMISS {
-            return ExitCode::SUCCESS;
+    let mut lease: Option<Instant> = None;
+    let (mut pending, mut buffer) = (Vec::new(), [0u8; 4096]);
+    let stdin = std::io::stdin();
+    loop {
+        let left = lease.map(|at| at.saturating_duration_since(Instant::now()));
+        let left = left.map(|d| Timespec::try_from(d).unwrap_or_default());
+        let mut polled = [PollFd::new(&stdin, PollFlags::IN)];
+        match poll(&mut polled, left.as_ref()) {
+            Err(rustix::io::Errno::INTR) => continue,
+            // The lease has run out, or nothing can be known any more.
+            Ok(0) | Err(_) => break,
+            Ok(_) => {}
         }
-        sessions.extend(
-            line.split_ascii_whitespace()
-                .filter_map(|pid| pid.parse::<i32>().ok()),
-        );
+        match rustix::io::read(&stdin, &mut buffer) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Ok(0) | Err(_) => break,
+            Ok(n) => pending.extend_from_slice(&buffer[..n]),
+        }
+        while let Some(end) = pending.iter().position(|&b| b == b'\n') {
+            let line: Vec<u8> = pending.drain(..=end).collect();
+            let line = String::from_utf8_lossy(&line);
+            let mut words = line.split_ascii_whitespace().peekable();
+            match words.peek() {
+                Some(&DISMISS) => return ExitCode::SUCCESS,
+                Some(&LEASE) => {
+                    let ms = words.nth(1).and_then(|ms| ms.parse().ok());
+                    lease = ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+                }
+                _ => sessions.extend(words.filter_map(|pid| pid.parse::<i32>().ok())),
+            }
+        }
     }
     process::kill_sessions(&sessions, 50);
     ExitCode::SUCCESS

@@ -1,8 +1,9 @@
-//! What to do when something happens to a worker or to the launcher. Pure: no clock, no process.
+//! What a node does when something happens to one of its workers, or the coordinator says so. Pure: no clock, no
+//! process. Ranks are local here.
 //!
 //! ```text
-//! Running --failure or signal--> Stopping --grace over or second Ctrl-C--> Killing --> Finished
-//!    \-- all ended --> Finished      \-- all ended --> Finished               (all ended, or stuck)
+//! Running --failure or order--> Stopping --grace over or order--> Killing --> Finished
+//!    \-- all ended --> Finished     \-- all ended --> Finished      (all ended, or stuck)
 //! ```
 
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,6 @@ use std::time::Duration;
 use tsm_job::exit;
 use tsm_job::message::FailureRecord;
 
-use crate::blame::{self, Blame};
 use crate::end::End;
 
 /// How long the kernel may take to end a process after SIGKILL before it is named as stuck.
@@ -43,8 +43,17 @@ pub enum Event {
         rank: usize,
         name: String,
     },
-    /// A signal to the launcher.
-    Signal(i32),
+    /// The coordinator wants all ranks to end.
+    Stop {
+        signal: i32,
+        grace: Duration,
+    },
+    /// The coordinator passes a signal on.
+    Pass {
+        signal: i32,
+    },
+    /// The coordinator wants all ranks dead, or is itself lost.
+    KillAll,
     /// [`State::deadline`] has come.
     Deadline,
 }
@@ -59,8 +68,15 @@ pub enum Action {
     Kill {
         rank: usize,
     },
-    /// Tell the user.
-    Notice(String),
+    /// Tell the coordinator that this rank fails; `end`: how it ended, where it has.
+    Failing {
+        rank: usize,
+        end: Option<End>,
+    },
+    /// Tell the user that these ranks are killed since they did not end within the grace.
+    GraceOver {
+        ranks: Vec<usize>,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -69,13 +85,6 @@ pub enum Phase {
     Stopping { deadline: Duration },
     Killing { deadline: Duration },
     Finished,
-}
-
-/// Why the job is being stopped before its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StopCause {
-    Failure,
-    Signal(i32),
 }
 
 /// What is known of one rank.
@@ -102,24 +111,28 @@ pub struct Rank {
 #[derive(Clone, Debug)]
 pub struct State {
     grace: Duration,
+    /// The workers end with code 75 once they have saved.
+    saves: bool,
     pub phase: Phase,
-    pub cause: Option<StopCause>,
     pub ranks: Vec<Rank>,
     order: usize,
     /// A rank that announced its failure must end by then.
     record_deadline: Option<Duration>,
+    /// The stop lets the ranks save and end by themselves: one that fails meanwhile is a failure.
+    saving: bool,
 }
 
 impl State {
-    pub fn new(world_size: usize, grace: Duration) -> State {
-        let ranks = vec![Rank::default(); world_size];
+    pub fn new(num_ranks: usize, grace: Duration, saves: bool) -> State {
+        let ranks = vec![Rank::default(); num_ranks];
         State {
             grace,
+            saves,
             phase: Phase::Running,
-            cause: None,
             ranks,
             order: 0,
             record_deadline: None,
+            saving: false,
         }
     }
 
@@ -132,51 +145,22 @@ impl State {
         }
     }
 
-    /// The rank to blame, where the job failed by itself.
-    pub fn first_failure(&self, stderr_of: impl Fn(usize) -> String) -> Option<Blame> {
-        match self.cause {
-            Some(StopCause::Failure) => blame::first_failure(&self.ranks, stderr_of),
-            _ => None,
-        }
-    }
-
-    /// The launcher's exit code.
-    pub fn exit_code(&self, blame: Option<&Blame>) -> i32 {
-        let saved = |rank: &Rank| rank.end == Some(End::Code(exit::REQUEUE));
-        let blamed = blame.map(|b| &self.ranks[b.rank]);
-        // A rank that announced its failure, hung, and was stopped: what it announced counts.
-        let announced = blamed.and_then(|rank| match (&rank.record, rank.end) {
-            (Some(record), None) => Some(record.code),
-            (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => {
-                Some(record.code)
-            }
-            _ => None,
-        });
-        match (
-            self.cause,
-            announced
-                .map(End::Code)
-                .or(blamed.and_then(|rank| rank.end)),
-        ) {
-            (None, _) => exit::OK,
-            (Some(StopCause::Signal(_)), _) if self.ranks.iter().all(saved) => exit::REQUEUE,
-            (Some(StopCause::Signal(signal)), _) => exit::SIGNAL_BASE + signal,
-            (Some(StopCause::Failure), Some(end)) => end.exit_code(),
-            // Every failure has a rank that ended or announced it.
-            (Some(StopCause::Failure), None) => exit::BUG,
-        }
-    }
-
     fn alive(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.ranks.len()).filter(|&rank| self.ranks[rank].end.is_none())
     }
 
-    fn stop(&mut self, cause: StopCause, signal: i32, now: Duration, actions: &mut Vec<Action>) {
-        self.cause = Some(cause);
+    fn stop(&mut self, signal: i32, grace: Duration, now: Duration, actions: &mut Vec<Action>) {
         self.phase = Phase::Stopping {
-            deadline: now + self.grace,
+            deadline: now + grace,
         };
+        self.saving = self.saves && signal == libc::SIGUSR2;
         self.send(signal, actions);
+    }
+
+    fn fail(&mut self, rank: usize, now: Duration, actions: &mut Vec<Action>) {
+        let end = self.ranks[rank].end;
+        self.stop(libc::SIGTERM, self.grace, now, actions);
+        actions.push(Action::Failing { rank, end });
     }
 
     fn kill(&mut self, now: Duration, actions: &mut Vec<Action>) {
@@ -219,7 +203,11 @@ impl State {
             }
             Event::Step { rank, step } => self.ranks[*rank].step = Some(*step),
             Event::Section { rank, name } => self.ranks[*rank].section = Some(name.clone()),
-            Event::Failing { .. } | Event::Signal(_) | Event::Deadline => {}
+            Event::Failing { .. }
+            | Event::Stop { .. }
+            | Event::Pass { .. }
+            | Event::KillAll
+            | Event::Deadline => {}
         }
     }
 
@@ -233,7 +221,7 @@ impl State {
 pub fn decide(state: &mut State, events: &[Event], now: Duration) -> Vec<Action> {
     let mut actions = Vec::new();
     // All ends that were read together came before the stop that the first of them causes.
-    let after_stop = state.cause.is_some();
+    let after_stop = state.phase != Phase::Running && !state.saving;
     for event in events {
         state.note(event, now, after_stop);
     }
@@ -249,49 +237,45 @@ pub fn decide(state: &mut State, events: &[Event], now: Duration) -> Vec<Action>
 fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Action>) {
     match (event, state.phase) {
         (_, Phase::Finished) => {}
+        (Event::Ended { end, .. }, Phase::Running) if state.saves && *end == End::Code(exit::REQUEUE) => {
+            // They agree on the step among themselves: the others follow.
+            state.phase = Phase::Stopping {
+                deadline: now + state.grace,
+            };
+            state.saving = true;
+        }
+        (Event::Ended { end, .. }, Phase::Stopping { .. })
+            if state.saving && (end.is_success() || *end == End::Code(exit::REQUEUE)) => {}
         (Event::Ended { rank, end }, Phase::Running) if !end.is_success() => {
-            let others = state.alive().count();
-            if others > 0 {
-                let grace = tsm_job::config::duration::format(state.grace);
-                let others = count(others, "other");
-                actions.push(Action::Notice(format!(
-                    "rank {rank} ended with {end}: stopping {others}, grace {grace}"
-                )));
-            }
-            state.stop(StopCause::Failure, libc::SIGTERM, now, actions);
+            state.fail(*rank, now, actions);
+        }
+        (Event::Ended { rank, .. }, Phase::Stopping { .. }) if state.saving => {
+            state.fail(*rank, now, actions);
         }
         (Event::Failing { .. }, Phase::Running) => {
             state.record_deadline.get_or_insert(now + state.grace);
         }
         (Event::Deadline, Phase::Running) if state.record_deadline.is_some_and(|d| now >= d) => {
-            state.stop(StopCause::Failure, libc::SIGTERM, now, actions);
+            let announced = |rank: &usize| state.ranks[*rank].record.is_some();
+            let rank = state.alive().find(announced).unwrap_or(0);
+            state.fail(rank, now, actions);
         }
         (Event::Deadline, Phase::Stopping { deadline }) if now >= deadline => {
-            let ranks: Vec<String> = state.alive().map(|r| r.to_string()).collect();
-            actions.push(Action::Notice(format!(
-                "the grace is over: killing rank {}",
-                ranks.join(", ")
-            )));
+            let ranks = state.alive().collect();
+            actions.push(Action::GraceOver { ranks });
             state.kill(now, actions);
         }
         (Event::Deadline, Phase::Killing { deadline }) if now >= deadline => {
-            state.phase = Phase::Finished
+            state.phase = Phase::Finished;
         }
-        (Event::Signal(signal @ (libc::SIGUSR1 | libc::SIGUSR2)), _) => {
-            state.send(*signal, actions)
+        (Event::Stop { signal, grace }, Phase::Running) => {
+            state.stop(*signal, *grace, now, actions);
         }
-        (Event::Signal(signal), Phase::Running) => {
-            let name = crate::end::signal_name(*signal);
-            let workers = count(state.alive().count(), "worker");
-            actions.push(Action::Notice(format!(
-                "{name}: stopping {workers}; Ctrl-C again kills them"
-            )));
-            state.stop(StopCause::Signal(*signal), *signal, now, actions);
+        (Event::Stop { signal, grace }, Phase::Stopping { .. }) if state.saving && *signal != libc::SIGUSR2 => {
+            state.stop(*signal, *grace, now, actions);
         }
-        (Event::Signal(libc::SIGINT), Phase::Stopping { .. }) => {
-            actions.push(Action::Notice("killing the workers".into()));
-            state.kill(now, actions);
-        }
+        (Event::Pass { signal }, _) => state.send(*signal, actions),
+        (Event::KillAll, Phase::Running | Phase::Stopping { .. }) => state.kill(now, actions),
         _ => {}
     }
 }

@@ -6,7 +6,6 @@ use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
-use tsm_job::message::FailureRecord;
 
 use crate::end::End;
 use crate::gpus::Gpu;
@@ -28,7 +27,7 @@ pub enum FromAgent {
         code: i32,
         message: String,
     },
-    /// Every [`BEAT`], and answered by [`ToAgent::Ack`].
+    /// [`BEATS_PER_LEASE`] times a lease, and answered by [`ToAgent::Ack`].
     Beat(Beat),
     /// Answer to [`ToAgent::Reserve`].
     Reserved {
@@ -59,7 +58,6 @@ pub enum FromAgent {
         generation: u32,
         local_rank: u32,
         end: Option<End>,
-        record: Option<FailureRecord>,
         at: AgentTime,
     },
     /// Every process of this generation on this node has ended, or is named in the report.
@@ -69,6 +67,8 @@ pub enum FromAgent {
     },
     /// Whole lines to show, already labelled.
     Output { stderr: bool, text: String },
+    /// Something the user should know.
+    Notice { text: String },
     /// Answer to [`ToAgent::Inspect`].
     Inspected { generation: u32, text: String },
     /// The agent was told to stop by a signal of its own: Ctrl-C, or the scheduler.
@@ -79,6 +79,8 @@ pub enum FromAgent {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum ToAgent {
+    /// Answer to [`FromAgent::Join`]. Without an acknowledged beat for `lease` the agent kills its ranks.
+    Welcome { lease: Duration },
     /// Answer to a [`FromAgent::Beat`]: renews the lease.
     Ack {
         seq: u64,
@@ -121,10 +123,9 @@ pub enum ToAgent {
     },
 }
 
-/// How often an agent shows that it lives.
-pub const BEAT: Duration = Duration::from_millis(250);
-/// A node that was not heard for this long is lost; an agent whose beats were not answered for this
-/// long kills its ranks.
+/// An agent shows that it lives so many times within a lease.
+pub const BEATS_PER_LEASE: u32 = 6;
+/// A node that was not heard for this long is lost, unless `--node-timeout` says otherwise.
 pub const LEASE: Duration = Duration::from_millis(1500);
 
 /// Who joins.
@@ -206,6 +207,8 @@ pub struct Progress {
     pub step: Option<u64>,
     pub epoch: Option<u32>,
     pub section: Option<String>,
+    /// The step at which a checkpoint was finished since the last beat.
+    pub checkpoint: Option<u64>,
     /// Own work in each step since the last beat, see `WorkerMessage::Step`.
     pub work_ms: Vec<f32>,
 }
@@ -231,7 +234,7 @@ pub struct Start {
     pub num_ranks: u32,
     pub world_size: u32,
     pub master_addr: IpAddr,
-    /// 0 only on the node that reserved it itself and knows it.
+    /// 0: a node alone takes one of its own.
     pub master_port: u16,
     /// The interface that reaches the other nodes.
     pub interface: Option<String>,

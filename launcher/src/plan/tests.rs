@@ -20,6 +20,7 @@ fn ids(devices: Result<Devices, Coded>) -> Vec<String> {
 fn shape<'a>(devices: &'a Devices, cores: &'a [usize]) -> Shape<'a> {
     Shape {
         devices,
+        seat: Seat::alone(devices.len()),
         run_id: "demo",
         run_dir: Path::new("/r/demo"),
         host: "h",

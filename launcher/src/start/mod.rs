@@ -1,1 +1,23 @@
 //! How the nodes of a job are found: SLURM, ssh, MPI, Kubernetes, or by hand.
+
+pub mod agent;
+pub mod by_hand;
+pub mod children;
+
+use std::future::Future;
+use tokio::task::LocalSet;
+
+/// Runs a future on this thread, which is the one that may start workers.
+///
+/// # Errors
+/// Those of the future.
+pub fn run_here<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()?;
+    let result = LocalSet::new().block_on(&runtime, future);
+    // A thread that still waits for a stuck file system must not hold up the end.
+    runtime.shutdown_background();
+    result
+}

@@ -25,42 +25,49 @@ fn signals(actions: &[Action]) -> Vec<(usize, i32)> {
     let pick = |action: &Action| match action {
         Action::Signal { rank, signal } => Some((*rank, *signal)),
         Action::Kill { rank } => Some((*rank, libc::SIGKILL)),
-        Action::Notice(_) => None,
+        Action::Failing { .. } | Action::GraceOver { .. } => None,
     };
     actions.iter().filter_map(pick).collect()
 }
 
-fn code(state: &State) -> i32 {
-    state.exit_code(state.first_failure(|_| String::new()).as_ref())
+fn blamed(state: &State) -> Option<usize> {
+    crate::blame::first_failure(&state.ranks, |_| String::new()).map(|b| b.rank)
+}
+
+fn stop(signal: i32) -> Event {
+    let grace = GRACE;
+    Event::Stop { signal, grace }
 }
 
 #[test]
 fn success_is_when_all_ended_with_zero() {
-    let mut state = State::new(2, GRACE);
+    let mut state = State::new(2, GRACE, false);
     assert!(decide(&mut state, &[ended(1, End::Code(0))], at(1)).is_empty());
     assert_eq!(state.phase, Phase::Running);
     decide(&mut state, &[ended(0, End::Code(0))], at(2));
-    assert_eq!((state.phase, code(&state)), (Phase::Finished, 0));
+    assert_eq!((state.phase, blamed(&state)), (Phase::Finished, None));
 }
 
 #[test]
 fn a_failure_stops_the_living_and_gives_its_code() {
-    let mut state = State::new(4, GRACE);
+    let mut state = State::new(4, GRACE, false);
     decide(&mut state, &[ended(3, End::Code(0))], at(1));
     let actions = decide(&mut state, &[ended(1, End::Code(17))], at(5));
     assert_eq!(signals(&actions), [(0, libc::SIGTERM), (2, libc::SIGTERM)]);
+    let (rank, end) = (1, Some(End::Code(17)));
+    assert!(actions.contains(&Action::Failing { rank, end }));
     assert_eq!(state.deadline(), Some(at(5) + GRACE));
     decide(
         &mut state,
         &[ended(0, End::Signal(libc::SIGTERM)), ended(2, End::Code(1))],
         at(9),
     );
-    assert_eq!((state.phase, code(&state)), (Phase::Finished, 17));
+    assert_eq!((state.phase, blamed(&state)), (Phase::Finished, Some(1)));
 }
 
 #[test]
 fn after_the_grace_comes_sigkill_and_then_the_name_of_the_stuck() {
-    let mut state = State::new(2, GRACE);
+    let mut state = State::new(2, GRACE, false);
     decide(&mut state, &[ended(0, End::Code(3))], at(0));
     assert!(decide(&mut state, &[Event::Deadline], at(29_999)).is_empty());
     assert_eq!(
@@ -69,53 +76,67 @@ fn after_the_grace_comes_sigkill_and_then_the_name_of_the_stuck() {
     );
     decide(&mut state, &[Event::Deadline], at(35_000));
     assert_eq!(state.phase, Phase::Finished);
-    assert_eq!((state.ranks[1].end, code(&state)), (None, 3));
+    assert_eq!((state.ranks[1].end, blamed(&state)), (None, Some(0)));
 }
 
 #[test]
-fn the_first_ctrl_c_is_forwarded_and_the_second_kills() {
-    let mut state = State::new(2, GRACE);
-    let actions = decide(&mut state, &[Event::Signal(libc::SIGINT)], at(1));
+fn a_stop_is_a_signal_and_what_follows_is_no_failure() {
+    let mut state = State::new(2, GRACE, false);
+    let actions = decide(&mut state, &[stop(libc::SIGINT)], at(1));
     assert_eq!(signals(&actions), [(0, libc::SIGINT), (1, libc::SIGINT)]);
-    assert!(signals(&decide(&mut state, &[Event::Signal(libc::SIGTERM)], at(2))).is_empty());
-    let actions = decide(&mut state, &[Event::Signal(libc::SIGINT)], at(3));
-    assert_eq!(signals(&actions), [(0, libc::SIGKILL), (1, libc::SIGKILL)]);
-    decide(
-        &mut state,
-        &[ended(0, End::Signal(9)), ended(1, End::Signal(9))],
-        at(4),
-    );
-    assert_eq!((state.phase, code(&state)), (Phase::Finished, 130));
+    assert!(decide(&mut state, &[stop(libc::SIGTERM)], at(2)).is_empty());
+    assert!(decide(&mut state, &[ended(0, End::Code(1))], at(3)).is_empty());
+    let actions = decide(&mut state, &[Event::KillAll], at(4));
+    assert_eq!(signals(&actions), [(1, libc::SIGKILL)]);
+    decide(&mut state, &[ended(1, End::Signal(9))], at(5));
+    assert_eq!(state.phase, Phase::Finished);
 }
 
 #[test]
-fn a_user_signal_is_forwarded_and_stops_nothing() {
-    let mut state = State::new(1, GRACE);
+fn a_signal_is_passed_on_and_stops_nothing() {
+    let mut state = State::new(1, GRACE, true);
+    let signal = libc::SIGUSR1;
     assert_eq!(
-        signals(&decide(&mut state, &[Event::Signal(libc::SIGUSR1)], at(1))),
-        [(0, libc::SIGUSR1)]
+        signals(&decide(&mut state, &[Event::Pass { signal }], at(1))),
+        [(0, signal)]
     );
     assert_eq!(state.phase, Phase::Running);
 }
 
 #[test]
-fn workers_that_saved_on_a_signal_ask_for_a_requeue() {
-    let mut state = State::new(2, GRACE);
-    decide(&mut state, &[Event::Signal(libc::SIGTERM)], at(1));
-    decide(
-        &mut state,
-        &[
-            ended(0, End::Code(exit::REQUEUE)),
-            ended(1, End::Code(exit::REQUEUE)),
-        ],
-        at(9),
-    );
-    assert_eq!(code(&state), exit::REQUEUE);
+fn workers_that_save_are_waited_for() {
+    let saved = |rank| ended(rank, End::Code(exit::REQUEUE));
+    // Also when one rank alone was signalled, and told the others itself.
+    for order in [Some(stop(libc::SIGUSR2)), None] {
+        let mut state = State::new(2, GRACE, true);
+        decide(&mut state, order.as_slice(), at(1));
+        assert!(decide(&mut state, &[saved(0)], at(9)).is_empty());
+        assert!(decide(&mut state, &[saved(1)], at(10)).is_empty());
+        assert_eq!((state.phase, blamed(&state).is_some()), (Phase::Finished, true));
+    }
+}
+
+#[test]
+fn a_rank_that_fails_while_the_others_save_is_a_failure() {
+    let mut state = State::new(3, GRACE, true);
+    decide(&mut state, &[stop(libc::SIGUSR2)], at(1));
+    decide(&mut state, &[ended(0, End::Code(exit::REQUEUE))], at(2));
+    let actions = decide(&mut state, &[ended(1, End::Signal(11))], at(3));
+    assert_eq!(signals(&actions), [(2, libc::SIGTERM)]);
+    assert!(matches!(actions.last(), Some(Action::Failing { rank: 1, .. })));
+    assert!(!state.ranks[1].after_stop, "it was not asked to end like this");
+}
+
+#[test]
+fn for_other_programs_75_is_a_failure_like_any() {
+    let mut state = State::new(2, GRACE, false);
+    let actions = decide(&mut state, &[ended(0, End::Code(exit::REQUEUE))], at(1));
+    assert_eq!(signals(&actions), [(1, libc::SIGTERM)]);
 }
 
 #[test]
 fn a_rank_that_announced_its_failure_but_hangs_is_stopped() {
-    let mut state = State::new(2, GRACE);
+    let mut state = State::new(2, GRACE, false);
     decide(
         &mut state,
         &[Event::Failing {
@@ -133,13 +154,13 @@ fn a_rank_that_announced_its_failure_but_hangs_is_stopped() {
         ended(1, End::Signal(libc::SIGTERM)),
     ];
     decide(&mut state, &ends, at(40_500));
-    assert_eq!(state.first_failure(|_| String::new()).unwrap().rank, 1);
-    assert_eq!(code(&state), 1);
+    assert!(actions.contains(&Action::Failing { rank: 1, end: None }));
+    assert_eq!(blamed(&state), Some(1));
 }
 
 #[test]
 fn ends_read_together_all_count_as_before_the_stop() {
-    let mut state = State::new(3, GRACE);
+    let mut state = State::new(3, GRACE, false);
     decide(
         &mut state,
         &[ended(2, End::Code(1)), ended(0, End::Code(1))],
@@ -153,7 +174,7 @@ fn ends_read_together_all_count_as_before_the_stop() {
 
 #[test]
 fn a_rank_was_dying_since_it_closed_its_agent_socket() {
-    let mut state = State::new(3, GRACE);
+    let mut state = State::new(3, GRACE, false);
     decide(&mut state, &[Event::Left { rank: 2 }], at(1));
     decide(&mut state, &[ended(0, End::Code(1))], at(2));
     decide(
@@ -161,20 +182,14 @@ fn a_rank_was_dying_since_it_closed_its_agent_socket() {
         &[ended(2, End::Code(17)), ended(1, End::Signal(15))],
         at(900),
     );
-    assert_eq!(
-        (
-            state.first_failure(|_| String::new()).unwrap().rank,
-            code(&state)
-        ),
-        (2, 17)
-    );
+    assert_eq!(blamed(&state), Some(2));
 }
 
 #[test]
 fn a_program_that_closed_the_socket_long_ago_was_not_dying() {
-    let mut state = State::new(2, GRACE);
+    let mut state = State::new(2, GRACE, false);
     decide(&mut state, &[Event::Left { rank: 1 }], at(1));
     decide(&mut state, &[ended(0, End::Code(17))], at(60_000));
     decide(&mut state, &[ended(1, End::Code(1))], at(60_001));
-    assert_eq!(code(&state), 17);
+    assert_eq!(blamed(&state), Some(0));
 }

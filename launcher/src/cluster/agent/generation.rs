@@ -1,0 +1,415 @@
+//! One generation on one node: its workers from the first start to the last byte of output.
+
+use anyhow::Context;
+use fs_err::File;
+use rustix::process::Signal;
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+use tsm_job::RunDir;
+use tsm_job::message::WorkerMessage;
+
+use super::Setup;
+use crate::cluster::message::{NodeReport, Progress, Start};
+use crate::console::{Console, Lines};
+use crate::cores;
+use crate::logs::{Logs, Sink, Source, Tail};
+use crate::plan::{self, REMOVED_VARIABLES, Seat, Shape, WorkerPlan, error_file};
+use crate::port::Port;
+use crate::process::{self, Guard, Spec, Worker};
+use crate::report::Place;
+use crate::supervisor::{self, Action, Event, State};
+use crate::watch::{Happening, Watch};
+
+/// How long to read on after the last worker: only a process that left its session still writes.
+const DRAIN: Duration = Duration::from_secs(2);
+/// Workers started before the agent looks at anything else.
+const AT_ONCE: usize = 8;
+
+/// Open files of the launcher itself, generously, and those that it has for each rank: two pipes, two logs,
+/// a pidfd and a socket.
+const FILES: u64 = 64;
+const FILES_PER_RANK: u64 = 6;
+
+/// The workers of one start.
+pub struct Generation {
+    pub start: Start,
+    pub state: State,
+    plans: Vec<WorkerPlan>,
+    dir: RunDir,
+    host: String,
+    shim: PathBuf,
+    directory: Option<PathBuf>,
+    workers: Vec<Worker>,
+    tails: Vec<Tail>,
+    watch: Watch,
+    guard: Guard,
+    sources: Vec<Source>,
+    logs: Option<Logs>,
+    progress: BTreeMap<usize, Progress>,
+    sections: BTreeMap<usize, String>,
+    metrics: BTreeMap<String, f64>,
+    oom_before: u64,
+    /// How far the processes that workers left behind have been ended.
+    descendants: Descendants,
+    stuck: Vec<String>,
+    began_at: Duration,
+    _port: Option<Port>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Descendants {
+    NotLooked,
+    /// They were asked to end, and are killed then.
+    Asked(Duration),
+    Gone,
+}
+
+impl Generation {
+    /// Prepares everything; [`Generation::start_some`] starts the workers.
+    ///
+    /// # Errors
+    /// What keeps this node from running the job.
+    pub fn prepare(setup: &Setup, start: Start, now: Duration) -> anyhow::Result<Generation> {
+        let here = std::env::current_dir().unwrap_or_default();
+        let directory = (start.directory != here).then(|| start.directory.clone());
+        if let Some(directory) = &directory {
+            fs_err::metadata(directory).context("the working directory of the job is not here")?;
+        }
+        let dir = RunDir::new(&start.run_dir);
+        fs_err::create_dir_all(dir.logs()).context("cannot write to the run folder")?;
+        if let Some((name, text)) = &start.config {
+            let path = dir.path().join(name);
+            // Written by the coordinator where the file system is shared.
+            if fs_err::read_to_string(&path).map_or(true, |old| old != *text) {
+                fs_err::write(&path, text).context("cannot write the resolved config")?;
+            }
+        }
+        let num_ranks = start.num_ranks as usize;
+        let devices = setup.devices.first(num_ranks);
+        let port = match start.master_port {
+            0 => Some(Port::reserve(false)?),
+            _ => None,
+        };
+        let ras = matches!(devices, plan::Devices::Gpus(_)).then(|| Port::reserve(false)).transpose()?;
+        let allowed = if start.affinity { cores::allowed() } else { Vec::new() };
+        let seat = Seat {
+            node_rank: start.node_rank,
+            first_rank: start.first_rank,
+            world_size: start.world_size,
+            master_addr: start.master_addr,
+            interface: start.interface.clone().unwrap_or("lo".into()),
+            restart_count: start.restart_count,
+            max_restarts: start.max_restarts,
+        };
+        let shape = Shape {
+            devices: &devices,
+            seat,
+            run_id: &start.run_id,
+            run_dir: &start.run_dir,
+            host: &setup.host,
+            master_port: Some(port.as_ref().map_or(start.master_port, |p| p.number)),
+            // NCCL may not share the port, so it is only kept apart from MASTER_PORT.
+            ras_port: ras.as_ref().map(|port| port.number),
+            resume_from: start.resume_from.as_deref(),
+            cores: &allowed,
+            parallelism: std::thread::available_parallelism().map_or(1, usize::from),
+        };
+        let base = start.base_env.as_deref().unwrap_or_default();
+        let inherited = |name: &str| {
+            std::env::var_os(name).is_some()
+                || base.iter().any(|(n, _)| n == name)
+                || start.env.iter().any(|(n, _)| n == name)
+        };
+        let mut plans = plan::workers(&shape, inherited);
+        for plan in &mut plans {
+            plan.env.splice(0..0, start.env.iter().cloned());
+        }
+        process::allow_open_files(FILES + FILES_PER_RANK * num_ranks as u64);
+        Ok(Generation {
+            state: State::new(num_ranks, start.grace, start.saves),
+            plans,
+            dir,
+            host: setup.host.clone(),
+            shim: setup.shim.clone(),
+            directory,
+            workers: Vec::new(),
+            tails: Vec::new(),
+            watch: Watch::new()?,
+            guard: Guard::start(&setup.shim)?,
+            sources: Vec::new(),
+            logs: None,
+            progress: BTreeMap::new(),
+            sections: BTreeMap::new(),
+            metrics: BTreeMap::new(),
+            oom_before: oom_kills(),
+            descendants: Descendants::NotLooked,
+            stuck: Vec::new(),
+            began_at: now,
+            _port: port,
+            start,
+        })
+    }
+
+    pub fn is_started(&self) -> bool {
+        self.logs.is_some()
+    }
+
+    /// Starts a few of the workers that are not started yet; after the last their output is read.
+    ///
+    /// # Errors
+    /// When a worker cannot be started; none is left then.
+    pub fn start_some(&mut self, consoles: impl FnOnce() -> (Console, Console)) -> anyhow::Result<()> {
+        let from = self.workers.len();
+        for index in from..self.plans.len().min(from + AT_ONCE) {
+            if let Err(e) = self.start_worker(index) {
+                self.workers.iter().for_each(Worker::kill);
+                return Err(e.context(format!("cannot start rank {}", self.plans[index].rank)));
+            }
+        }
+        self.guard.watch(&self.workers[from..]);
+        if self.workers.len() == self.plans.len() {
+            let (out, err) = consoles();
+            self.logs = Some(Logs::start(std::mem::take(&mut self.sources), out, err)?);
+        }
+        Ok(())
+    }
+
+    fn start_worker(&mut self, index: usize) -> anyhow::Result<()> {
+        let plan = &self.plans[index];
+        // A message of the run that is continued here would be taken for this one's.
+        let _ = fs_err::remove_file(error_file(self.dir.path(), &self.host, plan.rank));
+        let spec = Spec {
+            shim: &self.shim,
+            command: &self.start.command,
+            base_env: self.start.base_env.as_deref().unwrap_or_default(),
+            directory: self.directory.as_deref(),
+            env: &plan.env,
+            remove: &REMOVED_VARIABLES,
+            cores: &plan.cores,
+        };
+        let log = |stderr: bool| {
+            let path = self.dir.log(&self.host, plan.rank, stderr);
+            File::options().create(true).append(true).open(path)
+        };
+        let (out_file, err_file) = (log(false)?, log(true)?);
+        // Watched from before the start, so that no message is older than the watch.
+        let (ours, theirs) = UnixStream::pair().context("cannot make a socket for a worker")?;
+        self.watch.add_agent(ours)?;
+        let (worker, streams) = process::spawn(&spec, theirs)?;
+        let tail = Tail::default();
+        let digits = (self.start.world_size - 1).to_string().len();
+        let shows = |rank: u32| self.start.show.as_ref().is_none_or(|ranks| ranks.contains(&rank));
+        let shown = |progress| shows(plan.rank).then(|| Lines::new(plan.rank, digits, progress));
+        let first_shown = self.plans.iter().find(|w| shows(w.rank)).map(|w| w.rank);
+        let progress = first_shown == Some(plan.rank) && std::io::stderr().is_terminal();
+        let sink = |file, stderr: bool| Sink::Worker {
+            file,
+            stderr,
+            shown: shown(progress && stderr),
+            tail: tail.clone(),
+        };
+        self.sources.push(Source {
+            pipe: streams.out.into(),
+            to: sink(out_file, false),
+        });
+        self.sources.push(Source {
+            pipe: streams.err.into(),
+            to: sink(err_file, true),
+        });
+        self.tails.push(tail);
+        if let Err(e) = self.watch.add_worker(&worker) {
+            worker.kill();
+            return Err(e);
+        }
+        self.workers.push(worker);
+        Ok(())
+    }
+
+    pub fn pids(&self) -> Vec<i32> {
+        self.workers.iter().map(|w| w.pid.as_raw_nonzero().get()).collect()
+    }
+
+    /// Waits until a worker did something; the supervisor's events about it.
+    ///
+    /// # Errors
+    /// When epoll fails, which it does not.
+    pub async fn next(&mut self) -> anyhow::Result<Vec<Event>> {
+        let happenings = self.watch.next(&self.workers).await?;
+        let mut events = Vec::new();
+        for (rank, happening) in happenings {
+            events.push(match happening {
+                Happening::Ended(end) => Event::Ended { rank, end },
+                Happening::Left => Event::Left { rank },
+                Happening::Said(WorkerMessage::Step { step, epoch, work_ms }) => {
+                    let progress = self.progress_of(rank);
+                    (progress.step, progress.epoch) = (Some(step), Some(epoch));
+                    progress.work_ms.extend(work_ms.map(|ms| ms as f32));
+                    Event::Step { rank, step }
+                }
+                Happening::Said(WorkerMessage::Section { name }) => {
+                    let left = self.sections.insert(rank, name.clone());
+                    let saved = left.is_some_and(|l| l == "checkpoint") && name != "checkpoint";
+                    let step = self.state.ranks[rank].step;
+                    let progress = self.progress_of(rank);
+                    progress.section = Some(name.clone());
+                    if saved {
+                        progress.checkpoint = progress.step.or(step);
+                    }
+                    Event::Section { rank, name }
+                }
+                Happening::Said(WorkerMessage::Failure(record)) => Event::Failing { rank, record },
+                Happening::Said(WorkerMessage::Metric { name, value }) => {
+                    self.metrics.insert(name, value);
+                    continue;
+                }
+                Happening::Said(WorkerMessage::Hello { .. }) => continue,
+            });
+        }
+        Ok(events)
+    }
+
+    fn progress_of(&mut self, local_rank: usize) -> &mut Progress {
+        self.progress.entry(local_rank).or_insert_with(|| Progress {
+            local_rank: local_rank as u32,
+            ..Progress::default()
+        })
+    }
+
+    /// What has changed since it was asked last.
+    pub fn news(&mut self) -> (Vec<Progress>, Vec<(String, f64)>) {
+        let progress = std::mem::take(&mut self.progress).into_values().collect();
+        (progress, std::mem::take(&mut self.metrics).into_iter().collect())
+    }
+
+    /// Takes in events and signals the workers as is decided; what is left is for others to do.
+    pub fn decide(&mut self, events: &[Event], now: Duration) -> Vec<Action> {
+        let actions = supervisor::decide(&mut self.state, events, now);
+        for action in &actions {
+            match action {
+                Action::Signal { rank, signal } => {
+                    if let Some(worker) = self.workers.get(*rank) {
+                        worker.signal(*signal);
+                    }
+                }
+                Action::Kill { rank } => {
+                    if let Some(worker) = self.workers.get(*rank) {
+                        worker.kill();
+                    }
+                }
+                Action::Failing { .. } | Action::GraceOver { .. } => {}
+            }
+        }
+        actions
+    }
+
+    /// Ranks that were never started, since the job was stopped meanwhile, count as stopped.
+    pub fn give_up_starting(&mut self, consoles: impl FnOnce() -> (Console, Console)) -> anyhow::Result<()> {
+        self.plans.truncate(self.workers.len());
+        self.state.ranks.truncate(self.workers.len());
+        let (out, err) = consoles();
+        self.logs = Some(Logs::start(std::mem::take(&mut self.sources), out, err)?);
+        Ok(())
+    }
+
+    /// The guard kills the workers unless this is called again within `time`.
+    pub fn lease(&mut self, time: Duration) {
+        self.guard.lease(time);
+    }
+
+    /// Ends what the workers started and left behind: SIGTERM, the grace, SIGKILL. Call again after
+    /// a few milliseconds until it says true.
+    pub fn end_descendants(&mut self, now: Duration, at_once: bool, notice: impl FnOnce(String)) -> bool {
+        let sessions = self.pids();
+        match self.descendants {
+            Descendants::Gone => return true,
+            Descendants::NotLooked => {
+                let left = process::session_members(&sessions);
+                let killed = self.state.ranks.iter().any(|rank| rank.sent.contains(&libc::SIGKILL));
+                if !left.is_empty() && !killed && !at_once {
+                    let grace = self.start.grace;
+                    let text = format!(
+                        "processes that the workers left behind: ending {}, grace {}",
+                        left.len(),
+                        tsm_job::config::duration::format(grace)
+                    );
+                    notice(text);
+                    for &pid in &left {
+                        process::signal_member(pid, &sessions, Signal::TERM);
+                    }
+                    self.descendants = Descendants::Asked(now + grace);
+                    return false;
+                }
+            }
+            Descendants::Asked(deadline) => {
+                let wait = now < deadline && !at_once;
+                if wait && !process::session_members(&sessions).is_empty() {
+                    return false;
+                }
+            }
+        }
+        process::kill_sessions(&sessions, 50);
+        self.descendants = Descendants::Gone;
+        self.stuck = self
+            .workers
+            .iter()
+            .zip(&self.state.ranks)
+            .filter(|(_, rank)| rank.end.is_none())
+            .map(|(worker, _)| worker.stuck_in())
+            .collect();
+        true
+    }
+
+    /// The reader of the output, to be waited for; see [`drain`].
+    pub fn take_logs(&mut self) -> Option<Logs> {
+        self.logs.take()
+    }
+
+    /// What became of the generation. Frees the process table and lets the guard go.
+    pub fn conclude(self, mut warnings: Vec<String>) -> NodeReport {
+        let place = |i: usize| {
+            let plan = &self.plans[i];
+            Place {
+                host: self.host.clone(),
+                device: plan.device.clone(),
+                pid: self.workers[i].pid.as_raw_nonzero().get(),
+                stderr_file: self.dir.log(&self.host, plan.rank, true),
+                error_file: error_file(self.dir.path(), &self.host, plan.rank),
+                stderr: self.tails[i].lines(),
+                stuck_in: self.state.ranks[i].end.is_none().then(|| self.workers[i].stuck_in()),
+            }
+        };
+        if !self.stuck.is_empty() {
+            warnings.push(format!("processes that SIGKILL did not end: {}", self.stuck.join(", ")));
+        }
+        let places: Vec<Place> = (0..self.workers.len()).map(place).collect();
+        self.workers.iter().for_each(Worker::reap);
+        self.guard.dismiss();
+        NodeReport {
+            ranks: self.state.ranks.into_iter().zip(places).collect(),
+            started_at: self.began_at,
+            oom_kills: oom_kills().saturating_sub(self.oom_before),
+            xids: Vec::new(),
+            warnings,
+        }
+    }
+}
+
+/// Reads the rest of the output; waits, so not for the thread of the event loop.
+pub fn drain(logs: Logs) -> Vec<String> {
+    let (mut warnings, drained) = logs.finish(DRAIN);
+    if !drained {
+        warnings.push("a process that left its session still holds a worker's output open; it was left alone".into());
+    }
+    warnings
+}
+
+/// How many processes the kernel's out-of-memory killer has ended since the machine started.
+fn oom_kills() -> u64 {
+    let text = fs_err::read_to_string("/proc/vmstat").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    line.and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+

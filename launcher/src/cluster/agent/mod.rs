@@ -1,0 +1,504 @@
+//! The agent of one node: does what the coordinator says, and tells what happens here.
+//!
+//! It owns all processes of the job on this node. Whatever becomes of the coordinator, none outlives the
+//! agent's lease: without an acknowledged beat for that long it kills its ranks and leaves.
+
+mod generation;
+
+use anyhow::Context;
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tsm_job::exit;
+
+use super::coordinator::FENCE;
+use super::key::Key;
+use super::link::{Link, Outbox};
+use super::message::{BEATS_PER_LEASE, Beat, FromAgent, Join, LEASE, NodeReport, ToAgent};
+use crate::addresses::{self, ProbeListener};
+use crate::console::Console;
+use crate::plan::Devices;
+use crate::port::Port;
+use crate::screen::Screen;
+use crate::signals::Signals;
+use crate::supervisor::{Action, Event, Phase};
+use generation::Generation;
+
+/// Bytes of output that may wait for the connection; more is left to the files.
+const OUTPUT: usize = 4 << 20;
+/// A coordinator that was told of a signal answers within this time, or the agent stops by itself.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// What an agent is made of.
+pub struct Setup {
+    /// From which all its times count.
+    pub start: Instant,
+    /// This executable.
+    pub shim: PathBuf,
+    pub host: String,
+    pub devices: Devices,
+    pub join: Join,
+    /// For the answers to probes; `None` where there is one node only.
+    pub key: Option<Key>,
+    /// The coordinator lives in the same process.
+    pub local: bool,
+    pub screen: Screen,
+}
+
+/// How an agent ended.
+#[derive(Debug, PartialEq)]
+pub struct Leave {
+    pub code: i32,
+    pub message: Option<String>,
+}
+
+/// What the loop waits for beside messages.
+enum Wake {
+    Message(Option<ToAgent>),
+    Workers(anyhow::Result<Vec<Event>>),
+    Signal(i32),
+    Reached(u32, Vec<(std::net::IpAddr, String)>),
+    Inspected(u32, String),
+    Drained(Vec<String>),
+    StartMore,
+    Time,
+}
+
+struct Agent {
+    setup: Setup,
+    link: Link,
+    generation: Option<Generation>,
+    /// Ports held for rank 0, and answers to probes, by generation.
+    reserved: Option<(Port, Option<ProbeListener>)>,
+    seq: u64,
+    /// Beats that are not answered yet: number and time.
+    unanswered: VecDeque<(u64, Duration)>,
+    rtt: Option<Duration>,
+    lease: Duration,
+    lease_until: Duration,
+    next_beat: Duration,
+    /// The coordinator is gone, or said so: leave when nothing runs any more.
+    leaving: Option<Leave>,
+    /// When to stop for a signal by itself.
+    unheard: Option<Duration>,
+    draining: Option<tokio::task::JoinHandle<Vec<String>>>,
+    reach: (UnboundedSender<Found>, UnboundedReceiver<Found>),
+    load: crate::machine::Load,
+}
+
+enum Found {
+    Reached(u32, Vec<(std::net::IpAddr, String)>),
+    Inspected(u32, String),
+}
+
+/// Runs an agent to its end. Call on the main thread, see [`crate::process::spawn`]; inside a `LocalSet`.
+///
+/// # Errors
+/// When signals cannot be handled.
+pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
+    // The coordinator in the same process hears them itself.
+    let mut signals = if setup.local { None } else { Some(Signals::catch()?) };
+    link.to.send(FromAgent::Join(Box::new(setup.join.clone())));
+    let now = setup.start.elapsed();
+    let mut agent = Agent {
+        link,
+        generation: None,
+        reserved: None,
+        seq: 0,
+        unanswered: VecDeque::new(),
+        rtt: None,
+        lease: LEASE,
+        // The first words of the coordinator may take their time; its socket tells whether it lives.
+        lease_until: now + 10 * LEASE,
+        next_beat: now,
+        leaving: None,
+        unheard: None,
+        draining: None,
+        reach: unbounded_channel(),
+        load: crate::machine::Load::new(),
+        setup,
+    };
+    loop {
+        if agent.generation.is_none()
+            && let Some(leave) = agent.leaving.take()
+        {
+            return Ok(leave);
+        }
+        let wake = agent.wait(signals.as_mut()).await;
+        agent.handle(wake);
+        agent.tick();
+    }
+}
+
+impl Agent {
+    fn now(&self) -> Duration {
+        self.setup.start.elapsed()
+    }
+
+    fn say(&self, message: FromAgent) {
+        self.link.to.send(message);
+    }
+
+    async fn wait(&mut self, signals: Option<&mut Signals>) -> Wake {
+        let deadline = self.deadline().map(|at| tokio::time::Instant::from_std(self.setup.start + at));
+        let starting = self.generation.as_ref().is_some_and(|g| !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running);
+        let connected = self.leaving.is_none();
+        let is_draining = self.draining.is_some();
+        let (generation, draining) = (&mut self.generation, &mut self.draining);
+        tokio::select! {
+            biased;
+            events = async {
+                match generation {
+                    Some(generation) if !is_draining => generation.next().await,
+                    _ => std::future::pending().await,
+                }
+            } => Wake::Workers(events),
+            message = self.link.from.recv(), if connected => Wake::Message(message),
+            signal = async {
+                match signals {
+                    Some(signals) => signals.next().await,
+                    None => std::future::pending().await,
+                }
+            } => Wake::Signal(signal),
+            Some(found) = self.reach.1.recv() => match found {
+                Found::Reached(generation, by) => Wake::Reached(generation, by),
+                Found::Inspected(generation, text) => Wake::Inspected(generation, text),
+            },
+            () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Wake::Time,
+            warnings = async {
+                match draining {
+                    Some(task) => task.await.unwrap_or_default(),
+                    None => std::future::pending().await,
+                }
+            } => Wake::Drained(warnings),
+            () = std::future::ready(()), if starting => Wake::StartMore,
+        }
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        let generation = self.generation.as_ref().filter(|_| self.draining.is_none());
+        let decided = generation.and_then(|g| match g.state.phase {
+            // Looks again for processes that were left behind.
+            Phase::Finished => Some(self.now() + Duration::from_millis(5)),
+            _ => g.state.deadline(),
+        });
+        let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease_until);
+        let beat = self.leaving.is_none().then_some(self.next_beat);
+        [decided, lease, beat, self.unheard].into_iter().flatten().min()
+    }
+
+    fn handle(&mut self, wake: Wake) {
+        match wake {
+            Wake::Message(Some(message)) => self.told(message),
+            Wake::Message(None) => self.cut_off("the connection to the coordinator is gone"),
+            Wake::Workers(Ok(events)) => self.decide(&events),
+            Wake::Workers(Err(e)) => self.cut_off(&format!("{e:#}")),
+            Wake::Signal(signal) => {
+                self.say(FromAgent::Signal { signal });
+                if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGHUP) {
+                    let now = self.now();
+                    self.unheard.get_or_insert(now + ANSWER);
+                }
+            }
+            Wake::Reached(generation, by) => self.say(FromAgent::Reached { generation, by }),
+            Wake::Inspected(generation, text) => self.say(FromAgent::Inspected { generation, text }),
+            Wake::Drained(warnings) => self.conclude(warnings),
+            Wake::StartMore => self.start_more(),
+            Wake::Time => {}
+        }
+    }
+
+    fn told(&mut self, message: ToAgent) {
+        let now = self.now();
+        let number = self.generation.as_ref().map(|g| g.start.generation);
+        match message {
+            ToAgent::Welcome { lease } => {
+                (self.lease, self.lease_until) = (lease, now + lease);
+                self.next_beat = now;
+            }
+            ToAgent::Ack { seq } => {
+                while let Some(&(number, sent)) = self.unanswered.front()
+                    && number <= seq
+                {
+                    self.unanswered.pop_front();
+                    if number == seq {
+                        self.rtt = Some(now.saturating_sub(sent));
+                        self.lease_until = self.lease_until.max(sent + self.lease);
+                    }
+                }
+                if !self.setup.local
+                    && let Some(generation) = &mut self.generation
+                {
+                    let left = self.lease_until.saturating_sub(now);
+                    generation.lease(left + FENCE / 2);
+                }
+            }
+            ToAgent::Reserve { generation } => match self.reserve(generation) {
+                Ok((master_port, probe_port)) => {
+                    self.say(FromAgent::Reserved { generation, master_port, probe_port })
+                }
+                Err(e) => self.cannot_start(generation, &e),
+            },
+            ToAgent::Probe { generation, addresses, port } => self.probe(generation, addresses, port),
+            ToAgent::Start(start) => {
+                let generation = start.generation;
+                if number.is_some() {
+                    let e = anyhow::anyhow!("the ranks of generation {} still run", number.unwrap_or(0));
+                    return self.cannot_start(generation, &e);
+                }
+                match Generation::prepare(&self.setup, *start, now) {
+                    Ok(mut generation) => {
+                        if !self.setup.local {
+                            generation.lease(self.lease_until.saturating_sub(now) + FENCE / 2);
+                        }
+                        self.generation = Some(generation);
+                        self.start_more();
+                    }
+                    Err(e) => self.cannot_start(generation, &e),
+                }
+            }
+            ToAgent::Stop { generation, signal, grace } if number == Some(generation) => {
+                self.unheard = None;
+                self.decide(&[Event::Stop { signal, grace }]);
+            }
+            ToAgent::Signal { generation, signal } if number == Some(generation) => self.decide(&[Event::Pass { signal }]),
+            ToAgent::Kill { generation } if number == Some(generation) => self.decide(&[Event::KillAll]),
+            ToAgent::Inspect { generation, local_ranks } if number == Some(generation) => self.inspect(generation, &local_ranks),
+            ToAgent::Exit { code, message } => {
+                self.decide(&[Event::KillAll]);
+                self.leaving = Some(Leave { code, message });
+            }
+            // Of a generation that is over.
+            ToAgent::Stop { .. } | ToAgent::Signal { .. } | ToAgent::Kill { .. } | ToAgent::Inspect { .. } => {}
+        }
+    }
+
+    fn reserve(&mut self, generation: u32) -> anyhow::Result<(u16, u16)> {
+        let port = Port::reserve(true)?;
+        let probes = match &self.setup.key {
+            Some(key) => {
+                let key = key.clone();
+                let prove = move |nonce| super::wire::prove(&key, nonce, u64::from(generation));
+                Some(ProbeListener::start(prove).context("cannot listen for the other nodes' probes")?)
+            }
+            None => None,
+        };
+        let numbers = (port.number, probes.as_ref().map_or(0, |p| p.port));
+        self.reserved = Some((port, probes));
+        Ok(numbers)
+    }
+
+    fn probe(&mut self, generation: u32, addresses: Vec<std::net::IpAddr>, port: u16) {
+        let (found, key) = (self.reach.0.clone(), self.setup.key.clone());
+        tokio::task::spawn_local(async move {
+            let check = |nonce: [u8; 16], answer: [u8; 32]| {
+                let of = u64::from(generation);
+                key.as_ref().is_some_and(|key| super::wire::is_proof(key, nonce, of, &answer))
+            };
+            let by = addresses::reach(&addresses, port, check, Duration::from_secs(3)).await;
+            let _ = found.send(Found::Reached(generation, by));
+        });
+    }
+
+    fn inspect(&mut self, generation: u32, local_ranks: &[u32]) {
+        let Some(current) = &self.generation else { return };
+        let (pids, first, host) = (current.pids(), current.start.first_rank, self.setup.host.clone());
+        let chosen: Vec<(u32, i32)> =
+            local_ranks.iter().filter_map(|&local| Some((first + local, *pids.get(local as usize)?))).collect();
+        let found = self.reach.0.clone();
+        // It runs debuggers, which take their time.
+        let look = move || {
+            let text = |(rank, pid): &(u32, i32)| {
+                format!("rank {rank} on {host}, pid {pid}\n{}", crate::hang::stacks::describe(*pid))
+            };
+            let text = chosen.iter().map(text).collect::<Vec<_>>().join("\n");
+            let _ = found.send(Found::Inspected(generation, text));
+        };
+        if std::thread::Builder::new().name("inspect".into()).spawn(look).is_err() {
+            let _ = self.reach.0.send(Found::Inspected(generation, "no thread for a look at the ranks".into()));
+        }
+    }
+
+    fn start_more(&mut self) {
+        let consoles = self.consoles();
+        let Some(generation) = &mut self.generation else { return };
+        let result = generation.start_some(|| consoles);
+        let (number, pids, done) = (generation.start.generation, generation.pids(), generation.is_started());
+        match result {
+            Ok(()) if done => {
+                let at = self.now();
+                self.say(FromAgent::Started { generation: number, pids, at });
+            }
+            Ok(()) => {}
+            Err(e) => {
+                // Its workers are killed; they go with it.
+                if let Some(generation) = self.generation.take() {
+                    crate::process::kill_sessions(&generation.pids(), 50);
+                    drop(generation.conclude(Vec::new()));
+                }
+                self.cannot_start(number, &e);
+            }
+        }
+    }
+
+    fn cannot_start(&self, generation: u32, e: &anyhow::Error) {
+        let code = match exit::code_of(e) {
+            1 => exit::PREFLIGHT,
+            code => code,
+        };
+        self.say(FromAgent::CannotStart { generation, code, message: format!("{e:#}") });
+    }
+
+    fn consoles(&self) -> (Console, Console) {
+        if self.setup.local {
+            let console = |stderr| Console::new(self.setup.screen.writer(stderr));
+            return (console(false), console(true));
+        }
+        let console = |stderr| {
+            Console::new(Ship { stderr, to: self.link.to.clone(), left_out: 0 })
+        };
+        (console(false), console(true))
+    }
+
+    fn decide(&mut self, events: &[Event]) {
+        let now = self.now();
+        let consoles = self.consoles();
+        let Some(generation) = &mut self.generation else { return };
+        let (number, first) = (generation.start.generation, generation.start.first_rank);
+        let actions = generation.decide(events, now);
+        if !generation.is_started() && generation.state.phase != Phase::Running && self.draining.is_none() {
+            let _ = generation.give_up_starting(|| consoles);
+            // Those that were to be waited for may never have been started.
+            generation.decide(&[], now);
+        }
+        for action in actions {
+            match action {
+                Action::Failing { rank, end } => {
+                    self.say(FromAgent::Failing { generation: number, local_rank: rank as u32, end, at: now })
+                }
+                Action::GraceOver { ranks } => {
+                    let ranks: Vec<String> = ranks.iter().map(|&r| (first + r as u32).to_string()).collect();
+                    let text = format!("the grace is over: killing rank {}", ranks.join(", "));
+                    self.say(FromAgent::Notice { text });
+                }
+                Action::Signal { .. } | Action::Kill { .. } => {}
+            }
+        }
+    }
+
+    /// What is due by the clock alone.
+    fn tick(&mut self) {
+        let now = self.now();
+        if !self.setup.local && self.leaving.is_none() && now >= self.lease_until {
+            let lease = tsm_job::config::duration::format(self.lease);
+            self.cut_off(&format!("no answer from the coordinator for {lease}"));
+        }
+        if self.unheard.is_some_and(|at| now >= at) {
+            self.unheard = None;
+            if self.generation.is_none() {
+                self.cut_off("stopped by a signal");
+            } else {
+                self.cut_off("stopped by a signal, and the coordinator does not answer");
+            }
+        }
+        if self.leaving.is_none() && now >= self.next_beat {
+            self.beat(now);
+        }
+        if let Some(generation) = &self.generation
+            && generation.state.deadline().is_some_and(|at| now >= at)
+        {
+            self.decide(&[Event::Deadline]);
+        }
+        self.finish(now);
+    }
+
+    fn beat(&mut self, now: Duration) {
+        self.seq += 1;
+        self.next_beat = now + self.lease / BEATS_PER_LEASE;
+        self.unanswered.push_back((self.seq, now));
+        let (load, mem_used_bytes) = self.load.read(now);
+        let (ranks, metrics) = self.generation.as_mut().map(Generation::news).unwrap_or_default();
+        let beat = Beat {
+            seq: self.seq,
+            generation: self.generation.as_ref().map_or(0, |g| g.start.generation),
+            at: now,
+            rtt: self.rtt,
+            ranks,
+            metrics,
+            load,
+            mem_used_bytes,
+        };
+        self.say(FromAgent::Beat(beat));
+    }
+
+    /// The coordinator can no longer say anything: nothing may run on.
+    fn cut_off(&mut self, why: &str) {
+        if self.leaving.is_none() {
+            self.leaving = Some(Leave { code: exit::PEER, message: Some(why.into()) });
+            self.decide(&[Event::KillAll]);
+        }
+    }
+
+    /// Brings a generation whose workers have all ended to its end.
+    fn finish(&mut self, now: Duration) {
+        let to = self.link.to.clone();
+        let at_once = self.leaving.is_some();
+        let Some(generation) = &mut self.generation else { return };
+        if generation.state.phase != Phase::Finished || self.draining.is_some() {
+            return;
+        }
+        if generation.end_descendants(now, at_once, |text| to.send(FromAgent::Notice { text }))
+            && let Some(logs) = generation.take_logs()
+        {
+            self.draining = Some(tokio::task::spawn_blocking(move || generation::drain(logs)));
+        }
+    }
+
+    fn conclude(&mut self, warnings: Vec<String>) {
+        self.draining = None;
+        // What ranks said last is for the status.
+        let now = self.now();
+        self.beat(now);
+        if let Some(generation) = self.generation.take() {
+            let number = generation.start.generation;
+            let report: NodeReport = generation.conclude(warnings);
+            self.reserved = None;
+            self.say(FromAgent::Clean { generation: number, report: Box::new(report) });
+        }
+    }
+}
+
+/// Sends lines to the coordinator's console. When they do not get through fast enough, some are left to
+/// the files, and their number is told.
+struct Ship {
+    stderr: bool,
+    to: Outbox,
+    left_out: usize,
+}
+
+impl std::io::Write for Ship {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let lines = bytes.iter().filter(|&&b| b == b'\n').count();
+        if self.to.waiting() + bytes.len() > OUTPUT {
+            self.left_out += lines;
+            return Ok(bytes.len());
+        }
+        let mut text = String::new();
+        if self.left_out > 0 {
+            text = format!("tsm-launch: {} lines are not shown, they are in the log files\n", self.left_out);
+            self.left_out = 0;
+        }
+        // A message stays well below the cap of a frame.
+        for part in bytes.chunks(256 << 10) {
+            text.push_str(&String::from_utf8_lossy(part));
+            let text = std::mem::take(&mut text);
+            self.to.send(FromAgent::Output { stderr: self.stderr, text });
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}

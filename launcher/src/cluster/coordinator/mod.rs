@@ -1,0 +1,440 @@
+//! What a job does next. Pure: no clock, no socket, no process.
+//!
+//! ```text
+//! Gather --enough nodes--> Form --addresses known--> Run --a rank or node failed, a signal--> Stop
+//!   ^                                                 \--all ended well--> Leave --> Finished
+//!   \--start again (after a pause: Pause)-- what became of it <-- all nodes clean, or lost and fenced
+//! ```
+//!
+//! A **generation** is one start of all ranks. The next one starts only when every node of the last has
+//! said that it is clean, or is lost and its lease has run out: its agent, or the guard beside it, has then
+//! killed its ranks. So no two generations ever run at once.
+
+mod ending;
+mod member;
+mod phases;
+mod view;
+
+pub use ending::{Ending, Failed};
+pub use member::{Clock, Node};
+
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::message::{FromAgent, NodeReport, ToAgent};
+use super::policy;
+use super::topology::{Member, NodeId};
+use crate::hang::progress::{Limits, Tracker};
+use crate::status::Restart;
+
+/// An agent that reserves a port and probes has done so within this time.
+const FORM: Duration = Duration::from_secs(10);
+/// Agents that were told to leave are gone within this time.
+const LEAVE: Duration = Duration::from_secs(3);
+/// After its lease a lost node's ranks are gone: its agent kills them, or the guard does a little later.
+pub const FENCE: Duration = Duration::from_millis(500);
+/// Time beyond two graces in which an agent must report: the kernel ends processes in 5 s, or they are named.
+const REPORT: Duration = Duration::from_secs(15);
+/// Between two looks for hangs and stragglers.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long ranks may take to tell what they hang in.
+const INSPECT: Duration = Duration::from_secs(20);
+
+/// What is decided before the job starts.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub min_nodes: u32,
+    pub max_nodes: u32,
+    /// How long to wait for nodes.
+    pub join: Duration,
+    /// How long to wait for more nodes once there are `min_nodes`.
+    pub last_call: Duration,
+    pub lease: Duration,
+    /// Nodes may join that nobody here has started.
+    pub open: bool,
+    pub job: Job,
+    pub policy: policy::Options,
+    pub hang: Limits,
+    /// A scheduler ends the job at this time: save before it.
+    pub save_at: Option<Duration>,
+}
+
+/// What every rank of the job has in common.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub run_id: String,
+    pub run_dir: PathBuf,
+    pub config: Option<(String, String)>,
+    /// Digest of all that must be equal on every node's command line.
+    pub digest: String,
+    pub command: Vec<OsString>,
+    pub directory: PathBuf,
+    pub base_env: Option<Vec<(OsString, OsString)>>,
+    pub env: Vec<(String, String)>,
+    pub resume_from: Option<PathBuf>,
+    pub grace: Duration,
+    pub show: Option<Vec<u32>>,
+    pub affinity: bool,
+    /// The workers save and end with code 75 on SIGUSR2, and find their own checkpoints.
+    pub saves: bool,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// From an agent whose connection is authenticated. `local`: it lives in this process.
+    Said {
+        node: NodeId,
+        local: bool,
+        message: FromAgent,
+    },
+    /// The connection is gone.
+    Lost { node: NodeId, how: String },
+    /// To the coordinator itself.
+    Signal(i32),
+    /// [`State::deadline`] has come.
+    Deadline,
+}
+
+/// Something to do.
+#[derive(Clone, Debug)]
+pub enum Action {
+    Send {
+        node: NodeId,
+        message: ToAgent,
+    },
+    /// Close the connection.
+    Drop { node: NodeId },
+    /// Tell the user.
+    Notice(String),
+    /// A line for events.jsonl.
+    Record { kind: &'static str, fields: Value },
+    /// Lines of ranks to show.
+    Show { stderr: bool, text: String },
+    /// A generation was started on these nodes.
+    Started(Box<Launched>),
+    /// A generation is over.
+    Ended(Box<Ending>),
+}
+
+/// A generation that starts.
+#[derive(Clone, Debug)]
+pub struct Launched {
+    pub generation: u32,
+    pub world_size: u32,
+    pub members: Vec<(Member, Node)>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Phase {
+    /// Waiting for nodes.
+    Gather {
+        deadline: Duration,
+        last_call: Option<Duration>,
+    },
+    /// Waiting for a port, and for the addresses that everybody reaches.
+    Form {
+        deadline: Duration,
+        ports: Option<(u16, u16)>,
+    },
+    Run,
+    Stop {
+        deadline: Duration,
+    },
+    /// Between two starts.
+    Pause {
+        until: Duration,
+    },
+    /// Everybody was told to leave.
+    Leave {
+        code: i32,
+        deadline: Duration,
+    },
+    Finished {
+        code: i32,
+    },
+}
+
+/// Why a generation is being stopped before its end.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Cause {
+    /// A rank failed.
+    Failure,
+    /// The connection to a node is gone.
+    NodeLost,
+    /// Somebody asked for it.
+    Signal(i32),
+    /// The scheduler wants the nodes back: save and end.
+    Preempt,
+    /// Ranks that no longer step.
+    Hang { late: Vec<u32>, text: String },
+    /// A node has joined that the job waits for.
+    Grow,
+}
+
+/// A node of this generation whose connection is gone.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LostNode {
+    pub member: Member,
+    pub host: String,
+    pub how: String,
+    pub at: Duration,
+    pub devices: Vec<String>,
+}
+
+/// Everything the coordinator knows.
+#[derive(Clone, Debug)]
+pub struct State {
+    pub settings: Settings,
+    pub phase: Phase,
+    /// Those that have joined, and are connected.
+    nodes: BTreeMap<NodeId, Node>,
+    /// Nodes of the current generation, in order of node rank.
+    pub members: Vec<Member>,
+    /// Node ids by node rank of the last generation.
+    places: Vec<NodeId>,
+    /// Number of the current start, or of the next one.
+    pub generation: u32,
+    pub started_at: Duration,
+    cause: Option<Cause>,
+    /// Before the next start.
+    pause: Duration,
+    reports: BTreeMap<NodeId, NodeReport>,
+    lost: Vec<LostNode>,
+    /// Until when the ranks of lost nodes may still run.
+    fence: Duration,
+    /// What each node reached of the first node, by (first, other).
+    reach: BTreeMap<(NodeId, NodeId), Vec<(IpAddr, String)>>,
+    history: policy::History,
+    /// Hosts that get no ranks any more, and why.
+    left_out: BTreeMap<String, String>,
+    pub restarts: Vec<Restart>,
+    progress: BTreeMap<u32, view::Rank>,
+    metrics: BTreeMap<String, f64>,
+    /// Nothing is started after this generation.
+    last: bool,
+    /// Exit code for workers that could not be started.
+    refusal: Option<i32>,
+    /// Rank 0's step at its last checkpoint in this generation.
+    checkpoint_step: Option<u64>,
+    /// First and last step of this generation.
+    steps: Option<(u64, u64)>,
+    /// Answers about what hanging ranks do, and how many are still to come.
+    inspection: Option<Inspection>,
+    /// Progress of the ranks of this generation.
+    watch: Tracker,
+    next_look: Duration,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Inspection {
+    late: Vec<u32>,
+    texts: Vec<String>,
+    waiting: Vec<NodeId>,
+    deadline: Duration,
+}
+
+impl State {
+    pub fn new(settings: Settings, now: Duration) -> State {
+        let deadline = now + settings.join;
+        State {
+            history: policy::History::new(settings.policy.clone()),
+            watch: Tracker::new(0, settings.hang.clone(), now),
+            next_look: Duration::ZERO,
+            settings,
+            phase: Phase::Gather {
+                deadline,
+                last_call: None,
+            },
+            nodes: BTreeMap::new(),
+            members: Vec::new(),
+            places: Vec::new(),
+            generation: 0,
+            started_at: now,
+            cause: None,
+            pause: Duration::ZERO,
+            reports: BTreeMap::new(),
+            lost: Vec::new(),
+            fence: Duration::ZERO,
+            reach: BTreeMap::new(),
+            left_out: BTreeMap::new(),
+            restarts: Vec::new(),
+            progress: BTreeMap::new(),
+            metrics: BTreeMap::new(),
+            last: false,
+            refusal: None,
+            checkpoint_step: None,
+            steps: None,
+            inspection: None,
+        }
+    }
+
+    pub fn finished(&self) -> Option<i32> {
+        match self.phase {
+            Phase::Finished { code } => Some(code),
+            _ => None,
+        }
+    }
+
+    pub fn world_size(&self) -> u32 {
+        self.members.last().map_or(0, |m| m.ranks.end)
+    }
+
+    /// When to call [`decide`] with [`Event::Deadline`].
+    pub fn deadline(&self) -> Option<Duration> {
+        let phase = match self.phase {
+            Phase::Gather {
+                deadline,
+                last_call,
+            } => {
+                let ready = last_call.map(|call| call.max(self.fence));
+                Some(ready.unwrap_or(deadline).min(deadline.max(self.fence)))
+            }
+            Phase::Form { deadline, .. }
+            | Phase::Stop { deadline }
+            | Phase::Leave { deadline, .. } => Some(deadline),
+            Phase::Pause { until } => Some(until),
+            Phase::Run => {
+                let look = Some(self.next_look);
+                let inspection = self.inspection.as_ref().map(|i| i.deadline);
+                let save = self.settings.save_at;
+                [look, inspection, save].into_iter().flatten().min()
+            }
+            Phase::Finished { .. } => None,
+        };
+        let leases = self.nodes.values().filter(|n| !n.local);
+        let lease = leases.map(|n| n.heard + self.settings.lease).min();
+        phase.into_iter().chain(lease).min()
+    }
+}
+
+/// Takes in one event and says what to do about it. `now` counts from the start of the launcher and never goes back.
+pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
+    let mut actions = Vec::new();
+    if state.finished().is_some() {
+        return actions;
+    }
+    match event {
+        Event::Said {
+            node,
+            local,
+            message,
+        } => state.said(node, local, message, now, &mut actions),
+        Event::Lost { node, how } => state.lost_connection(node, &how, now, &mut actions),
+        Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
+        Event::Deadline => state.expired(now, &mut actions),
+    }
+    state.advance(now, &mut actions);
+    actions
+}
+
+impl State {
+    fn said(
+        &mut self,
+        id: NodeId,
+        local: bool,
+        message: FromAgent,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.heard = now;
+        }
+        match message {
+            FromAgent::Join(join) if !self.nodes.contains_key(&id) => {
+                self.join(id, local, *join, now, actions)
+            }
+            FromAgent::Unfit {
+                host,
+                code,
+                message,
+            } => self.unfit(id, &host, code, &message, now, actions),
+            // Nobody else may speak before it has joined.
+            _ if !self.nodes.contains_key(&id) => actions.push(Action::Drop { node: id }),
+            FromAgent::Beat(beat) => {
+                actions.push(send(id, ToAgent::Ack { seq: beat.seq }));
+                self.beat(id, beat, now, actions);
+            }
+            FromAgent::Signal { signal } => {
+                let host = self.nodes[&id].join.host.clone();
+                self.signal(signal, &format!(" on {host}"), now, actions);
+            }
+            FromAgent::Notice { text } => actions.push(Action::Notice(text)),
+            FromAgent::Output { stderr, text } => actions.push(Action::Show { stderr, text }),
+            FromAgent::Reserved {
+                generation,
+                master_port,
+                probe_port,
+            } if self.current(generation) => {
+                self.reserved(id, master_port, probe_port, actions);
+            }
+            FromAgent::Reached { generation, by } if self.current(generation) => {
+                self.reached(id, by)
+            }
+            FromAgent::Started {
+                generation,
+                pids,
+                at,
+            } if self.current(generation) => {
+                self.started(id, &pids, at, actions);
+            }
+            FromAgent::CannotStart {
+                generation,
+                code,
+                message,
+            } if self.current(generation) => {
+                self.cannot_start(id, code, &message, now, actions);
+            }
+            FromAgent::Failing {
+                generation,
+                local_rank,
+                end,
+                at: _,
+            } if self.current(generation) => {
+                self.failing(id, local_rank, end, now, actions);
+            }
+            FromAgent::Inspected { generation, text } if self.current(generation) => {
+                self.inspected(id, text)
+            }
+            FromAgent::Clean { generation, report } if self.current(generation) => {
+                self.clean(id, *report, now, actions);
+            }
+            // Of an older generation, or a second greeting.
+            _ => {}
+        }
+    }
+
+    /// Whether a message belongs to the generation that runs.
+    fn current(&self, generation: u32) -> bool {
+        generation == self.generation
+            && matches!(
+                self.phase,
+                Phase::Form { .. } | Phase::Run | Phase::Stop { .. }
+            )
+    }
+
+    fn member(&self, id: NodeId) -> Option<&Member> {
+        self.members.iter().find(|m| m.id == id)
+    }
+}
+
+fn send(node: NodeId, message: ToAgent) -> Action {
+    Action::Send { node, message }
+}
+
+fn record(kind: &'static str, fields: Value) -> Action {
+    Action::Record { kind, fields }
+}
+
+/// `1 node`, `2 nodes`; see [`crate::supervisor::count`].
+fn nodes(number: usize) -> String {
+    crate::supervisor::count(number, "node")
+}
+
+#[cfg(test)]
+mod tests;
+

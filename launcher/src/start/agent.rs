@@ -1,0 +1,209 @@
+//! An agent that another process coordinates: dialled by hand, or held by ssh or srun.
+
+use clap::{ArgGroup, Parser};
+use std::os::unix::net::UnixStream as StdStream;
+use std::time::{Duration, Instant};
+use tsm_job::config::duration;
+use tsm_job::exit::{self, Coded};
+
+use super::children::HERE;
+use crate::addresses;
+use crate::cli::Gpus;
+use crate::cluster::agent::{self, Leave, Setup};
+use crate::cluster::key::Key;
+use crate::cluster::link::Link;
+use crate::cluster::message::{Facts, FromAgent, Join};
+use crate::cluster::wire::{self, Connection};
+use crate::plan::{self, Devices};
+use crate::screen::Screen;
+use crate::{gpus, manifest};
+
+/// First argument of an agent that was started by the coordinator: `__agent`.
+pub const AGENT: &str = "__agent";
+
+/// How long the coordinator may take to prove itself over ssh.
+const PROOF: Duration = Duration::from_secs(30);
+
+/// The command line of [`AGENT`]. The key comes as the first line of stdin.
+#[derive(Parser, Debug)]
+#[command(name = "tsm-launch __agent", group(ArgGroup::new("way").args(["stdio", "connect"]).required(true)), group(ArgGroup::new("device").args(["gpus", "cpus"])))]
+pub struct Args {
+    /// The connection is stdin and stdout.
+    #[arg(long)]
+    pub stdio: bool,
+    /// Dial these, until one answers.
+    #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
+    pub connect: Vec<String>,
+    #[arg(long)]
+    pub gpus: Option<Gpus>,
+    #[arg(long)]
+    pub cpus: Option<u32>,
+    /// Place of this node among all.
+    #[arg(long)]
+    pub order: Option<u32>,
+    /// The variable that holds it.
+    #[arg(long, conflicts_with = "order")]
+    pub order_from: Option<String>,
+    /// What this node is called, instead of its host name.
+    #[arg(long)]
+    pub host: Option<String>,
+    #[arg(long, value_parser = duration::parse, default_value = "60s")]
+    pub join_timeout: Duration,
+}
+
+/// What every agent is made of.
+pub struct Parts {
+    pub start: Instant,
+    pub host: String,
+    pub devices: Devices,
+    pub order: Option<u32>,
+    /// Digest of the job on its own command line.
+    pub job: Option<String>,
+    pub key: Option<Key>,
+    pub local: bool,
+    pub screen: Screen,
+}
+
+impl Parts {
+    /// # Errors
+    /// When this program cannot be found.
+    pub fn setup(self) -> anyhow::Result<Setup> {
+        let names = (0..self.devices.len()).map(|i| self.devices.name(i)).collect();
+        let gpus = match &self.devices {
+            Devices::Gpus(gpus) => gpus.clone(),
+            Devices::Cpu(_) => Vec::new(),
+        };
+        let alone = self.local && self.key.is_none();
+        let join = Join {
+            version: env!("CARGO_PKG_VERSION").into(),
+            host: self.host.clone(),
+            order: self.order,
+            pid: std::process::id() as i32,
+            devices: names,
+            gpus,
+            addresses: if alone { Vec::new() } else { addresses::list() },
+            job: self.job,
+            facts: Facts::default(),
+        };
+        Ok(Setup {
+            start: self.start,
+            shim: std::env::current_exe()?,
+            host: self.host,
+            devices: self.devices,
+            join,
+            key: self.key,
+            local: self.local,
+            screen: self.screen,
+        })
+    }
+}
+
+/// Runs the agent of `args`; the exit code.
+///
+/// # Errors
+/// When the coordinator cannot be reached, or does not have the key.
+pub fn main(args: &Args, start: Instant) -> anyhow::Result<i32> {
+    let key = Key::read_fd(0)?;
+    let host = args.host.clone().unwrap_or_else(manifest::host);
+    let order = match &args.order_from {
+        Some(name) => std::env::var(name).ok().and_then(|text| text.parse().ok()),
+        None => args.order,
+    };
+    // What keeps this node from taking part is said to the coordinator, whose words the user reads.
+    let devices = plan::devices(args.gpus.as_ref(), args.cpus, None, gpus::visible);
+    super::run_here(async {
+        let connection = if args.stdio { over_stdio(&key).await? } else { dial_any(args, &key).await? };
+        let link = Link::over(connection);
+        let devices = match devices {
+            Ok(devices) => devices,
+            Err(e) => {
+                return Ok(unfit(link, host, &e).await);
+            }
+        };
+        let (screen, shown) = Screen::start()?;
+        let parts = Parts { start, host, devices, order, job: None, key: Some(key), local: false, screen };
+        let leave = agent::run(parts.setup()?, link).await?;
+        shown.finish();
+        Ok(finish(leave))
+    })
+}
+
+/// Tells the coordinator why this node cannot take part, and waits for its leave.
+async fn unfit(mut link: Link, host: String, e: &Coded) -> i32 {
+    link.to.send(FromAgent::Unfit { host, code: e.code, message: e.message.clone() });
+    let told = tokio::time::timeout(Duration::from_secs(5), link.from.recv()).await;
+    drop(told);
+    e.code
+}
+
+/// Says why, where there is something to say; the exit code.
+pub fn finish(leave: Leave) -> i32 {
+    if let Some(message) = leave.message {
+        eprintln!("error: {message}");
+    }
+    leave.code
+}
+
+async fn dial_any(args: &Args, key: &Key) -> anyhow::Result<Connection> {
+    let until = Instant::now() + args.join_timeout;
+    let mut last = None;
+    while last.is_none() || Instant::now() < until {
+        for point in &args.connect {
+            let Some((host, port)) = point.rsplit_once(':').and_then(|(h, p)| Some((h, p.parse().ok()?))) else {
+                let text = format!("--connect is {point:?}\n  hint: write HOST:PORT");
+                return Err(Coded::new(exit::USAGE, text).into());
+            };
+            let host = host.trim_start_matches('[').trim_end_matches(']');
+            match super::by_hand::dial(host, port, key, Duration::from_secs(2)).await {
+                Ok(connection) => return Ok(connection),
+                Err(e) => last = Some(e),
+            }
+        }
+    }
+    Err(last.unwrap_or_else(|| anyhow::anyhow!("nobody to dial")))
+}
+
+/// Takes over stdin and stdout. Threads copy them, since a read of stdin that waits cannot be given up.
+async fn over_stdio(key: &Key) -> anyhow::Result<Connection> {
+    use std::io::Write;
+    let (ours, theirs) = StdStream::pair()?;
+    {
+        let mut out = std::io::stdout().lock();
+        out.write_all(HERE)?;
+        out.flush()?;
+    }
+    let (mut to_us, mut from_us) = (theirs.try_clone()?, theirs);
+    std::thread::Builder::new().name("stdin".into()).spawn(move || {
+        let _ = copy_fd(rustix::stdio::stdin(), &mut to_us);
+        let _ = to_us.shutdown(std::net::Shutdown::Write);
+    })?;
+    std::thread::Builder::new().name("stdout".into()).spawn(move || {
+        let mut out = std::io::stdout().lock();
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(n) = std::io::Read::read(&mut from_us, &mut buffer)
+            && n > 0
+        {
+            if out.write_all(&buffer[..n]).and_then(|()| out.flush()).is_err() {
+                break;
+            }
+        }
+    })?;
+    ours.set_nonblocking(true)?;
+    let stream = tokio::net::UnixStream::from_std(ours)?;
+    let connection = wire::connect(stream, "the coordinator", key, PROOF).await;
+    connection.map_err(|refusal| Coded::from(refusal).into())
+}
+
+/// Past std's buffer, which may hold nothing: the key was read byte by byte.
+fn copy_fd(from: impl std::os::fd::AsFd, to: &mut StdStream) -> std::io::Result<()> {
+    use std::io::Write;
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match rustix::io::read(&from, &mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => to.write_all(&buffer[..n])?,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}

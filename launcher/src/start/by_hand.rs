@@ -1,0 +1,108 @@
+//! The same command on every node: whoever can listen at the meeting point coordinates.
+
+use anyhow::bail;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tsm_job::exit::{self, Coded};
+
+use crate::addresses;
+use crate::cluster::key::Key;
+use crate::cluster::wire::{self, Connection, Why};
+
+/// Between two tries to reach the coordinator.
+const AGAIN: Duration = Duration::from_millis(200);
+/// One try.
+const TRY: Duration = Duration::from_secs(5);
+
+/// What this node is.
+pub enum Part {
+    Coordinator(TcpListener),
+    Agent,
+}
+
+/// `HOST:PORT`, with brackets around an IPv6 address.
+///
+/// # Errors
+/// [`exit::USAGE`] when it is not that, [`exit::PREFLIGHT`] when the name leads nowhere.
+pub fn resolve(point: &str) -> anyhow::Result<(String, u16, Vec<SocketAddr>)> {
+    let Some((host, port)) = point.rsplit_once(':').and_then(|(h, p)| Some((h, p.parse::<u16>().ok()?))) else {
+        let text = format!("--rendezvous is {point:?}\n  hint: write HOST:PORT, such as gpu-01:29400");
+        bail!(Coded::new(exit::USAGE, text));
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    if port == 0 {
+        bail!(Coded::new(exit::USAGE, "--rendezvous needs a port of its own, all nodes have to know it"));
+    }
+    match (host, port).to_socket_addrs() {
+        Ok(found) => Ok((host.into(), port, found.collect())),
+        Err(e) => {
+            let text = format!("--rendezvous: {host} cannot be found: {e}\n  hint: give the address of the first node");
+            bail!(Coded::new(exit::PREFLIGHT, text))
+        }
+    }
+}
+
+/// Listens at the meeting point if it is here and nobody else does. Call inside the tokio runtime.
+///
+/// # Errors
+/// When the address is this node's, but cannot be used for another reason than that it is taken.
+pub fn part(at: &[SocketAddr]) -> anyhow::Result<Part> {
+    let own: Vec<IpAddr> = addresses::list().into_iter().map(|(ip, _)| ip).collect();
+    for address in at.iter().filter(|a| a.ip().is_loopback() || own.contains(&a.ip())) {
+        match wire::listen(*address) {
+            Ok(listener) => return Ok(Part::Coordinator(listener)),
+            // Another agent of this machine was first; the key tells whether it is one.
+            Err(_) if std::net::TcpStream::connect_timeout(address, TRY).is_ok() => return Ok(Part::Agent),
+            Err(e) => bail!(e),
+        }
+    }
+    Ok(Part::Agent)
+}
+
+/// Dials until the coordinator answers.
+///
+/// # Errors
+/// When it cannot be reached within `wait`, or at once when it refuses.
+pub async fn dial(host: &str, port: u16, key: &Key, wait: Duration) -> anyhow::Result<Connection> {
+    let until = tokio::time::Instant::now() + wait;
+    loop {
+        match wire::dial(host, port, key, None, TRY).await {
+            Ok(connection) => return Ok(connection),
+            Err(refusal) => {
+                let passes = matches!(refusal.why, Why::Unreachable(_) | Why::TooSlow(_) | Why::Closed | Why::Io(_));
+                if !passes || tokio::time::Instant::now() + AGAIN >= until {
+                    let coded: Coded = refusal.into();
+                    bail!(Coded::new(coded.code, format!("cannot join the job: {}", coded.message)));
+                }
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_meeting_point_is_a_host_and_a_port() {
+        assert_eq!(resolve("127.0.0.1:29400").unwrap().2, ["127.0.0.1:29400".parse().unwrap()]);
+        assert_eq!(resolve("[::1]:1").unwrap().0, "::1");
+        for bad in ["gpu-01", "gpu-01:", ":x", "127.0.0.1:0", "127.0.0.1:99999"] {
+            assert_eq!(exit::code_of(&resolve(bad).err().unwrap()), exit::USAGE, "{bad}");
+        }
+        let none = resolve("no-such-host.invalid:1").err().unwrap();
+        assert_eq!(exit::code_of(&none), exit::PREFLIGHT);
+    }
+
+    #[tokio::test]
+    async fn the_first_listens_and_the_second_does_not() {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let first = part(&[port]).unwrap();
+        assert!(matches!(first, Part::Coordinator(_)));
+        assert!(matches!(part(&[port]).unwrap(), Part::Agent));
+        // TEST-NET-1 is nobody's.
+        assert!(matches!(part(&["192.0.2.1:1".parse().unwrap()]).unwrap(), Part::Agent));
+    }
+}
