@@ -49,7 +49,7 @@ const LOST_PEER: [&str; 8] = [
 ];
 
 /// Whether `text` is what a collective library prints when a peer has gone.
-fn speaks_of_lost_peer(text: &str) -> bool {
+pub fn speaks_of_lost_peer(text: &str) -> bool {
     LOST_PEER.iter().any(|phrase| text.contains(phrase))
 }
 

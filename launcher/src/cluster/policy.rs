@@ -1,1 +1,373 @@
-//! Whether a job that failed is started again. Pure.
+//! Whether a job that failed is started again, when, and without which hosts. Pure: the same history gives the same
+//! answer.
+//!
+//! What people complain about in other launchers, and the rule that answers it, in the order the rules apply:
+//!
+//! - Nobody asked for restarts, yet a job runs twice: without `--max-restarts` nothing is started again.
+//! - A wrong config, a missing file or a model too large for the GPU is started until the budget is gone
+//!   (dlrover#1068): what fails again until somebody changes something ends the job at once, with the rank's own code.
+//! - A deterministic bug is restarted for ever, at the price of an allocation: the same failure at the same step twice
+//!   ends the job with code 93, which tells a scheduler not to requeue it.
+//! - Restart storms that never come to a step: [`MAX_FRUITLESS`] starts without a step end the job with code 93.
+//! - A program that fails by itself before its first step is wrong, not unlucky: it is started again only when it had
+//!   made progress.
+//! - Long jobs use up their restarts (a fixed `--max-restarts` counts failures of a whole month): every new checkpoint
+//!   refills the budget, there is no total. A job that comes to no checkpoint ends after `--max-restarts`.
+//! - Restarts at once make a broken file server or network worse; waiting costs GPU hours when nothing is wrong: there
+//!   is a backoff only while no progress is made.
+//! - The broken node is given ranks again: a host whose GPU failed is left out; one that was in the way
+//!   [`MAX_INCIDENTS_OF_A_HOST`] times is, if the others suffice. A permanent blacklist starves a job
+//!   (horovod#3319): a lost node may come back after [`COOLDOWN`], and who is left out is said with the reason.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::time::Duration;
+use tsm_job::exit;
+
+use crate::class::{Again, Class};
+
+/// Starts in a row that made no progress, after which there is no other.
+pub const MAX_FRUITLESS: usize = 3;
+/// Incidents of one host among the last [`RECENT`] after which it is left out if possible.
+pub const MAX_INCIDENTS_OF_A_HOST: usize = 2;
+/// How many of the last incidents are held against a host.
+pub const RECENT: usize = 10;
+/// How long a lost node is not given ranks when it comes back.
+pub const COOLDOWN: Duration = Duration::from_secs(60);
+/// Of a program that reports no steps, only time can tell: after so long it has made progress.
+pub const PROGRESS_WITHOUT_STEPS: Duration = Duration::from_secs(10 * 60);
+
+/// What the user allows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// Restarts without a new checkpoint between them.
+    pub max_restarts: u32,
+    pub first_backoff: Duration,
+    pub longest_backoff: Duration,
+    /// Of the jitter: different for each job, so that jobs that failed together do not come back together.
+    pub seed: u64,
+    /// The step that the first start continued from.
+    pub resumed_at: Option<u64>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            max_restarts: 0,
+            first_backoff: Duration::from_secs(1),
+            longest_backoff: Duration::from_secs(60),
+            seed: 0,
+            resumed_at: None,
+        }
+    }
+}
+
+/// The end of one start of the ranks. The n-th of a job's history ended its n-th start.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Incident {
+    /// When, since the launcher started.
+    pub at: Duration,
+    /// How long its start had lasted.
+    pub ran: Duration,
+    pub class: Class,
+    pub again: Again,
+    /// See [`crate::class::signature`].
+    pub signature: String,
+    /// The host to blame.
+    pub host: Option<String>,
+    /// The rank to blame.
+    pub rank: Option<u32>,
+    /// Last finished step of the job.
+    pub step: Option<u64>,
+    /// Step of the newest complete checkpoint, from which the next start continues.
+    pub checkpoint_step: Option<u64>,
+}
+
+impl fmt::Display for Incident {
+    /// `rank 3 on gpu-01 at step 66: killed from outside: signal 9 (SIGKILL)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.rank, &self.host) {
+            (Some(rank), Some(host)) => write!(f, "rank {rank} on {host}")?,
+            (Some(rank), None) => write!(f, "rank {rank}")?,
+            (None, Some(host)) => write!(f, "node {host}")?,
+            (None, None) => write!(f, "the job")?,
+        }
+        if let Some(step) = self.step {
+            write!(f, " at step {step}")?;
+        }
+        write!(f, ": {}", self.signature)
+    }
+}
+
+/// The answer to an incident.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Verdict {
+    Restart {
+        after: Duration,
+        /// All hosts to leave out from now on, also for earlier incidents.
+        leave_out: Vec<LeftOut>,
+        why: String,
+    },
+    Stop {
+        code: StopCode,
+        why: String,
+    },
+}
+
+/// A host that is not given ranks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LeftOut {
+    pub host: String,
+    /// It cannot run the job. Otherwise it is used all the same where the others do not suffice.
+    pub must: bool,
+    /// Since the launcher started; `None`: to the end of the job.
+    pub until: Option<Duration>,
+    pub why: String,
+}
+
+/// With what code a job ends that is not started again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopCode {
+    KeepOwn,
+    /// [`exit::DO_NOT_REQUEUE`].
+    DoNotRequeue,
+}
+
+impl StopCode {
+    /// The launcher's exit code; `own` is that of the rank that failed first.
+    pub fn exit_code(self, own: i32) -> i32 {
+        match self {
+            StopCode::KeepOwn => own,
+            StopCode::DoNotRequeue => exit::DO_NOT_REQUEUE,
+        }
+    }
+}
+
+/// What to do about `incident`, which came after all of `earlier`, each of which was answered by a restart.
+pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> Verdict {
+    let history: Vec<&Incident> = earlier.iter().chain([incident]).collect();
+    let starts = Starts { options, history };
+    let last = starts.history.len() - 1;
+    let progress = starts.made_progress(last);
+    let fruitless = starts.fruitless();
+    let keep = |why: String| Verdict::Stop {
+        code: StopCode::KeepOwn,
+        why,
+    };
+    let give_up = |why: String| Verdict::Stop {
+        code: StopCode::DoNotRequeue,
+        why,
+    };
+    if options.max_restarts == 0 {
+        return keep("no restart is allowed (--max-restarts 0)".into());
+    }
+    if incident.again == Again::Fails {
+        return keep(format!(
+            "{}: starting again fails again until this is changed",
+            incident.class
+        ));
+    }
+    if starts.seen_before() {
+        return give_up(match incident.step {
+            Some(step) => format!(
+                "the same failure at step {step} twice: {}",
+                incident.signature
+            ),
+            None => format!(
+                "the same failure before the first step twice: {}",
+                incident.signature
+            ),
+        });
+    }
+    if fruitless >= MAX_FRUITLESS {
+        return give_up(format!("{fruitless} starts in a row made no progress"));
+    }
+    if incident.class == Class::Program && !progress {
+        return keep(
+            "the program failed by itself and had made no progress since its start".into(),
+        );
+    }
+    let left = starts.restarts_left();
+    if left == 0 {
+        return keep(format!(
+            "all {} restarts since the last new checkpoint are used (--max-restarts)",
+            options.max_restarts
+        ));
+    }
+    let after = match fruitless {
+        0 => Duration::ZERO,
+        n => backoff(options, n as u32 - 1),
+    };
+    let why = match fruitless {
+        0 => format!(
+            "{}, and progress was made since the last start",
+            incident.class
+        ),
+        _ => format!(
+            "{}, without progress: a pause of {:.1} s",
+            incident.class,
+            after.as_secs_f64()
+        ),
+    };
+    Verdict::Restart {
+        after,
+        leave_out: starts.left_out(),
+        why: format!("{why}; restarts left: {}", left - 1),
+    }
+}
+
+/// The pause before the next start when `attempt` starts before it made no progress: doubles up to the longest, plus up
+/// to a quarter that depends on the seed.
+pub fn backoff(options: &Options, attempt: u32) -> Duration {
+    let pause = options
+        .first_backoff
+        .saturating_mul(2u32.saturating_pow(attempt));
+    let jitter = pause
+        .checked_mul(random(options.seed, attempt) % 251)
+        .unwrap_or(Duration::MAX)
+        / 1000;
+    pause.saturating_add(jitter).min(options.longest_backoff)
+}
+
+/// SplitMix64: spread over all values for neighbouring arguments.
+fn random(seed: u64, attempt: u32) -> u32 {
+    let mut x = seed.wrapping_add((u64::from(attempt) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((x ^ (x >> 31)) >> 32) as u32
+}
+
+/// A job's starts so far, each with the incident that ended it.
+struct Starts<'a> {
+    options: &'a Options,
+    /// Not empty.
+    history: Vec<&'a Incident>,
+}
+
+impl Starts<'_> {
+    /// The checkpoint that start `i` continued from.
+    fn resumed_at(&self, i: usize) -> Option<u64> {
+        match i.checked_sub(1) {
+            Some(before) => self.history[before]
+                .checkpoint_step
+                .max(self.options.resumed_at),
+            None => self.options.resumed_at,
+        }
+    }
+
+    /// Whether start `i` came further than where it started.
+    fn made_progress(&self, i: usize) -> bool {
+        let reports_steps = self.history.iter().any(|h| h.step.is_some());
+        match self.history[i].step {
+            Some(step) => step > self.resumed_at(i).unwrap_or(0),
+            None => !reports_steps && self.history[i].ran >= PROGRESS_WITHOUT_STEPS,
+        }
+    }
+
+    /// Whether a checkpoint was made in start `i`.
+    fn made_checkpoint(&self, i: usize) -> bool {
+        let from = self.resumed_at(i).unwrap_or(0);
+        self.history[i]
+            .checkpoint_step
+            .is_some_and(|step| step > from)
+    }
+
+    /// Starts without progress, the last one backwards.
+    fn fruitless(&self) -> usize {
+        let backwards = (0..self.history.len()).rev();
+        backwards.take_while(|&i| !self.made_progress(i)).count()
+    }
+
+    /// Whether the last incident repeats one before it. Broken hardware and lost nodes are no failure of the job, and
+    /// two programs that tell no steps may have failed anywhere.
+    fn seen_before(&self) -> bool {
+        let Some((last, before)) = self.history.split_last() else {
+            return false;
+        };
+        if matches!(last.class, Class::Hardware | Class::NodeLost) {
+            return false;
+        }
+        let comparable = |i: usize| self.history[i].step.is_some() || !self.made_progress(i);
+        let same = |(i, earlier): (usize, &&Incident)| {
+            let at_one_step = earlier.step == last.step && comparable(i);
+            at_one_step && earlier.signature == last.signature
+        };
+        comparable(before.len()) && before.iter().enumerate().any(same)
+    }
+
+    /// Restarts that may still be made, the next one included.
+    fn restarts_left(&self) -> u32 {
+        let full = self.options.max_restarts;
+        let last = self.history.len() - 1;
+        (0..=last).fold(full, |left, i| {
+            let left = if self.made_checkpoint(i) { full } else { left };
+            // Every incident but the last was answered by a restart.
+            if i < last {
+                left.saturating_sub(1)
+            } else {
+                left
+            }
+        })
+    }
+
+    fn left_out(&self) -> Vec<LeftOut> {
+        let mut hosts: Vec<&str> = self
+            .history
+            .iter()
+            .filter_map(|h| h.host.as_deref())
+            .collect();
+        hosts.sort_unstable();
+        hosts.dedup();
+        hosts
+            .into_iter()
+            .filter_map(|host| self.against(host))
+            .collect()
+    }
+
+    /// Why to leave out `host`.
+    fn against(&self, host: &str) -> Option<LeftOut> {
+        let of_host = |incident: &&&Incident| incident.host.as_deref() == Some(host);
+        let left_out = |must, until, why| LeftOut {
+            host: host.into(),
+            must,
+            until,
+            why,
+        };
+        let unfit = |i: &&&Incident| i.again == Again::Elsewhere && i.class != Class::NodeLost;
+        if let Some(unfit) = self.history.iter().filter(of_host).find(unfit) {
+            return Some(left_out(true, None, unfit.signature.clone()));
+        }
+        let recent = &self.history[self.history.len().saturating_sub(RECENT)..];
+        let suspect = |i: &&&Incident| {
+            matches!(
+                i.class,
+                Class::Killed
+                    | Class::Network
+                    | Class::Hang
+                    | Class::NodeLost
+                    | Class::Unknown
+                    | Class::Hardware
+            )
+        };
+        let incidents: Vec<_> = recent.iter().filter(of_host).filter(suspect).collect();
+        let last = incidents.last()?;
+        if incidents.len() >= MAX_INCIDENTS_OF_A_HOST {
+            let why = format!(
+                "{} of the last {} failures began there, the last: {}",
+                incidents.len(),
+                recent.len(),
+                last.signature
+            );
+            return Some(left_out(false, None, why));
+        }
+        let until = last.at + COOLDOWN;
+        let now = self.history.last().map_or(Duration::ZERO, |h| h.at);
+        (last.class == Class::NodeLost && now < until)
+            .then(|| left_out(false, Some(until), last.signature.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,330 @@
+use super::*;
+use proptest::prelude::*;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn options(max_restarts: u32) -> Options {
+    Options {
+        max_restarts,
+        ..Options::default()
+    }
+}
+
+/// A rank killed from outside, on a host of its own, `n` minutes after the start.
+fn killed(n: u32, step: u64, checkpoint: u64) -> Incident {
+    Incident {
+        at: MINUTE * n,
+        ran: MINUTE,
+        class: Class::Killed,
+        again: Again::MayWork,
+        signature: format!("killed: {n}"),
+        host: Some(format!("gpu-{n:02}")),
+        rank: Some(n),
+        step: Some(step),
+        checkpoint_step: Some(checkpoint),
+    }
+}
+
+fn program(n: u32, step: u64, checkpoint: u64) -> Incident {
+    Incident {
+        class: Class::Program,
+        signature: format!("program: {n}"),
+        ..killed(n, step, checkpoint)
+    }
+}
+
+fn restart(verdict: Verdict) -> (Duration, Vec<LeftOut>) {
+    match verdict {
+        Verdict::Restart {
+            after, leave_out, ..
+        } => (after, leave_out),
+        Verdict::Stop { why, .. } => panic!("stopped: {why}"),
+    }
+}
+
+fn stop(verdict: Verdict) -> (StopCode, String) {
+    match verdict {
+        Verdict::Stop { code, why } => (code, why),
+        Verdict::Restart { why, .. } => panic!("restarted: {why}"),
+    }
+}
+
+#[test]
+fn without_leave_nothing_is_started_again() {
+    let (code, why) = stop(decide(&options(0), &[], &killed(1, 66, 60)));
+    assert_eq!(code.exit_code(137), 137);
+    assert!(why.contains("--max-restarts 0"), "{why}");
+}
+
+#[test]
+fn progress_means_at_once_and_none_means_a_pause_that_doubles() {
+    let options = options(9);
+    assert_eq!(
+        restart(decide(&options, &[], &killed(1, 66, 60))).0,
+        Duration::ZERO
+    );
+    // 60 was the checkpoint: dying there again is no progress.
+    let earlier = [killed(1, 66, 60)];
+    let (first, _) = restart(decide(&options, &earlier, &killed(2, 60, 60)));
+    let earlier = [killed(1, 66, 60), killed(2, 60, 60)];
+    let (second, _) = restart(decide(&options, &earlier, &killed(3, 59, 60)));
+    assert_eq!(
+        (first, second),
+        (backoff(&options, 0), backoff(&options, 1))
+    );
+    assert!(
+        first >= Duration::from_secs(1) && first <= Duration::from_millis(1250),
+        "{first:?}"
+    );
+    assert!(second >= Duration::from_secs(2), "{second:?}");
+    // One step beyond is.
+    let earlier = [killed(1, 66, 60), killed(2, 60, 60), killed(3, 59, 60)];
+    assert_eq!(
+        restart(decide(&options, &earlier, &killed(4, 61, 60))).0,
+        Duration::ZERO
+    );
+}
+
+#[test]
+fn three_starts_without_a_step_are_the_last() {
+    let earlier = [killed(1, 60, 60), killed(2, 0, 60)];
+    let resumed = Options {
+        resumed_at: Some(60),
+        ..options(9)
+    };
+    let (code, why) = stop(decide(&resumed, &earlier, &killed(3, 1, 60)));
+    assert_eq!(
+        (code, why.as_str()),
+        (StopCode::DoNotRequeue, "3 starts in a row made no progress")
+    );
+    assert_eq!(code.exit_code(137), exit::DO_NOT_REQUEUE);
+}
+
+#[test]
+fn what_fails_again_is_not_started_again() {
+    let oom = Incident {
+        class: Class::GpuOutOfMemory,
+        again: Again::Fails,
+        ..killed(1, 66, 60)
+    };
+    let (code, why) = stop(decide(&options(9), &[], &oom));
+    assert_eq!(code, StopCode::KeepOwn);
+    assert!(why.starts_with("out of GPU memory: "), "{why}");
+}
+
+#[test]
+fn a_program_error_is_tried_again_only_after_progress_and_never_twice_at_one_step() {
+    assert_eq!(
+        stop(decide(&options(9), &[], &program(1, 0, 0))).0,
+        StopCode::KeepOwn
+    );
+    assert_eq!(
+        restart(decide(&options(9), &[], &program(1, 66, 60))).0,
+        Duration::ZERO
+    );
+    let again = Incident {
+        at: MINUTE * 2,
+        ..program(1, 66, 60)
+    };
+    let (code, why) = stop(decide(&options(9), &[program(1, 66, 60)], &again));
+    assert_eq!(
+        (code, why.as_str()),
+        (
+            StopCode::DoNotRequeue,
+            "the same failure at step 66 twice: program: 1"
+        )
+    );
+    // Also when another failure came between.
+    let earlier = [program(1, 66, 60), killed(2, 70, 60)];
+    assert_eq!(
+        stop(decide(&options(9), &earlier, &again)).0,
+        StopCode::DoNotRequeue
+    );
+    // At another step it may be another clip.
+    let further = program(1, 67, 60);
+    restart(decide(&options(9), &[program(1, 66, 60)], &further));
+}
+
+#[test]
+fn the_budget_is_refilled_by_a_checkpoint_and_not_by_steps() {
+    let earlier = [killed(1, 5, 0), killed(2, 6, 0)];
+    let (code, why) = stop(decide(&options(2), &earlier, &killed(3, 7, 0)));
+    assert_eq!(code, StopCode::KeepOwn);
+    assert!(why.starts_with("all 2 restarts"), "{why}");
+    restart(decide(&options(2), &earlier, &killed(3, 7, 7)));
+    let earlier = [
+        killed(1, 5, 0),
+        killed(2, 6, 0),
+        killed(3, 7, 7),
+        killed(4, 8, 7),
+    ];
+    stop(decide(&options(2), &earlier, &killed(5, 9, 7)));
+    restart(decide(&options(3), &earlier, &killed(5, 9, 7)));
+}
+
+#[test]
+fn a_program_without_steps_is_judged_by_time() {
+    let blind = |n: u32, minutes: u32| Incident {
+        ran: MINUTE * minutes,
+        step: None,
+        checkpoint_step: None,
+        signature: "killed: signal 9".into(),
+        ..killed(n, 0, 0)
+    };
+    let long = [blind(1, 600), blind(2, 600), blind(3, 600)];
+    assert_eq!(
+        restart(decide(&options(4), &long, &blind(4, 600))).0,
+        Duration::ZERO
+    );
+    stop(decide(&options(3), &long, &blind(4, 600)));
+    let (_, why) = stop(decide(&options(4), &[blind(1, 1)], &blind(2, 1)));
+    assert!(
+        why.starts_with("the same failure before the first step twice"),
+        "{why}"
+    );
+}
+
+fn at(host: &str, class: Class, n: u32) -> Incident {
+    Incident {
+        host: Some(host.into()),
+        class,
+        again: match class {
+            Class::Hardware | Class::NodeLost => Again::Elsewhere,
+            _ => Again::MayWork,
+        },
+        ..killed(n, 10 * u64::from(n) + 1, 10 * u64::from(n))
+    }
+}
+
+#[test]
+fn a_host_is_left_out_for_its_hardware_at_once_and_else_after_two_failures() {
+    let left_out = |earlier: &[Incident], now: &Incident| -> Vec<(String, bool, bool)> {
+        let (_, hosts) = restart(decide(&options(9), earlier, now));
+        hosts
+            .into_iter()
+            .map(|h| (h.host, h.must, h.until.is_some()))
+            .collect()
+    };
+    let (a, b) = ("gpu-01", "gpu-02");
+    assert_eq!(
+        left_out(&[], &at(a, Class::Hardware, 1)),
+        [(a.into(), true, false)]
+    );
+    assert_eq!(
+        left_out(&[], &at(a, Class::NodeLost, 1)),
+        [(a.into(), false, true)]
+    );
+    assert_eq!(left_out(&[], &at(a, Class::Network, 1)), []);
+    let both = [at(a, Class::Network, 1), at(b, Class::Killed, 2)];
+    assert_eq!(
+        left_out(&both, &at(a, Class::Hang, 3)),
+        [(a.into(), false, false)]
+    );
+    // The program's own errors say nothing about the host.
+    assert_eq!(
+        left_out(&[at(a, Class::Program, 1)], &at(a, Class::OutOfMemory, 2)),
+        []
+    );
+    // It stays left out, and a lost node may come back.
+    let earlier = [at(b, Class::Hardware, 1), at(a, Class::NodeLost, 2)];
+    assert_eq!(
+        left_out(&earlier, &at("gpu-03", Class::Killed, 9)),
+        [(b.into(), true, false)]
+    );
+    // What is long ago is forgotten.
+    let mut earlier = vec![at(a, Class::Killed, 1)];
+    earlier.extend((2..12).map(|n| at(&format!("gpu-{n}"), Class::Killed, n)));
+    assert_eq!(left_out(&earlier, &at(a, Class::Killed, 12)), []);
+}
+
+fn any_incident() -> impl Strategy<Value = Incident> {
+    let class = prop_oneof![
+        Just(Class::Program),
+        Just(Class::OutOfMemory),
+        Just(Class::Network),
+        Just(Class::NodeLost),
+        Just(Class::Hardware),
+        Just(Class::Hang),
+        Just(Class::Killed),
+        Just(Class::Unknown),
+    ];
+    let again = prop_oneof![1 => Just(Again::Fails), 4 => Just(Again::Elsewhere), 15 => Just(Again::MayWork)];
+    let steps = (
+        proptest::option::of(0u64..50),
+        proptest::option::of(0u64..50),
+    );
+    (class, again, 0u32..4, 0u64..2000, steps).prop_map(
+        |(class, again, n, ran, (step, checkpoint_step))| Incident {
+            class,
+            again,
+            ran: Duration::from_secs(ran),
+            step,
+            checkpoint_step,
+            ..killed(n, 0, 0)
+        },
+    )
+}
+
+/// Feeds the incidents one after the other until the job is stopped; how many restarts there were.
+fn restarts(options: &Options, incidents: &[Incident]) -> usize {
+    let stopped = |i: &usize| {
+        matches!(
+            decide(options, &incidents[..*i], &incidents[*i]),
+            Verdict::Stop { .. }
+        )
+    };
+    (0..incidents.len())
+        .find(stopped)
+        .unwrap_or(incidents.len())
+}
+
+proptest! {
+    #[test]
+    fn a_fault_that_repeats_without_progress_ends(incident in any_incident(), max_restarts in 0u32..1000) {
+        let stuck = Incident { step: incident.step.map(|_| 7), checkpoint_step: Some(7), ran: MINUTE, ..incident };
+        let options = Options { resumed_at: Some(7), ..options(max_restarts) };
+        prop_assert!(restarts(&options, &vec![stuck; 10]) < MAX_FRUITLESS);
+    }
+
+    #[test]
+    fn without_a_new_checkpoint_the_budget_is_kept(
+        incidents in proptest::collection::vec(any_incident(), 1..30),
+        max_restarts in 0u32..8,
+    ) {
+        let options = Options { resumed_at: Some(3), ..options(max_restarts) };
+        let stale: Vec<_> = incidents.into_iter().map(|i| Incident { checkpoint_step: Some(3), ..i }).collect();
+        prop_assert!(restarts(&options, &stale) <= max_restarts as usize);
+    }
+
+    #[test]
+    fn what_is_hopeless_is_never_started_again(
+        earlier in proptest::collection::vec(any_incident(), 0..9),
+        incident in any_incident(),
+        max_restarts: u32,
+    ) {
+        let hopeless = Incident { again: Again::Fails, ..incident };
+        let verdict = decide(&options(max_restarts), &earlier, &hopeless);
+        let kept = matches!(verdict, Verdict::Stop { code: StopCode::KeepOwn, .. });
+        prop_assert!(kept);
+    }
+
+    #[test]
+    fn the_pause_never_shrinks_and_never_passes_the_longest(seed: u64) {
+        let options = Options { seed, ..options(1) };
+        let pauses: Vec<Duration> = (0..70).map(|attempt| backoff(&options, attempt)).collect();
+        prop_assert!(pauses.is_sorted());
+        prop_assert!(pauses[0] >= options.first_backoff && pauses[0] <= options.first_backoff * 5 / 4);
+        prop_assert_eq!(pauses[69], options.longest_backoff);
+    }
+
+    #[test]
+    fn broken_hardware_is_left_out_whatever_else_happened(
+        earlier in proptest::collection::vec(any_incident(), 0..9),
+        incident in any_incident(),
+    ) {
+        let broken = Incident { class: Class::Hardware, again: Again::Elsewhere, host: Some("bad".into()), ..incident };
+        if let Verdict::Restart { leave_out, .. } = decide(&options(100), &earlier, &broken) {
+            prop_assert!(leave_out.iter().any(|h| h.host == "bad" && h.must));
+        }
+    }
+}
