@@ -10,7 +10,7 @@ mod probe;
 pub(crate) mod scene;
 
 pub use choose::{Choice, choose};
-pub use probe::{ProbeListener, reach};
+pub use probe::{ProbeListener, listen_on_all, reach};
 
 use if_addrs::get_if_addrs;
 use std::cmp::Reverse;

@@ -33,7 +33,8 @@ impl ProbeListener {
     pub fn start(
         prove: impl Fn([u8; 16]) -> [u8; 32] + Send + Sync + 'static,
     ) -> anyhow::Result<ProbeListener> {
-        let listener = listen_on_all().context("cannot listen for probes of other nodes")?;
+        let listen = || TcpListener::from_std(listen_on_all()?);
+        let listener = listen().context("cannot listen for probes of other nodes")?;
         let port = listener.local_addr()?.port();
         let task = tokio::spawn(serve(listener, Arc::new(prove)));
         Ok(ProbeListener { port, task })
@@ -46,11 +47,11 @@ impl Drop for ProbeListener {
     }
 }
 
-/// A listener on a free port of all addresses, IPv4 and IPv6.
+/// A listener on a free port of all addresses, IPv4 and IPv6; it does not block.
 ///
 /// # Errors
 /// When no port is free.
-pub fn listen_on_all() -> std::io::Result<TcpListener> {
+pub fn listen_on_all() -> std::io::Result<StdListener> {
     let open = |family, address: IpAddr| -> std::io::Result<OwnedFd> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(family, SocketType::STREAM, flags, None)?;
@@ -65,7 +66,7 @@ pub fn listen_on_all() -> std::io::Result<TcpListener> {
     // A kernel without IPv6 has only the second.
     let socket = open(AddressFamily::INET6, Ipv6Addr::UNSPECIFIED.into())
         .or_else(|_| open(AddressFamily::INET, Ipv4Addr::UNSPECIFIED.into()))?;
-    TcpListener::from_std(StdListener::from(socket))
+    Ok(socket.into())
 }
 
 async fn serve(
