@@ -3,7 +3,12 @@
 //! The driver's management library is loaded at run time; where it is missing, the kernel
 //! module's `/proc/driver/nvidia/gpus` is read. `CUDA_VISIBLE_DEVICES` then selects, as CUDA does.
 
+use nvml_wrapper::Nvml;
+use nvml_wrapper::error::NvmlError;
 use serde::{Deserialize, Serialize};
+
+/// Where the kernel module lists its GPUs.
+pub const PROC: &str = "/proc/driver/nvidia/gpus";
 
 /// A GPU that the workers may use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,7 +21,7 @@ pub struct Gpu {
 
 /// The visible GPUs, in the order in which `LOCAL_RANK` counts them.
 pub fn visible() -> Vec<Gpu> {
-    let all = nvml::list().unwrap_or_else(|| from_proc("/proc/driver/nvidia/gpus"));
+    let all = list().unwrap_or_else(|| from_proc(PROC));
     select(&all, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref())
 }
 
@@ -58,7 +63,7 @@ fn select(all: &[(String, String)], visible: Option<&str>) -> Vec<Gpu> {
 }
 
 /// Name and UUID of every GPU below `root`, in the order of their bus addresses.
-fn from_proc(root: &str) -> Vec<(String, String)> {
+pub fn from_proc(root: &str) -> Vec<(String, String)> {
     let Ok(entries) = fs_err::read_dir(root) else {
         return Vec::new();
     };
@@ -81,80 +86,26 @@ fn from_proc(root: &str) -> Vec<(String, String)> {
         .collect()
 }
 
-mod nvml {
-    //! The five functions of libnvidia-ml.so.1 that are needed, from its public header nvml.h.
+/// Opens the driver's management library.
+///
+/// # Errors
+/// Without a working driver.
+pub fn nvml() -> Result<Nvml, NvmlError> {
+    // The name without a version, the crate's default, comes only with development packages.
+    Nvml::builder()
+        .lib_path("libnvidia-ml.so.1".as_ref())
+        .init()
+}
 
-    use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-
-    type Status = c_int;
-    type Device = *mut c_void;
-    /// `NVML_DEVICE_UUID_V2_BUFFER_SIZE` and `NVML_DEVICE_NAME_V2_BUFFER_SIZE` of nvml.h.
-    const TEXT: usize = 96;
-
-    /// Name and UUID of every GPU of this machine; `None` without a working driver.
-    #[expect(
-        unsafe_code,
-        reason = "calls into a library that is loaded at run time"
-    )]
-    pub fn list() -> Option<Vec<(String, String)>> {
-        // SAFETY: a constant, null-terminated name; the library's constructors have no preconditions.
-        let lib = unsafe {
-            libc::dlopen(
-                c"libnvidia-ml.so.1".as_ptr(),
-                libc::RTLD_NOW | libc::RTLD_LOCAL,
-            )
-        };
-        if lib.is_null() {
-            return None;
-        }
-        // SAFETY: each symbol is cast to the signature that nvml.h declares for it, and `lib` is
-        // never closed, so the pointers stay valid.
-        unsafe {
-            let init: extern "C" fn() -> Status = std::mem::transmute(symbol(lib, c"nvmlInit_v2")?);
-            let shutdown: extern "C" fn() -> Status =
-                std::mem::transmute(symbol(lib, c"nvmlShutdown")?);
-            let count: extern "C" fn(*mut c_uint) -> Status =
-                std::mem::transmute(symbol(lib, c"nvmlDeviceGetCount_v2")?);
-            let handle: extern "C" fn(c_uint, *mut Device) -> Status =
-                std::mem::transmute(symbol(lib, c"nvmlDeviceGetHandleByIndex_v2")?);
-            let name: TextFn = std::mem::transmute(symbol(lib, c"nvmlDeviceGetName")?);
-            let uuid: TextFn = std::mem::transmute(symbol(lib, c"nvmlDeviceGetUUID")?);
-
-            if init() != 0 {
-                return None;
-            }
-            let mut num: c_uint = 0;
-            let counted = count(&mut num) == 0;
-            let mut gpus = Vec::new();
-            for index in 0..if counted { num } else { 0 } {
-                let mut device: Device = std::ptr::null_mut();
-                // A GPU that fell off the bus is not one that a worker can use.
-                if handle(index, &mut device) == 0 {
-                    gpus.push((text(name, device), text(uuid, device)));
-                }
-            }
-            shutdown();
-            counted.then_some(gpus)
-        }
-    }
-
-    type TextFn = extern "C" fn(Device, *mut c_char, c_uint) -> Status;
-
-    #[expect(unsafe_code, reason = "looks a symbol up")]
-    fn symbol(lib: *mut c_void, name: &CStr) -> Option<*mut c_void> {
-        // SAFETY: `lib` comes from a dlopen that succeeded and is never closed.
-        let found = unsafe { libc::dlsym(lib, name.as_ptr()) };
-        (!found.is_null()).then_some(found)
-    }
-
-    fn text(get: TextFn, device: Device) -> String {
-        let mut buffer = [0u8; TEXT];
-        if get(device, buffer.as_mut_ptr().cast(), TEXT as c_uint) != 0 {
-            return "unknown".into();
-        }
-        CStr::from_bytes_until_nul(&buffer)
-            .map_or("unknown".into(), |s| s.to_string_lossy().into_owned())
-    }
+/// Name and UUID of every GPU of this machine; `None` without a working driver.
+fn list() -> Option<Vec<(String, String)>> {
+    let nvml = nvml().ok()?;
+    let unknown = |text: Result<String, NvmlError>| text.unwrap_or_else(|_| "unknown".into());
+    let gpus = (0..nvml.device_count().ok()?)
+        // A GPU that fell off the bus is not one that a worker can use.
+        .filter_map(|index| nvml.device_by_index(index).ok())
+        .map(|device| (unknown(device.name()), unknown(device.uuid())));
+    Some(gpus.collect())
 }
 
 #[cfg(test)]

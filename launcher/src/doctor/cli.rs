@@ -1,0 +1,143 @@
+//! `tsm-launch doctor`.
+
+use anyhow::Context as _;
+use serde_json::json;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use tsm_job::RunDir;
+use tsm_job::exit;
+
+use super::{Context, facts, preflight, print};
+use crate::cli::Gpus;
+use crate::cluster::message::{Finding, Severity};
+use crate::plan::{self, Devices};
+use crate::{gpus, manifest};
+
+/// Says whether this machine can run a job, and what to do where it cannot.
+#[derive(clap::Args, Clone, Debug)]
+#[command(group(clap::ArgGroup::new("doctor_device").args(["gpus", "cpus"])))]
+pub struct Args {
+    /// Look at N GPUs, all visible ones (`auto`), or those listed (`0,1,3`) [default: all visible ones].
+    #[arg(long, value_name = "N|auto|LIST")]
+    pub gpus: Option<Gpus>,
+
+    /// Judge by what N workers on the CPU need.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub cpus: Option<u32>,
+
+    /// The folder that a run would use [default: runs].
+    #[arg(long, value_name = "PATH")]
+    pub run_dir: Option<PathBuf>,
+
+    /// Look only (quick: less than a second), or measure memory and network too (full: some seconds).
+    #[arg(long, value_name = "HOW", value_enum, default_value = "quick")]
+    pub preflight: Preflight,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Preflight {
+    Quick,
+    Full,
+}
+
+/// Prints what is found about this node. The exit code is [`exit::PREFLIGHT`] where a job would fail.
+///
+/// # Errors
+/// When nothing can be printed.
+pub fn run(args: &Args) -> anyhow::Result<i32> {
+    let visible = gpus::visible();
+    let (devices, refused) = match (&args.gpus, args.cpus) {
+        (None, None) => (Devices::Gpus(visible), None),
+        (wanted, cpus) => match plan::devices(wanted.as_ref(), cpus, None, || visible.clone()) {
+            Ok(devices) => (devices, None),
+            Err(e) => (Devices::Gpus(visible.clone()), Some(refusal(&e.message))),
+        },
+    };
+    let (gpus, num_ranks) = match devices {
+        Devices::Cpu(n) => (Vec::new(), n),
+        Devices::Gpus(gpus) => (gpus.clone(), gpus.len().max(1) as u32),
+    };
+    let folder = args.run_dir.clone().unwrap_or("runs".into());
+    let context = Context {
+        num_ranks,
+        folders: vec![folder.clone(), RunDir::new(&folder).checkpoints()],
+        trainer: std::env::current_exe()
+            .ok()
+            .map(|own| own.with_file_name("tsm-trainer")),
+        gpus,
+    };
+    let mut facts = facts(&context);
+    facts.findings.extend(refused);
+    if args.preflight == Preflight::Full {
+        facts.findings.extend(preflight::own_node());
+    }
+    let failed = facts.findings.iter().any(|f| f.severity == Severity::Error);
+    let text = if args.json {
+        let all = json!({ "host": manifest::host(), "version": env!("CARGO_PKG_VERSION"), "gpus": context.gpus, "facts": facts });
+        serde_json::to_string_pretty(&all)? + "\n"
+    } else {
+        let color = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        print(&facts.findings, color)
+    };
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .context("cannot print the findings")?;
+    Ok(if failed { exit::PREFLIGHT } else { exit::OK })
+}
+
+/// `cannot start ...\n  hint: ...`
+fn refusal(message: &str) -> Finding {
+    let (text, hint) = message
+        .split_once("\n  hint: ")
+        .unwrap_or((message, "check --gpus"));
+    Finding::error("gpu", text, hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Doctor {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(line: &str) -> Result<Args, clap::Error> {
+        Doctor::try_parse_from(line.split(' ')).map(|d| d.args)
+    }
+
+    #[test]
+    fn the_words_of_the_command() {
+        let args = parse("doctor --gpus 8 --run-dir /x --preflight full --json").unwrap();
+        assert_eq!(
+            (args.gpus, args.preflight, args.json),
+            (Some(Gpus::Count(8)), Preflight::Full, true)
+        );
+        assert_eq!(parse("doctor").unwrap().preflight, Preflight::Quick);
+        assert!(parse("doctor --gpus 1 --cpus 1").is_err());
+        assert!(parse("doctor --preflight half").is_err());
+    }
+
+    #[test]
+    fn what_a_launch_would_refuse_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = |words: &str| {
+            let mut args = parse(words).unwrap();
+            args.run_dir = Some(dir.path().join("run"));
+            run(&args).unwrap()
+        };
+        assert_eq!(run("doctor --cpus 1 --json"), exit::OK);
+        assert_eq!(run("doctor --gpus 4096"), exit::PREFLIGHT);
+        let finding = refusal("cannot start 9 workers: --gpus is 9\n  hint: give --gpus 8");
+        assert_eq!(
+            (finding.text.as_str(), finding.hint.as_str()),
+            ("cannot start 9 workers: --gpus is 9", "give --gpus 8")
+        );
+    }
+}

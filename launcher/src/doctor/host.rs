@@ -1,0 +1,481 @@
+//! Cores, memory, limits, ports, name and clock of this machine.
+
+use rustix::process::{Resource, getrlimit, getuid};
+use std::net::ToSocketAddrs;
+use std::path::{Path, PathBuf};
+
+use super::{count, size};
+use crate::cluster::message::Finding;
+use crate::cores;
+
+/// Shared memory in which a rank's loader processes hand over their batches.
+const SHM_PER_RANK: u64 = 64 << 20;
+const MEM_PER_RANK: u64 = 1 << 30;
+/// Threads of a rank: CUDA's, NCCL's, the loaders' and a pool or two.
+const THREADS_PER_RANK: u64 = 256;
+const PORTS_PER_RANK: u64 = 64;
+const MIN_PORTS: u64 = 1000;
+const MIN_FILES: u64 = 4096;
+const MIN_BACKLOG: u64 = 128;
+const SWAPPED: u64 = 1 << 30;
+
+/// The machine as this process sees it. A limit that is `None` does not exist.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Host {
+    pub kernel: String,
+    pub cpu: String,
+    /// Cores that this process may use.
+    pub num_cpus: u32,
+    /// Share of the CPUs that its control group gets, in cores.
+    pub quota: Option<f64>,
+    pub mem_bytes: u64,
+    pub mem_available: u64,
+    /// Of the control group.
+    pub mem_limit: Option<u64>,
+    pub swap_used: u64,
+    /// 0: there is no /dev/shm.
+    pub shm_bytes: u64,
+    /// The hard limit; the soft one is raised when workers start.
+    pub open_files: Option<u64>,
+    /// Further processes and threads that may be started.
+    pub threads_left: Option<u64>,
+    pub locked_bytes: Option<u64>,
+    pub core_bytes: Option<u64>,
+    /// There are InfiniBand or RoCE devices.
+    pub rdma: bool,
+    pub ports: Option<(u64, u64)>,
+    pub backlog: Option<u64>,
+    /// Of the Yama security module; 0: a user may trace all own processes.
+    pub ptrace_scope: Option<u64>,
+    pub clock_synchronised: Option<bool>,
+}
+
+pub fn read() -> Host {
+    let memory = text("/proc/meminfo");
+    let kib = |name: &str| field(&memory, name).map_or(0, |kib| kib * 1024);
+    let groups = text("/proc/self/cgroup");
+    let smallest = |files: Vec<PathBuf>| files.iter().filter_map(|path| number(path)).min();
+    let mem_bytes = kib("MemTotal");
+    Host {
+        kernel: text("/proc/sys/kernel/osrelease").trim().into(),
+        cpu: cpu(&text("/proc/cpuinfo")),
+        num_cpus: cores::allowed().len() as u32,
+        quota: quota(&groups),
+        mem_bytes,
+        mem_available: kib("MemAvailable"),
+        // Version 1 writes a huge number for no limit.
+        mem_limit: smallest(limit_files(
+            &groups,
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.max",
+        ))
+        .filter(|limit| *limit < mem_bytes),
+        swap_used: kib("SwapTotal").saturating_sub(kib("SwapFree")),
+        shm_bytes: rustix::fs::statvfs("/dev/shm").map_or(0, |fs| fs.f_blocks * fs.f_frsize),
+        open_files: getrlimit(Resource::Nofile).maximum,
+        threads_left: threads_left(&groups),
+        locked_bytes: getrlimit(Resource::Memlock).current,
+        core_bytes: getrlimit(Resource::Core).current,
+        rdma: fs_err::read_dir("/sys/class/infiniband").is_ok_and(|mut all| all.next().is_some()),
+        ports: pair(&text("/proc/sys/net/ipv4/ip_local_port_range")),
+        backlog: number(Path::new("/proc/sys/net/core/somaxconn")),
+        ptrace_scope: number(Path::new("/proc/sys/kernel/yama/ptrace_scope")),
+        clock_synchronised: clock_synchronised(),
+    }
+}
+
+fn text(path: impl AsRef<Path>) -> String {
+    fs_err::read_to_string(path.as_ref()).unwrap_or_default()
+}
+
+/// The number that a file consists of; none where it says `max`.
+fn number(path: &Path) -> Option<u64> {
+    text(path).trim().parse().ok()
+}
+
+/// `MemTotal:   123 kB`
+fn field(text: &str, name: &str) -> Option<u64> {
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+fn pair(text: &str) -> Option<(u64, u64)> {
+    let mut numbers = text.split_whitespace().map_while(|word| word.parse().ok());
+    Some((numbers.next()?, numbers.next()?))
+}
+
+fn cpu(info: &str) -> String {
+    let named = |key: &str| {
+        let line = info.lines().find(|line| line.starts_with(key))?;
+        line.split_once(':')
+            .map(|(_, value)| value.trim().to_string())
+    };
+    // ARM has no name there, only the numbers of maker and part.
+    let part = || {
+        Some(format!(
+            "{} implementer {} part {}",
+            std::env::consts::ARCH,
+            named("CPU implementer")?,
+            named("CPU part")?
+        ))
+    };
+    named("model name")
+        .or_else(part)
+        .unwrap_or_else(|| std::env::consts::ARCH.into())
+}
+
+/// The files that may limit the control group described by `/proc/self/cgroup`: its own and those of all groups
+/// above it. In a container the path may be the host's, and only the root is there.
+fn limit_files(groups: &str, controller: &str, v1: &str, v2: &str) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for line in groups.lines() {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else {
+            continue;
+        };
+        let (root, file) = match controllers {
+            "" => (PathBuf::from("/sys/fs/cgroup"), v2),
+            list if list.split(',').any(|name| name == controller) => {
+                (Path::new("/sys/fs/cgroup").join(list), v1)
+            }
+            _ => continue,
+        };
+        let own = root.join(path.trim_start_matches('/'));
+        let above = own
+            .ancestors()
+            .take_while(|folder| folder.starts_with(&root));
+        files.extend(above.map(|folder| folder.join(file)));
+    }
+    files
+}
+
+fn quota(groups: &str) -> Option<f64> {
+    let share = |path: &PathBuf| {
+        let (quota, period) = match path.file_name()?.to_str()? {
+            "cpu.max" => pair(&text(path))?,
+            // -1 for none.
+            _ => (
+                number(path)?,
+                number(&path.with_file_name("cpu.cfs_period_us"))?,
+            ),
+        };
+        (period > 0).then(|| quota as f64 / period as f64)
+    };
+    let files = limit_files(groups, "cpu", "cpu.cfs_quota_us", "cpu.max");
+    files.iter().filter_map(share).min_by(f64::total_cmp)
+}
+
+fn threads_left(groups: &str) -> Option<u64> {
+    // `0.10 0.20 0.30 2/512 1234`: 512 of all users.
+    let load = text("/proc/loadavg");
+    let all = load
+        .split('/')
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next()?.parse().ok())
+        .unwrap_or(0u64);
+    let of_machine = ["pid_max", "threads-max"].map(|name| {
+        let limit = number(&Path::new("/proc/sys/kernel").join(name))?;
+        Some(limit.saturating_sub(all))
+    });
+    let of_group = limit_files(groups, "pids", "pids.max", "pids.max")
+        .into_iter()
+        .map(|path| {
+            let used = number(&path.with_file_name("pids.current")).unwrap_or(0);
+            Some(number(&path)?.saturating_sub(used))
+        });
+    // The limit of a user; what that user already runs elsewhere is not known without looking at all processes.
+    let of_user = if getuid().is_root() {
+        None
+    } else {
+        getrlimit(Resource::Nproc).current
+    };
+    of_machine
+        .into_iter()
+        .chain(of_group)
+        .chain([of_user])
+        .flatten()
+        .min()
+}
+
+/// What the kernel was told by chrony, ntpd or systemd-timesyncd.
+#[expect(unsafe_code, reason = "no safe crate here has adjtimex")]
+fn clock_synchronised() -> Option<bool> {
+    // SAFETY: all-zero bytes are a valid `timex`, whose `modes` then asks to change nothing; the kernel fills it in.
+    let (state, time) = unsafe {
+        let mut time: libc::timex = std::mem::zeroed();
+        (libc::adjtimex(&mut time), time)
+    };
+    (state >= 0).then_some(time.status & libc::STA_UNSYNC == 0)
+}
+
+/// Whether this machine's name leads to an address; may wait for a name server.
+pub fn name_resolves() -> bool {
+    let name = crate::manifest::host();
+    (name.as_str(), 0)
+        .to_socket_addrs()
+        .is_ok_and(|mut found| found.next().is_some())
+}
+
+pub fn judge_name(name: &str, resolves: bool) -> Vec<Finding> {
+    let text = match resolves {
+        true => format!("this machine's name, {name}, leads to an address"),
+        false => format!(
+            "this machine's name, {name}, leads to no address; nothing here needs it, other programs may"
+        ),
+    };
+    vec![Finding::ok("network", text)]
+}
+
+/// Judges by what `num_ranks` workers need.
+pub fn judge(host: &Host, num_ranks: u32) -> Vec<Finding> {
+    let ranks = count(num_ranks, "rank");
+    let num_ranks = u64::from(num_ranks.max(1));
+    let mut found = Vec::new();
+    cpu_and_memory(host, num_ranks, &ranks, &mut found);
+    limits(host, num_ranks, &ranks, &mut found);
+    network_and_clock(host, num_ranks, &ranks, &mut found);
+    found
+}
+
+fn cpu_and_memory(host: &Host, num_ranks: u64, ranks: &str, found: &mut Vec<Finding>) {
+    let own = count(host.num_cpus, "core");
+    match host.quota {
+        Some(quota) if quota < num_ranks as f64 => found.push(Finding::warning(
+            "cpu",
+            format!("this control group gets {quota:.1} of {own} for {ranks}"),
+            "ask the scheduler or the container for more (--cpus-per-task, --cpus)",
+        )),
+        _ if u64::from(host.num_cpus) < num_ranks => found.push(Finding::warning(
+            "cpu",
+            format!("{own} for {ranks}; they will wait for each other"),
+            "start fewer, or ask the scheduler for more cores (--cpus-per-task)",
+        )),
+        Some(quota) => found.push(Finding::ok(
+            "cpu",
+            format!("{own} of {}, at most {quota:.1} at a time", host.cpu),
+        )),
+        None => found.push(Finding::ok("cpu", format!("{own} of {}", host.cpu))),
+    }
+    let available = host
+        .mem_limit
+        .map_or(host.mem_available, |limit| limit.min(host.mem_available));
+    let (free, all) = (size(available), size(host.mem_bytes));
+    let limit = host.mem_limit.map_or(String::new(), |limit| {
+        format!(", this control group may use {}", size(limit))
+    });
+    if available < num_ranks * MEM_PER_RANK {
+        let text = format!("{free} of {all} memory are available for {ranks}{limit}");
+        found.push(Finding::warning(
+            "memory",
+            text,
+            "end other programs or ask for more (--mem), or the kernel will end a rank",
+        ));
+    } else {
+        found.push(Finding::ok(
+            "memory",
+            format!("{free} of {all} available{limit}"),
+        ));
+    }
+    if host.swap_used > SWAPPED {
+        let text = format!("{} of memory are swapped out", size(host.swap_used));
+        found.push(Finding::warning(
+            "memory",
+            text,
+            "ranks stall when their memory is swapped; end other programs",
+        ));
+    }
+    let shm = size(host.shm_bytes);
+    if host.shm_bytes < num_ranks * SHM_PER_RANK {
+        let text = format!("/dev/shm has {shm} for {ranks}");
+        let hint = "PyTorch's DataLoader workers end with a bus error when it is full: mount it larger (docker run --shm-size=8g, or --ipc=host)";
+        found.push(Finding::warning("shm", text, hint));
+    } else {
+        found.push(Finding::ok("shm", format!("/dev/shm has {shm}")));
+    }
+}
+
+fn limits(host: &Host, num_ranks: u64, ranks: &str, found: &mut Vec<Finding>) {
+    let before = found.len();
+    if let Some(n) = host.open_files.filter(|n| *n < MIN_FILES) {
+        let text = format!("a process may open {n} files");
+        found.push(Finding::warning("limits", text, "raise the hard limit: nofile in /etc/security/limits.conf, LimitNOFILE= of systemd, docker run --ulimit nofile=65536"));
+    }
+    if let Some(n) = host
+        .threads_left
+        .filter(|n| *n < num_ranks * THREADS_PER_RANK)
+    {
+        let text = format!("{n} further processes and threads may be started for {ranks}");
+        found.push(Finding::warning("limits", text, "raise nproc in /etc/security/limits.conf, TasksMax= of systemd, or docker run --pids-limit"));
+    }
+    if let Some(bytes) = host.locked_bytes.filter(|_| host.rdma) {
+        let text = format!(
+            "there are RDMA devices, and only {} of memory may be locked",
+            size(bytes)
+        );
+        found.push(Finding::warning("limits", text, "NCCL cannot register its buffers then: memlock unlimited in /etc/security/limits.conf, LimitMEMLOCK=infinity, or docker run --ulimit memlock=-1"));
+    }
+    if found.len() == before {
+        let files = host
+            .open_files
+            .map_or("any number of".into(), |n| n.to_string());
+        let cores = if host.core_bytes == Some(0) {
+            "no core dumps"
+        } else {
+            "core dumps are on"
+        };
+        found.push(Finding::ok(
+            "limits",
+            format!("{files} open files, {cores}"),
+        ));
+    }
+    if let Some(scope @ 1..) = host.ptrace_scope {
+        let who = if scope == 1 { "a parent" } else { "root" };
+        found.push(Finding::ok("limits", format!("only {who} may look into another process (ptrace_scope is {scope}): no stacks of a hung rank for py-spy and gdb")));
+    }
+}
+
+fn network_and_clock(host: &Host, num_ranks: u64, ranks: &str, found: &mut Vec<Finding>) {
+    if let Some((low, high)) = host.ports {
+        let number = (high + 1).saturating_sub(low);
+        if number < MIN_PORTS.max(num_ranks * PORTS_PER_RANK) {
+            let text = format!("{number} ports ({low}-{high}) for the connections of {ranks}");
+            found.push(Finding::warning("network", text, "widen net.ipv4.ip_local_port_range, e.g. sysctl -w net.ipv4.ip_local_port_range='32768 60999'"));
+        } else {
+            found.push(Finding::ok(
+                "network",
+                format!("{number} ports for connections"),
+            ));
+        }
+    }
+    if let Some(n) = host.backlog.filter(|n| *n < MIN_BACKLOG) {
+        let text = format!("{n} connections may wait to be accepted (net.core.somaxconn)");
+        found.push(Finding::warning(
+            "network",
+            text,
+            "sysctl -w net.core.somaxconn=4096",
+        ));
+    }
+    let clock = match host.clock_synchronised {
+        Some(true) => "kept right over the network",
+        Some(false) => {
+            "not kept right by chrony, ntpd or systemd-timesyncd; clocks of nodes may drift apart"
+        }
+        None => "whether it is kept right is not known",
+    };
+    found.push(Finding::ok(
+        "clock",
+        format!("the clock is {clock}").replace("the clock is whether", "whether"),
+    ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::message::Severity;
+
+    fn good() -> Host {
+        Host {
+            kernel: "6.1".into(),
+            cpu: "EPYC".into(),
+            num_cpus: 96,
+            mem_bytes: 512 << 30,
+            mem_available: 400 << 30,
+            shm_bytes: 256 << 30,
+            open_files: Some(1 << 20),
+            threads_left: Some(100_000),
+            locked_bytes: Some(64 << 10),
+            core_bytes: Some(0),
+            ports: Some((32_768, 60_999)),
+            backlog: Some(4096),
+            ptrace_scope: Some(0),
+            clock_synchronised: Some(true),
+            ..Host::default()
+        }
+    }
+
+    /// The area of what is not well with 8 ranks.
+    fn bad(change: impl Fn(&mut Host)) -> Vec<String> {
+        let mut host = good();
+        change(&mut host);
+        let found = judge(&host, 8).into_iter();
+        found
+            .filter(|f| f.severity > Severity::Ok)
+            .map(|f| f.area)
+            .collect()
+    }
+
+    #[test]
+    fn what_eight_ranks_need() {
+        assert_eq!(bad(|_| {}), [""; 0]);
+        assert_eq!(bad(|h| h.num_cpus = 7), ["cpu"]);
+        assert_eq!(bad(|h| h.quota = Some(7.5)), ["cpu"]);
+        assert_eq!(bad(|h| h.quota = Some(8.0)), [""; 0]);
+        assert_eq!(bad(|h| h.mem_available = 7 << 30), ["memory"]);
+        assert_eq!(bad(|h| h.mem_limit = Some(4 << 30)), ["memory"]);
+        assert_eq!(bad(|h| h.swap_used = 2 << 30), ["memory"]);
+        assert_eq!(bad(|h| h.shm_bytes = 64 << 20), ["shm"]);
+        assert_eq!(bad(|h| h.open_files = Some(1024)), ["limits"]);
+        assert_eq!(bad(|h| h.open_files = None), [""; 0]);
+        assert_eq!(bad(|h| h.threads_left = Some(2047)), ["limits"]);
+        assert_eq!(bad(|h| h.rdma = true), ["limits"]);
+        assert_eq!(bad(|h| (h.rdma, h.locked_bytes) = (true, None)), [""; 0]);
+        assert_eq!(bad(|h| h.ports = Some((40_000, 40_998))), ["network"]);
+        assert_eq!(bad(|h| h.backlog = Some(64)), ["network"]);
+        assert_eq!(
+            bad(|h| h.clock_synchronised = Some(false)),
+            [""; 0],
+            "only a note"
+        );
+        assert_eq!(bad(|h| h.ptrace_scope = Some(3)), [""; 0], "only a note");
+    }
+
+    #[test]
+    fn the_files_of_a_control_group_and_those_above_it() {
+        let files = |groups: &str| -> Vec<String> {
+            let files = limit_files(groups, "cpu", "v1", "v2");
+            files
+                .iter()
+                .map(|path| path.to_string_lossy().into_owned())
+                .collect()
+        };
+        assert_eq!(
+            files("0::/system.slice/job\n"),
+            [
+                "/sys/fs/cgroup/system.slice/job/v2",
+                "/sys/fs/cgroup/system.slice/v2",
+                "/sys/fs/cgroup/v2"
+            ]
+        );
+        assert_eq!(
+            files("3:cpu,cpuacct:/docker/1\n2:cpuset:/\n"),
+            [
+                "/sys/fs/cgroup/cpu,cpuacct/docker/1/v1",
+                "/sys/fs/cgroup/cpu,cpuacct/docker/v1",
+                "/sys/fs/cgroup/cpu,cpuacct/v1"
+            ]
+        );
+        assert_eq!(files(""), [""; 0]);
+    }
+
+    #[test]
+    fn the_kernels_files_are_read() {
+        assert_eq!(
+            field("MemTotal:  1024 kB\nMemFree: 7 kB\n", "MemFree"),
+            Some(7)
+        );
+        assert_eq!(field("MemTotal:  1024 kB\n", "Mem"), None);
+        assert_eq!(pair("32768\t60999\n"), Some((32_768, 60_999)));
+        assert_eq!(pair("max 100000"), None);
+        assert_eq!(
+            cpu("processor : 0\nmodel name\t: AMD EPYC\nmodel name : x\n"),
+            "AMD EPYC"
+        );
+        assert!(
+            cpu("CPU implementer\t: 0x41\nCPU part\t: 0xd40\n")
+                .ends_with("implementer 0x41 part 0xd40")
+        );
+    }
+}

@@ -1,0 +1,341 @@
+//! A sum over the members of a group by a ring of TCP connections, as data parallel training needs it.
+//!
+//! Member i sends to member i + 1 and hears from member i - 1. The numbers are small integers, so their sum is
+//! exact in any order, and every member compares it with what it must be.
+
+use anyhow::{Context, bail, ensure};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::ops::Range;
+use std::thread;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use super::{BUDGET, BYTES, WAIT};
+use crate::addresses::listen_on_all;
+
+/// Laps of a byte whose quickest is the round trip.
+const LAPS: u32 = 16;
+const MAX_ROUNDS: u32 = 10;
+/// A stranger who connects and says nothing is sent away.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What a member does.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Task {
+    /// Where each member's [`Ring`] listens.
+    pub members: Vec<SocketAddr>,
+    /// Place of this node among them.
+    pub me: usize,
+    /// Summed up in each round; equal on all members.
+    pub bytes: usize,
+    /// No new round is begun after this time; the first member's counts.
+    pub budget: Duration,
+    /// All must be done by then.
+    pub wait: Duration,
+}
+
+impl Task {
+    /// With the usual size and times.
+    pub fn new(members: Vec<SocketAddr>, me: usize) -> Task {
+        Task {
+            members,
+            me,
+            bytes: BYTES,
+            budget: BUDGET,
+            wait: WAIT,
+        }
+    }
+}
+
+/// What a member saw.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Of the median round.
+    pub seconds: f64,
+    /// What this member sent (and received) in it; of one TCP connection.
+    pub gbit_s: f64,
+    pub round_trip: Duration,
+    /// How the sum differs from what it must be.
+    pub wrong: Option<String>,
+}
+
+impl fmt::Display for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let micros = self.round_trip.as_secs_f64() * 1e6;
+        write!(f, "{:.2} Gbit/s, round trip {micros:.0} µs", self.gbit_s)
+    }
+}
+
+/// A place in a ring that is not closed yet.
+pub struct Ring {
+    listener: StdListener,
+    pub port: u16,
+}
+
+impl Ring {
+    /// Listens on all addresses of this node.
+    ///
+    /// # Errors
+    /// When no port is free.
+    pub fn open() -> std::io::Result<Ring> {
+        let listener = listen_on_all()?;
+        let port = listener.local_addr()?.port();
+        Ok(Ring { listener, port })
+    }
+
+    /// Joins the ring on a thread of its own, which ends by itself after `task.wait`. `prove` answers a nonce;
+    /// only neighbours that answer alike are let in.
+    pub fn start(
+        self,
+        task: Task,
+        prove: impl Fn([u8; 16]) -> [u8; 32] + Send + 'static,
+    ) -> oneshot::Receiver<Result<Measured, String>> {
+        let (done, result) = oneshot::channel();
+        thread::spawn(move || {
+            let run = || {
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build()?;
+                runtime.block_on(async {
+                    match timeout(task.wait, run(self.listener, &task, &prove)).await {
+                        Ok(result) => result,
+                        Err(_) => bail!("not done within {:?}", task.wait),
+                    }
+                })
+            };
+            done.send(run().map_err(|e: anyhow::Error| format!("{e:#}")))
+        });
+        result
+    }
+}
+
+async fn run(
+    listener: StdListener,
+    task: &Task,
+    prove: &impl Fn([u8; 16]) -> [u8; 32],
+) -> anyhow::Result<Measured> {
+    let num = task.members.len();
+    ensure!(
+        num >= 2 && task.me < num,
+        "member {} of {num} is no ring",
+        task.me
+    );
+    let next = task.members[(task.me + 1) % num];
+    let listener = TcpListener::from_std(listener)?;
+    let (to, from) = tokio::try_join!(
+        async {
+            dial(next, prove)
+                .await
+                .with_context(|| format!("cannot connect to {next}"))
+        },
+        accept(&listener, prove),
+    )?;
+    let mut ring = Links {
+        num,
+        me: task.me,
+        to,
+        from,
+    };
+    let round_trip = ring.round_trip().await.context("a neighbour left")?;
+    let floats = (task.bytes / 4).next_multiple_of(num).max(num);
+    let (mut data, mut wrong, mut seconds) = (vec![0; 4 * floats], None, Vec::new());
+    let start = Instant::now();
+    for round in 0..=MAX_ROUNDS {
+        // The first round warms up, the second always counts.
+        let wanted = round < 2 || (round < MAX_ROUNDS && start.elapsed() < task.budget);
+        if !ring.agree(wanted).await.context("a neighbour left")? {
+            break;
+        }
+        for (i, number) in data.chunks_exact_mut(4).enumerate() {
+            number.copy_from_slice(&value(task.me, i, round).to_le_bytes());
+        }
+        // All have their data: only the network is measured.
+        ring.agree(true).await.context("a neighbour left")?;
+        let begun = Instant::now();
+        ring.sum(&mut data).await.context("a neighbour left")?;
+        if round > 0 {
+            seconds.push(begun.elapsed().as_secs_f64());
+        }
+        wrong = wrong.or_else(|| compare(&data, num, round));
+    }
+    seconds.sort_by(f64::total_cmp);
+    let median = seconds[seconds.len() / 2];
+    let sent = 4 * floats / num * 2 * (num - 1);
+    Ok(Measured {
+        seconds: median,
+        gbit_s: sent as f64 * 8e-9 / median,
+        round_trip,
+        wrong,
+    })
+}
+
+/// Number `i` of a member: an integer below 1024.
+fn value(member: usize, i: usize, round: u32) -> f32 {
+    ((i + 31 * member + 13 * round as usize).wrapping_mul(2_654_435_761) >> 7 & 1023) as f32
+}
+
+fn compare(data: &[u8], num: usize, round: u32) -> Option<String> {
+    let expected = |i| (0..num).map(|member| value(member, i, round)).sum::<f32>();
+    let numbers = data
+        .chunks_exact(4)
+        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    let mut bad = numbers
+        .enumerate()
+        .filter(|(i, sum)| sum.to_bits() != expected(*i).to_bits());
+    let (i, sum) = bad.next()?;
+    let (number, right, all) = (1 + bad.count(), expected(i), data.len() / 4);
+    Some(format!(
+        "{number} of {all} sums are wrong; number {i} is {sum}, not {right}"
+    ))
+}
+
+/// The connections to both neighbours.
+struct Links {
+    num: usize,
+    me: usize,
+    to: TcpStream,
+    from: TcpStream,
+}
+
+impl Links {
+    /// Sends a byte around and returns it; the first member's counts. When it returns, all members have got this far.
+    async fn lap(&mut self, byte: u8) -> std::io::Result<u8> {
+        if self.me == 0 {
+            self.to.write_u8(byte).await?;
+            self.from.read_u8().await
+        } else {
+            let byte = self.from.read_u8().await?;
+            self.to.write_u8(byte).await.map(|()| byte)
+        }
+    }
+
+    async fn agree(&mut self, go_on: bool) -> std::io::Result<bool> {
+        // Of the first lap a member only knows that those before it are there.
+        self.lap(0).await?;
+        Ok(self.lap(go_on.into()).await? != 0)
+    }
+
+    /// To a neighbour and back.
+    async fn round_trip(&mut self) -> std::io::Result<Duration> {
+        let mut quickest = Duration::MAX;
+        for _ in 0..LAPS {
+            let start = Instant::now();
+            self.lap(0).await?;
+            quickest = quickest.min(start.elapsed());
+        }
+        Ok(quickest * 2 / self.num as u32)
+    }
+
+    /// Adds up the numbers of all members: each part travels around once and grows, then once more, complete.
+    async fn sum(&mut self, data: &mut [u8]) -> std::io::Result<()> {
+        let (num, me) = (self.num, self.me);
+        let part = data.len() / num;
+        let range = |i: usize| -> Range<usize> { i % num * part..(i % num + 1) * part };
+        let mut incoming = vec![0; part];
+        for step in 0..num - 1 {
+            let (out, into) = (range(me + num - step), range(me + num - step - 1));
+            tokio::try_join!(
+                self.to.write_all(&data[out]),
+                self.from.read_exact(&mut incoming)
+            )?;
+            for (sum, more) in data[into].chunks_exact_mut(4).zip(incoming.chunks_exact(4)) {
+                let number = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                let total = number(sum) + number(more);
+                sum.copy_from_slice(&total.to_le_bytes());
+            }
+        }
+        for step in 0..num - 1 {
+            let (out, into) = (range(me + num + 1 - step), range(me + num - step));
+            tokio::try_join!(
+                self.to.write_all(&data[out]),
+                self.from.read_exact(&mut incoming)
+            )?;
+            data[into].copy_from_slice(&incoming);
+        }
+        Ok(())
+    }
+}
+
+/// Who dialled and who accepted make different nonces, so that neither answers with what the other would say.
+fn nonce(dialled: bool) -> anyhow::Result<[u8; 16]> {
+    let mut nonce = [0; 16];
+    let filled = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())?;
+    ensure!(filled == nonce.len(), "no random numbers");
+    nonce[0] = nonce[0] & !1 | u8::from(dialled);
+    Ok(nonce)
+}
+
+async fn dial(
+    next: SocketAddr,
+    prove: &impl Fn([u8; 16]) -> [u8; 32],
+) -> anyhow::Result<TcpStream> {
+    let mut stream = TcpStream::connect(next).await?;
+    stream.set_nodelay(true)?;
+    let own = nonce(true)?;
+    stream.write_all(&own).await?;
+    let (mut theirs, mut proof) = ([0; 16], [0; 32]);
+    stream.read_exact(&mut theirs).await?;
+    stream.read_exact(&mut proof).await?;
+    ensure!(
+        proof == prove(own) && theirs[0] & 1 == 0,
+        "it does not belong to this job"
+    );
+    stream.write_all(&prove(theirs)).await?;
+    Ok(stream)
+}
+
+async fn accept(
+    listener: &TcpListener,
+    prove: &impl Fn([u8; 16]) -> [u8; 32],
+) -> anyhow::Result<TcpStream> {
+    loop {
+        let (mut stream, _) = listener
+            .accept()
+            .await
+            .context("cannot accept a neighbour")?;
+        let greet = async {
+            stream.set_nodelay(true)?;
+            let mut theirs = [0; 16];
+            stream.read_exact(&mut theirs).await?;
+            ensure!(theirs[0] & 1 == 1, "not a member");
+            let own = nonce(false)?;
+            stream.write_all(&own).await?;
+            stream.write_all(&prove(theirs)).await?;
+            let mut proof = [0; 32];
+            stream.read_exact(&mut proof).await?;
+            ensure!(proof == prove(own), "it does not belong to this job");
+            anyhow::Ok(())
+        };
+        // A stranger is no reason to fail.
+        if let Ok(Ok(())) = timeout(PATIENCE, greet).await {
+            return Ok(stream);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_wrong_bit_is_found() {
+        let sums = |i| (0..3).map(|member| value(member, i, 5)).sum::<f32>();
+        let mut data: Vec<u8> = (0..100).flat_map(|i| sums(i).to_le_bytes()).collect();
+        assert_eq!(compare(&data, 3, 5), None);
+        assert!(
+            compare(&data, 3, 6).is_some(),
+            "another round has other numbers"
+        );
+        data[4 * 42] ^= 1;
+        let text = compare(&data, 3, 5).unwrap();
+        assert!(
+            text.starts_with("1 of 100 sums are wrong; number 42 is "),
+            "{text}"
+        );
+    }
+}

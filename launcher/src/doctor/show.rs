@@ -1,0 +1,61 @@
+//! Findings as text.
+
+use std::fmt::Write;
+
+use crate::cluster::message::{Finding, Severity};
+
+/// One finding a line and its hint below, errors first, and a line that counts them.
+pub fn print(findings: &[Finding], color: bool) -> String {
+    let mut sorted: Vec<&Finding> = findings.iter().collect();
+    // Stable: within a severity the order of the areas stays as it was found.
+    sorted.sort_by_key(|f| std::cmp::Reverse(f.severity));
+    let width = sorted.iter().map(|f| f.area.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for finding in sorted {
+        let (word, paint) = match finding.severity {
+            Severity::Error => ("error", "\x1b[1;31m"),
+            Severity::Warning => ("warning", "\x1b[1;33m"),
+            Severity::Ok => ("ok", "\x1b[32m"),
+        };
+        let (paint, plain) = if color { (paint, "\x1b[0m") } else { ("", "") };
+        let Finding {
+            area,
+            text: what,
+            hint,
+            ..
+        } = finding;
+        let _ = writeln!(text, "{paint}{word:<7}{plain}  {area:<width$}  {what}");
+        if !hint.is_empty() {
+            let _ = writeln!(text, "{:indent$}hint: {hint}", "", indent = 11 + width);
+        }
+    }
+    let number = |severity| findings.iter().filter(|f| f.severity == severity).count() as u64;
+    let errors = super::count(number(Severity::Error), "error");
+    let warnings = super::count(number(Severity::Warning), "warning");
+    let _ = writeln!(text, "{errors}, {warnings}, {} ok", number(Severity::Ok));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_come_first_with_their_hints() {
+        let findings = [
+            Finding::ok("gpu", "8 x H200"),
+            Finding::warning("limits", "64 KiB may be locked", "raise memlock"),
+            Finding::error("disk", "no space", "remove old runs"),
+        ];
+        let expected = "\
+error    disk    no space
+                 hint: remove old runs
+warning  limits  64 KiB may be locked
+                 hint: raise memlock
+ok       gpu     8 x H200
+1 error, 1 warning, 1 ok
+";
+        assert_eq!(print(&findings, false), expected);
+        assert!(print(&findings, true).starts_with("\x1b[1;31merror  \x1b[0m  disk"));
+    }
+}
