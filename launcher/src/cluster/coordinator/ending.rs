@@ -4,12 +4,12 @@ use serde_json::json;
 use std::time::Duration;
 use tsm_job::exit;
 
-use super::{Action, Cause, LostNode, Phase, State, record};
-use crate::blame::Blame;
+use super::{Action, Cause, Phase, State, record};
+use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure_of_cluster};
 use crate::clock::Utc;
 use crate::cluster::policy::{self, Incident};
 use crate::end::End;
-use crate::report::Place;
+use crate::report::{self, Failure, Place, own_words};
 use crate::status::Restart;
 use crate::supervisor::Rank;
 
@@ -30,24 +30,10 @@ pub struct Ending {
     /// First and last step.
     pub steps: Option<(u64, u64)>,
     pub checkpoint_step: Option<u64>,
-    pub failed: Option<Failed>,
+    pub failure: Option<Box<Failure>>,
     /// Why it is started again, or why it is not, where there is something to say.
     pub verdict: Option<String>,
     pub again: bool,
-}
-
-/// Why a generation failed.
-#[derive(Clone, Debug)]
-pub struct Failed {
-    /// By global rank, `order` by the coordinator's clock.
-    pub ranks: Vec<Rank>,
-    pub places: Vec<Place>,
-    pub blame: Option<Blame>,
-    pub lost: Vec<LostNode>,
-    /// Late ranks of a hang, and what they were doing.
-    pub hang: Option<(Vec<u32>, String)>,
-    pub oom_kills: u64,
-    pub xids: Vec<String>,
 }
 
 impl State {
@@ -70,7 +56,7 @@ impl State {
             pids: places.iter().map(|p| p.pid).collect(),
             steps: self.steps,
             checkpoint_step: self.checkpoint_step,
-            failed: None,
+            failure: None,
             verdict: None,
             again: false,
         };
@@ -114,72 +100,113 @@ impl State {
     }
 
     fn fail(&mut self, ranks: Vec<Rank>, places: Vec<Place>, ending: &mut Ending, now: Duration) {
-        let words = |rank: usize| crate::report::own_words(&places[rank]);
-        let blame = crate::blame::first_failure(&ranks, words);
-        let hang = match &self.cause {
-            Some(Cause::Hang { late, text }) => Some((late.clone(), text.clone())),
-            _ => None,
-        };
         ending.outcome = "failed";
-        ending.code = self.refusal.unwrap_or_else(|| exit_code(&ranks, blame.as_ref(), !self.lost.is_empty()));
-        let failed = Failed {
-            blame,
-            lost: self.lost.clone(),
-            hang,
-            oom_kills: self.reports.values().map(|r| r.oom_kills).sum(),
-            xids: self.reports.values().flat_map(|r| r.xids.clone()).collect(),
-            ranks,
-            places,
-        };
-        let incident = Incident::of(&failed, now, self.steps.map(|(_, last)| last), self.checkpoint_step);
-        match self.history.judge(&incident, now) {
-            _ if self.last => {}
-            policy::Verdict::Restart { after, leave_out, why } => {
-                for host in leave_out {
-                    self.left_out.insert(host, why.clone());
-                }
-                self.pause = after;
-                (ending.again, ending.verdict) = (true, Some(why));
+        let (hang, stacks) = match &self.cause {
+            Some(Cause::Hang { late, text, at }) => {
+                let late = late.iter().map(|&rank| rank as usize).collect();
+                (Some(Hang { at: *at, late }), Some(text.clone()))
             }
-            policy::Verdict::Stop { code, why } => {
-                ending.code = code.unwrap_or(ending.code);
-                ending.verdict = why;
+            _ => (None, None),
+        };
+        let nodes = self.node_ends(&ranks);
+        let fault = first_failure_of_cluster(&nodes, hang.as_ref(), |rank| own_words(&places[rank]));
+        drop(nodes);
+        let Some(fault) = fault else {
+            // The workers could not be started: that was said already.
+            ending.code = self.refusal.unwrap_or(exit::BUG);
+            return;
+        };
+        ending.code = self.refusal.unwrap_or_else(|| exit_code(&ranks, &fault));
+        let host = match &fault.culprit {
+            Culprit::Rank(rank) => places[*rank].host.clone(),
+            Culprit::Node { host, .. } => host.clone(),
+            Culprit::Late { ranks, .. } => places[ranks[0]].host.clone(),
+        };
+        let of_host = |(id, _): &(&u64, &crate::cluster::message::NodeReport)| self.nodes.get(id).is_some_and(|n| n.join.host == host);
+        let of_host = self.reports.iter().find(of_host).map(|(_, r)| r);
+        let lost: Vec<String> = self.lost.iter().map(|l| l.host.clone()).collect();
+        let mut run = report::Run {
+            id: &self.settings.job.run_id,
+            dir: &self.settings.job.run_dir,
+            exit_code: ending.code,
+            oom_kills: of_host.map_or(0, |r| r.oom_kills),
+            xids: of_host.map(|r| r.xids.as_slice()).unwrap_or_default(),
+            lost: &lost,
+            stacks: stacks.as_deref(),
+            earlier: &self.incidents,
+            resume: self.settings.job.resume.as_deref(),
+        };
+        let failure = report::failure(&run, &fault, &ranks, &places);
+        let incident = Incident {
+            at: now,
+            ran: now.saturating_sub(self.started_at),
+            class: failure.class,
+            again: failure.again,
+            signature: failure.signature.clone(),
+            host: Some(host),
+            rank: failure.rank.map(|rank| rank as u32),
+            step: self.steps.map(|(_, last)| last),
+            checkpoint_step: self.checkpoint_step.or(self.incidents.last().and_then(|i| i.checkpoint_step)),
+        };
+        if self.last {
+            ending.verdict = None;
+        } else {
+            match policy::decide(&self.settings.policy, &self.incidents, &incident) {
+                policy::Verdict::Restart { after, leave_out, why } => {
+                    self.left_out = leave_out;
+                    self.pause = after;
+                    (ending.again, ending.verdict) = (true, Some(why));
+                }
+                policy::Verdict::Stop { code, why } => {
+                    ending.code = code.exit_code(ending.code);
+                    ending.verdict = (self.settings.policy.max_restarts > 0).then_some(why);
+                }
             }
         }
-        ending.failed = Some(failed);
+        run.exit_code = ending.code;
+        ending.failure = Some(Box::new(report::failure(&run, &fault, &ranks, &places)));
+        self.incidents.push(incident);
     }
 
-    /// The ranks of all nodes in order of rank, their `order` by the coordinator's clock.
+    /// What is known of the ends on each node. `ranks` are those of the whole job, by rank.
+    fn node_ends<'a>(&'a self, ranks: &'a [Rank]) -> Vec<NodeEnds<'a>> {
+        let node = |member: &'a super::Member| {
+            let seen = |number: u32| ranks.get(number as usize).map(|rank| Seen { number: number as usize, rank, at: rank.ended_at });
+            let lost = self.lost.iter().find(|l| l.member.id == member.id);
+            NodeEnds {
+                host: self.host(member.id),
+                ranks: member.ranks.clone().filter_map(seen).collect(),
+                uncertainty: self.nodes.get(&member.id).map_or(Duration::ZERO, |n| n.clock.error()),
+                lost: lost.map(|l| Lost { heard: l.heard, given_up: l.at, how: &l.how }),
+            }
+        };
+        self.members.iter().map(node).collect()
+    }
+
+    /// The ranks of all nodes in order of rank, their times on the coordinator's clock.
     fn merge(&self) -> (Vec<Rank>, Vec<Place>) {
-        let mut all: Vec<(Rank, Place, Duration)> = Vec::new();
+        let mut all: Vec<(Rank, Place)> = Vec::new();
         for member in &self.members {
             let clock = self.nodes.get(&member.id).map(|n| n.clock);
-            match self.reports.get(&member.id) {
-                Some(report) => {
-                    // Within a node the kernel's order rules, whatever the clock says.
-                    let mut by_order: Vec<usize> = (0..report.ranks.len()).collect();
-                    by_order.sort_by_key(|&i| report.ranks[i].0.order);
-                    let mut times = vec![Duration::ZERO; report.ranks.len()];
-                    let mut last = Duration::ZERO;
-                    for i in by_order {
-                        let at = report.ranks[i].0.ended_at;
-                        last = last.max(clock.map_or(at, |c| c.map(at)));
-                        times[i] = last;
+            let known = self.reports.get(&member.id).map(|r| r.ranks.as_slice()).unwrap_or_default();
+            for (number, i) in member.ranks.clone().zip(0..) {
+                all.push(match known.get(i) {
+                    Some((rank, place)) => {
+                        let mut rank = rank.clone();
+                        let map = |at| clock.map_or(at, |c| c.map(at));
+                        rank.ended_at = map(rank.ended_at);
+                        rank.left = rank.left.map(|(order, at, after)| (order, map(at), after));
+                        (rank, place.clone())
                     }
-                    all.extend(report.ranks.iter().zip(times).map(|((r, p), at)| (r.clone(), p.clone(), at)));
-                }
-                None => all.extend(member.ranks.clone().map(|rank| self.lost_rank(member.id, rank))),
+                    None => self.lost_rank(member.id, number),
+                });
             }
         }
-        let mut by_time: Vec<usize> = (0..all.len()).collect();
-        by_time.sort_by_key(|&i| (all[i].2, all[i].0.order));
-        for (order, i) in by_time.into_iter().enumerate() {
-            (all[i].0.order, all[i].0.ended_at) = (order + 1, all[i].2);
-        }
-        all.into_iter().map(|(rank, place, _)| (rank, place)).unzip()
+        all.into_iter().unzip()
     }
 
-    fn lost_rank(&self, id: u64, number: u32) -> (Rank, Place, Duration) {
+    /// A rank that no report speaks of: its node is lost, or it was never started.
+    fn lost_rank(&self, id: u64, number: u32) -> (Rank, Place) {
         let lost = self.lost.iter().find(|l| l.member.id == id);
         let at = lost.map_or(Duration::ZERO, |l| l.at);
         let progress = self.progress.get(&number);
@@ -197,27 +224,24 @@ impl State {
             pid: 0,
             stderr_file: dir.log(&host, number, true),
             error_file: crate::plan::error_file(dir.path(), &host, number),
+            exception: None,
             stderr: Vec::new(),
             stuck_in: None,
             host,
         };
-        (rank, place, at)
+        (rank, place)
     }
 }
 
 /// The code of the rank to blame; of one that announced its failure and hung, what it announced.
-fn exit_code(ranks: &[Rank], blame: Option<&Blame>, lost: bool) -> i32 {
-    let blamed = blame.map(|b| &ranks[b.rank]);
-    let announced = blamed.and_then(|rank| match (&rank.record, rank.end) {
-        (Some(record), None) => Some(record.code),
-        (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => Some(record.code),
-        _ => None,
-    });
-    let end = announced.map(End::Code).or(blamed.and_then(|rank| rank.end));
-    match end {
-        Some(end) => end.exit_code(),
-        None if lost => exit::PEER,
+fn exit_code(ranks: &[Rank], fault: &Fault) -> i32 {
+    let Culprit::Rank(number) = fault.culprit else { return exit::PEER };
+    let rank = &ranks[number];
+    match (&rank.record, rank.end) {
+        (Some(record), None) => record.code,
+        (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => record.code,
+        (_, Some(end)) => end.exit_code(),
         // Every failure has a rank that ended or announced it.
-        None => exit::BUG,
+        (None, None) => exit::BUG,
     }
 }

@@ -15,7 +15,7 @@ mod member;
 mod phases;
 mod view;
 
-pub use ending::{Ending, Failed};
+pub use ending::Ending;
 pub use member::{Clock, Node};
 
 use serde_json::Value;
@@ -79,6 +79,8 @@ pub struct Job {
     pub grace: Duration,
     pub show: Option<Vec<u32>>,
     pub affinity: bool,
+    /// The command that continues the run, where the workers know how to.
+    pub resume: Option<String>,
     /// The workers save and end with code 75 on SIGUSR2, and find their own checkpoints.
     pub saves: bool,
 }
@@ -171,7 +173,12 @@ pub enum Cause {
     /// The scheduler wants the nodes back: save and end.
     Preempt,
     /// Ranks that no longer step.
-    Hang { late: Vec<u32>, text: String },
+    Hang {
+        late: Vec<u32>,
+        text: String,
+        /// When it was found.
+        at: Duration,
+    },
     /// A node has joined that the job waits for.
     Grow,
 }
@@ -182,6 +189,8 @@ pub struct LostNode {
     pub member: Member,
     pub host: String,
     pub how: String,
+    /// When it was heard for the last time, and when it was given up.
+    pub heard: Duration,
     pub at: Duration,
     pub devices: Vec<String>,
 }
@@ -209,9 +218,10 @@ pub struct State {
     fence: Duration,
     /// What each node reached of the first node, by (first, other).
     reach: BTreeMap<(NodeId, NodeId), Vec<(IpAddr, String)>>,
-    history: policy::History,
-    /// Hosts that get no ranks any more, and why.
-    left_out: BTreeMap<String, String>,
+    /// What ended the earlier starts.
+    incidents: Vec<policy::Incident>,
+    /// Hosts that get no ranks.
+    left_out: Vec<policy::LeftOut>,
     pub restarts: Vec<Restart>,
     progress: BTreeMap<u32, view::Rank>,
     metrics: BTreeMap<String, f64>,
@@ -242,7 +252,6 @@ impl State {
     pub fn new(settings: Settings, now: Duration) -> State {
         let deadline = now + settings.join;
         State {
-            history: policy::History::new(settings.policy.clone()),
             watch: Tracker::new(0, settings.hang.clone(), now),
             next_look: Duration::ZERO,
             settings,
@@ -261,7 +270,8 @@ impl State {
             lost: Vec::new(),
             fence: Duration::ZERO,
             reach: BTreeMap::new(),
-            left_out: BTreeMap::new(),
+            incidents: Vec::new(),
+            left_out: Vec::new(),
             restarts: Vec::new(),
             progress: BTreeMap::new(),
             metrics: BTreeMap::new(),

@@ -93,7 +93,7 @@ impl State {
                 self.fence = self.fence.max(node.heard + self.settings.lease + FENCE);
                 actions.push(Action::Notice(format!("{host} is lost: {how}")));
                 let devices = node.join.devices.clone();
-                self.lost.push(LostNode { member, host, how: how.into(), at: now, devices });
+                self.lost.push(LostNode { member, host, how: how.into(), heard: node.heard, at: now, devices });
                 let ranks = self.lost[self.lost.len() - 1].member.ranks.clone();
                 ranks.for_each(|rank| self.watch.ended(rank, now));
                 if self.cause.is_none() {
