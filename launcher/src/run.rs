@@ -335,9 +335,13 @@ impl Run {
             dir,
             exit_code,
             oom_kills,
+            xids: &[],
+            lost: &[],
+            stacks: None,
+            earlier: &[],
             resume: self.resume.as_deref(),
         };
-        let failure = report::failure(&run, blame, &state.ranks, places);
+        let failure = report::failure(&run, &blame.clone().into(), &state.ranks, places);
         let _ = writeln!(stderr, "{failure}");
         if let Err(e) = write_json(&self.folder.dir.failure(), &failure) {
             let _ = writeln!(stderr, "warning: failure.json is not written: {e}");
