@@ -193,6 +193,7 @@ fn session(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
             Show::Ranks(ranks) => Some(ranks),
         },
         affinity: !args.no_affinity,
+        resume: is_trainer.then(|| resume_command(args, &dir)),
         saves: is_trainer,
     };
     let settings = Settings {
@@ -203,7 +204,11 @@ fn session(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
         lease: args.node_timeout,
         open: false,
         job,
-        policy: policy::Options { max_restarts: args.max_restarts },
+        policy: policy::Options {
+            max_restarts: args.max_restarts,
+            seed: u64::from(std::process::id()),
+            ..policy::Options::default()
+        },
         hang: Limits { hang_timeout: args.hang_timeout.0, ..Limits::default() },
         save_at: None,
     };
@@ -215,8 +220,6 @@ fn session(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
         manifest,
         screen,
         children: Children::new(),
-        resume: is_trainer.then(|| resume_command(args, &dir)),
-        host,
     };
     Ok(Prepared { session, revised, config })
 }

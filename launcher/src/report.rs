@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::blame::{Culprit, Fault, Role, role};
-use crate::class::{self, Class, Facts, classify};
+use crate::class::{self, Again, Class, Facts, classify};
 use crate::cluster::policy::Incident;
 use crate::cores::to_list;
 use crate::end::End;
@@ -21,6 +21,9 @@ pub struct Place {
     pub pid: i32,
     pub stderr_file: PathBuf,
     pub error_file: PathBuf,
+    /// The message in torch's error file.
+    #[serde(default)]
+    pub exception: Option<String>,
     pub stderr: Vec<String>,
     /// State of a process that SIGKILL did not end.
     pub stuck_in: Option<String>,
@@ -41,6 +44,7 @@ pub struct Failure {
     /// The launcher's exit code.
     pub exit_code: i32,
     pub class: Class,
+    pub again: Again,
     /// The line that tells, or how it ended.
     pub evidence: String,
     /// Equal for two failures of the same cause.
@@ -101,7 +105,7 @@ pub struct Run<'a> {
 
 /// All a rank said about its end: torch's error file and the end of its stderr.
 pub fn own_words(place: &Place) -> String {
-    let exception = torch_error(&place.error_file).unwrap_or_default();
+    let exception = place.exception.as_deref().unwrap_or_default();
     format!("{exception}\n{}", place.stderr.join("\n"))
 }
 
@@ -155,7 +159,7 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
     );
     let record = rank.and_then(|rank| rank.record.as_ref());
     let end = rank.and_then(|rank| rank.end);
-    let exception = place.and_then(|place| torch_error(&place.error_file));
+    let exception = place.and_then(|place| place.exception.clone());
     let facts = Facts {
         end,
         record,
@@ -201,6 +205,7 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
         end,
         exit_code: run.exit_code,
         class: verdict.class,
+        again: verdict.again,
         evidence: verdict.evidence,
         signature,
         after_ms: ms(subject.at),
@@ -254,7 +259,7 @@ fn hint(run: &Run, advice: &str) -> String {
 }
 
 /// The message that torch's `@record` left: `{"message": text}` or `{"message": {"message": text, ..}}`.
-fn torch_error(path: &Path) -> Option<String> {
+pub fn torch_error(path: &Path) -> Option<String> {
     let value: serde_json::Value = serde_json::from_str(&read_small(path)?).ok()?;
     let message = &value["message"];
     message

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use tsm_job::exit;
 
 use crate::clock::Utc;
-use crate::cluster::coordinator::{self, Action, Ending, Event, Failed, Launched, Phase, Settings, State};
+use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, Settings, State};
 use crate::cluster::link::{Heard, Hub};
 use crate::cluster::message::FromAgent;
 use crate::cluster::topology::NodeId;
 use crate::folder::Folder;
 use crate::manifest::{Events, Manifest, RankEntry, write_json};
-use crate::report;
+use crate::report::Failure;
 use crate::screen::Screen;
 use crate::signals::Signals;
 use crate::start::children::Children;
@@ -34,9 +34,6 @@ pub struct Session {
     pub screen: Screen,
     /// ssh or srun, which hold the agents of other nodes.
     pub children: Children,
-    /// The command that continues the run, where the workers know how to.
-    pub resume: Option<String>,
-    pub host: String,
 }
 
 struct Running {
@@ -160,13 +157,13 @@ impl Running {
         if !ending.again {
             self.session.manifest.outcome = if ending.outcome == "saved" { "stopped" } else { ending.outcome };
         }
-        if let Some(failed) = &ending.failed {
-            self.report(&ending, failed);
+        if let Some(failure) = &ending.failure {
+            self.report(failure);
         }
         if let Some(verdict) = &ending.verdict {
             self.session.screen.notice(verdict);
         }
-        if !ending.again && ending.failed.is_none() {
+        if !ending.again && ending.failure.is_none() {
             let seconds = self.session.start.elapsed().as_secs_f64();
             let (outcome, code) = (ending.outcome, ending.code);
             self.session.screen.notice(&format!("{outcome} after {seconds:.1} s, exit code {code}"));
@@ -174,19 +171,9 @@ impl Running {
         self.code = Some(ending.code);
     }
 
-    fn report(&mut self, ending: &Ending, failed: &Failed) {
-        let Some(blame) = &failed.blame else { return };
-        let dir = &self.session.folder.dir;
-        let run = report::Run {
-            id: &self.session.manifest.run_id,
-            dir: dir.path(),
-            exit_code: ending.code,
-            oom_kills: failed.oom_kills,
-            resume: self.session.resume.as_deref(),
-        };
-        let failure = report::failure(&run, blame, &failed.ranks, &failed.places);
+    fn report(&mut self, failure: &Failure) {
         self.session.screen.show(true, format!("{failure}\n").into_bytes());
-        if let Err(e) = write_json(&dir.failure(), &failure) {
+        if let Err(e) = write_json(&self.session.folder.dir.failure(), failure) {
             self.session.screen.notice(&format!("warning: failure.json is not written: {e}"));
         }
     }

@@ -19,7 +19,7 @@ use crate::logs::{Logs, Sink, Source, Tail};
 use crate::plan::{self, REMOVED_VARIABLES, Seat, Shape, WorkerPlan, error_file};
 use crate::port::Port;
 use crate::process::{self, Guard, Spec, Worker};
-use crate::report::Place;
+use crate::report::{self, Place};
 use crate::supervisor::{self, Action, Event, State};
 use crate::watch::{Happening, Watch};
 
@@ -369,6 +369,7 @@ impl Generation {
 
     /// What became of the generation. Frees the process table and lets the guard go.
     pub fn conclude(self, mut warnings: Vec<String>) -> NodeReport {
+        let dir_path = self.dir.path();
         let place = |i: usize| {
             let plan = &self.plans[i];
             Place {
@@ -377,6 +378,7 @@ impl Generation {
                 pid: self.workers[i].pid.as_raw_nonzero().get(),
                 stderr_file: self.dir.log(&self.host, plan.rank, true),
                 error_file: error_file(self.dir.path(), &self.host, plan.rank),
+                exception: report::torch_error(&error_file(dir_path, &self.host, plan.rank)),
                 stderr: self.tails[i].lines(),
                 stuck_in: self.state.ranks[i].end.is_none().then(|| self.workers[i].stuck_in()),
             }

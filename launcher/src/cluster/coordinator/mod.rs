@@ -245,6 +245,7 @@ struct Inspection {
     late: Vec<u32>,
     texts: Vec<String>,
     waiting: Vec<NodeId>,
+    found: Duration,
     deadline: Duration,
 }
 

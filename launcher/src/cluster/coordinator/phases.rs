@@ -11,6 +11,7 @@ use super::{
     nodes, record, send,
 };
 use crate::addresses;
+use crate::cluster::policy::LeftOut;
 use crate::cluster::message::{Beat, Join, NodeReport, Start, ToAgent};
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
 use crate::end::{End, signal_name};
@@ -35,8 +36,8 @@ impl State {
                 "{host} was started with another config or program than the first node: give the same command on every node"
             ));
         }
-        if let Some(reason) = self.left_out.get(&host) {
-            return refuse(format!("{host} is left out: {reason}"));
+        if let Some(out) = self.left_out.iter().find(|l| l.host == host && l.must) {
+            return refuse(format!("{host} is left out: {}", out.why));
         }
         let fields = json!({"node": id, "host": join.host, "pid": join.pid, "devices": join.devices});
         actions.push(record("join", fields));
@@ -225,19 +226,36 @@ impl State {
         self.phase = Phase::Gather { deadline: now + self.settings.join, last_call: None };
     }
 
-    fn candidates(&self) -> Vec<Candidate> {
+    /// Nodes that can take ranks, in the order in which they joined; of those that are left out only as many as it
+    /// takes to have enough.
+    fn candidates(&self, now: Duration) -> Vec<Candidate> {
         let candidate = |(id, node): (&NodeId, &Node)| Candidate {
             id: *id,
             order: node.join.order,
             num_ranks: node.join.devices.len() as u32,
         };
-        self.nodes.iter().filter(|(_, n)| !self.left_out.contains_key(&n.join.host)).map(candidate).collect()
+        let out = |node: &Node| {
+            let is = |l: &&LeftOut| l.host == node.join.host && l.until.is_none_or(|until| now < until);
+            self.left_out.iter().find(is)
+        };
+        let (mut good, mut poor) = (Vec::new(), Vec::new());
+        for (id, node) in &self.nodes {
+            match out(node) {
+                None => good.push((id, node)),
+                Some(left) if !left.must => poor.push((id, node)),
+                Some(_) => {}
+            }
+        }
+        let missing = (self.settings.min_nodes as usize).saturating_sub(good.len());
+        good.extend(poor.into_iter().take(missing));
+        good.sort_by_key(|(id, _)| **id);
+        good.into_iter().map(candidate).collect()
     }
 
     fn try_to_form(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let Phase::Gather { deadline, last_call } = &mut self.phase else { return };
         let (deadline, called) = (*deadline, *last_call);
-        let candidates = self.candidates();
+        let candidates = self.candidates(now);
         let here = candidates.len() as u32;
         let (min, max) = (self.settings.min_nodes, self.settings.max_nodes);
         // Whoever has survived does not wait for others: they are taken in later.
@@ -491,7 +509,7 @@ impl State {
 
     /// Takes in a waiting node, now that little is lost by a new start.
     fn grow(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let spare = self.candidates().into_iter().find(|c| self.member(c.id).is_none());
+        let spare = self.candidates(now).into_iter().find(|c| self.member(c.id).is_none());
         let Some(spare) = spare else { return };
         if self.cause.is_some() || self.members.len() as u32 >= self.settings.max_nodes || !self.settings.job.saves {
             return;
@@ -505,7 +523,7 @@ impl State {
         if let Some(inspection) = &self.inspection {
             if now >= inspection.deadline || inspection.waiting.is_empty() {
                 let inspection = self.inspection.take().unwrap_or_default();
-                let cause = Cause::Hang { late: inspection.late, text: inspection.texts.join("\n") };
+                let cause = Cause::Hang { late: inspection.late, text: inspection.texts.join("\n"), at: inspection.found };
                 self.stop(cause, libc::SIGTERM, now, actions);
             }
             return;
@@ -544,7 +562,7 @@ impl State {
                 actions.push(send(member.id, ToAgent::Inspect { generation: self.generation, local_ranks }));
             }
         }
-        self.inspection = Some(Inspection { late, texts: Vec::new(), waiting, deadline: now + INSPECT });
+        self.inspection = Some(Inspection { late, texts: Vec::new(), waiting, found: now, deadline: now + INSPECT });
     }
 
     pub(super) fn inspected(&mut self, id: NodeId, text: String) {

@@ -71,7 +71,7 @@ impl State {
         let node = |id: &u64, node: &super::Node| {
             let member = self.member(*id);
             let state = match member {
-                _ if self.left_out.contains_key(&node.join.host) => "left out",
+                _ if member.is_none() && self.left_out.iter().any(|l| l.host == node.join.host) => "left out",
                 Some(_) => "running",
                 None => "spare",
             };
