@@ -16,10 +16,11 @@ use std::time::{Duration, Instant};
 use crate::blame::Blame;
 use crate::cli::Show;
 use crate::clock::Utc;
-use crate::console::{Console, Lines};
+use crate::console::lines::Lines;
+use crate::console::screen::{Format, Outputs, Screen, Style};
 use crate::crew::Crew;
 use crate::folder::Folder;
-use crate::logs::{Logs, Sink, Source, Tail};
+use crate::logs::{Logs, Shown, Sink, Source, Tail};
 use crate::manifest::{Events, Manifest, write_json};
 use crate::plan::{REMOVED_VARIABLES, WorkerPlan, error_file};
 use crate::process::{self, Guard, Spec, Worker};
@@ -70,7 +71,7 @@ impl Run {
     async fn follow(self) -> anyhow::Result<i32> {
         let mut signals = Signals::catch()?;
         let oom_before = oom_kills();
-        let mut crew = self.start_workers()?;
+        let (mut crew, screen) = self.start_workers()?;
         let described = self.describe(&crew.workers);
         let mut state = State::new(crew.workers.len(), self.grace);
         while state.phase != Phase::Finished {
@@ -93,6 +94,7 @@ impl Run {
         crew.end_descendants(&state, &mut signals, self.grace).await;
         Ok(self.conclude(
             crew,
+            screen,
             state,
             described,
             oom_kills().saturating_sub(oom_before),
@@ -100,7 +102,7 @@ impl Run {
     }
 
     /// Starts the guard and every worker, then reads their output.
-    fn start_workers(&self) -> anyhow::Result<Crew> {
+    fn start_workers(&self) -> anyhow::Result<(Crew, Screen)> {
         process::allow_open_files(FILES + FILES_PER_RANK * self.workers.len() as u64);
         let mut watch = Watch::new()?;
         let mut guard = Guard::start(&self.shim)?;
@@ -110,7 +112,7 @@ impl Run {
         rustix::io::ioctl_fionbio(&notices, true).context("cannot make a pipe")?;
         let mut sources = vec![Source {
             pipe: notes.into(),
-            to: Sink::Notices,
+            to: Sink::Notices(Lines::own()),
         }];
         let mut tails = Vec::new();
         for plan in &self.workers {
@@ -124,11 +126,24 @@ impl Run {
             }
         }
         guard.watch(&workers);
-        let logs = Logs::start(
-            sources,
-            Console::new(std::io::stdout()),
-            Console::new(std::io::stderr()),
-        )?;
+        let style = Style {
+            format: Format::Text,
+            hosts: false,
+            world_size: self.workers.len() as u32,
+            shown: self
+                .workers
+                .iter()
+                .filter(|w| self.show.shows(w.rank))
+                .count(),
+            run_dir: self.folder.dir.clone(),
+        };
+        let screen = Screen::start(Outputs::standard()?, style, None)?;
+        let shown = Shown {
+            host: self.host.clone(),
+            feed: screen.feed(),
+            patience: screen.patience(),
+        };
+        let logs = Logs::start(sources, shown)?;
         for (plan, worker) in self.workers.iter().zip(&workers) {
             events.write(
                 "spawn",
@@ -150,7 +165,7 @@ impl Run {
             self.host,
             self.folder.dir.path().display()
         ));
-        Ok(crew)
+        Ok((crew, screen))
     }
 
     fn start_worker(
@@ -180,11 +195,10 @@ impl Run {
         watch.add_agent(ours)?;
         let (worker, streams) = process::spawn(&spec, theirs)?;
         let tail = Tail::default();
-        let digits = (self.workers.len() - 1).to_string().len();
-        let shown = |progress| {
+        let shown = |stderr, progress| {
             self.show
                 .shows(plan.rank)
-                .then(|| Lines::new(plan.rank, digits, progress))
+                .then(|| Lines::new(plan.rank, stderr, progress))
         };
         let first_shown = self
             .workers
@@ -195,13 +209,13 @@ impl Run {
         let out = Sink::Worker {
             file: out_file,
             stderr: false,
-            shown: shown(false),
+            shown: shown(false, false),
             tail: tail.clone(),
         };
         let err = Sink::Worker {
             file: err_file,
             stderr: true,
-            shown: shown(progress),
+            shown: shown(true, progress),
             tail: tail.clone(),
         };
         sources.push(Source {
@@ -244,6 +258,7 @@ impl Run {
     fn conclude(
         &self,
         crew: Crew,
+        screen: Screen,
         state: State,
         described: Receiver<Manifest>,
         oom_kills: u64,
@@ -263,6 +278,7 @@ impl Run {
         if !drained {
             warnings.push("a process that left its session still holds a worker's output open; it was left alone".into());
         }
+        screen.finish(DRAIN);
         drop(watch);
         let places: Vec<Place> = (0..workers.len())
             .map(|i| self.place(&workers[i], &tails[i], &state, i))
