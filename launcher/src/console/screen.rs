@@ -436,3 +436,231 @@ pub fn ranges(ranks: &[u32]) -> String {
     let ranks: Vec<usize> = ranks.iter().map(|&rank| rank as usize).collect();
     crate::cores::to_list(&ranks)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::Snapshot;
+    use std::io::{Read, Write};
+    use std::sync::{Arc, Mutex};
+    use tokio::sync::watch;
+
+    fn style(format: Format, hosts: bool) -> Style {
+        Style {
+            format,
+            hosts,
+            world_size: 16,
+            shown: 16,
+            run_dir: RunDir::new("runs/a"),
+        }
+    }
+
+    fn batch(host: &str, lines: &[(u32, &str)]) -> Batch {
+        let mut batch = Batch::new(host);
+        batch.time = "2026-01-31T23:59:59.250Z".into();
+        for (rank, text) in lines {
+            batch.push(Some(*rank), *rank == 3, text.as_bytes());
+        }
+        batch
+    }
+
+    /// All that was written to stdout and stderr.
+    fn painted(style: Style, batches: &[Batch]) -> [String; 2] {
+        let mut painter = Painter::new(style);
+        for batch in batches {
+            painter.take(batch, Duration::ZERO);
+        }
+        painter.flush();
+        let mut text = [String::new(), String::new()];
+        for (stderr, piece) in std::mem::take(&mut painter.frame).pieces(false) {
+            text[usize::from(stderr)] += &String::from_utf8(piece).unwrap();
+        }
+        text
+    }
+
+    #[test]
+    fn labels_name_ranks_and_where_there_are_several_their_nodes() {
+        let batches = [
+            batch("gpu-1", &[(0, "a"), (1, "a"), (12, "b")]),
+            batch("gpu-22", &[(9, "a"), (8, "c"), (3, "d")]),
+        ];
+        let [out, err] = painted(style(Format::Text, false), &batches);
+        assert_eq!(out, "[0-1,9] | a\n12 | b\n 8 | c\n");
+        assert_eq!(err, " 3 | d\n");
+        let [out, _] = painted(style(Format::Text, true), &batches);
+        assert_eq!(out, "[0-1,9] | a\ngpu-1  12 | b\ngpu-22  8 | c\n");
+    }
+
+    #[test]
+    fn json_is_one_object_a_line_on_stdout() {
+        let mut lines = batch("gpu-1", &[(0, "a \"b\""), (3, "\x1b[1m\u{fffd}")]);
+        lines.push(None, true, b"tsm-launch: stopping");
+        let [out, err] = painted(style(Format::Json, true), &[lines]);
+        assert_eq!(err, "");
+        let expected = [
+            r#"{"time":"2026-01-31T23:59:59.250Z","host":"gpu-1","rank":0,"stream":"stdout","line":"a \"b\""}"#,
+            r#"{"time":"2026-01-31T23:59:59.250Z","host":"gpu-1","rank":3,"stream":"stderr","line":"\u001b[1m�"}"#,
+            r#"{"time":"2026-01-31T23:59:59.250Z","host":"gpu-1","rank":null,"stream":"launcher","line":"tsm-launch: stopping"}"#,
+        ];
+        assert_eq!(out.lines().collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn missing_lines_are_said_with_their_file_before_the_next() {
+        let mut next = batch("gpu-1", &[(1, "next")]);
+        let (host, rank) = ("gpu-1".to_string(), 1);
+        next.missed = vec![Missed {
+            host,
+            rank,
+            stderr: true,
+            lines: 12,
+        }];
+        let [out, err] = painted(style(Format::Text, false), &[next]);
+        assert_eq!(out, " 1 | next\n");
+        let file = "runs/a/logs/gpu-1-1.err";
+        assert_eq!(
+            err,
+            format!("tsm-launch: 12 lines of rank 1 not shown: see {file}\n")
+        );
+    }
+
+    #[test]
+    fn own_words_come_after_what_was_said_before_them() {
+        let mut both = batch("a", &[(3, "before")]);
+        both.push(None, true, b"tsm-launch: now");
+        assert_eq!(
+            painted(style(Format::Text, false), &[both])[1],
+            " 3 | before\ntsm-launch: now\n"
+        );
+    }
+
+    #[test]
+    fn the_order_of_the_streams_is_kept_where_it_can_be_seen() {
+        let mut painter = Painter::new(Style {
+            shown: 1,
+            ..style(Format::Text, false)
+        });
+        painter.take(&batch("a", &[(0, "a"), (3, "b"), (0, "c")]), Duration::ZERO);
+        let frame = std::mem::take(&mut painter.frame);
+        let streams: Vec<bool> = frame.pieces(true).map(|(stderr, _)| stderr).collect();
+        assert_eq!(streams, [false, true, false]);
+    }
+
+    /// A terminal as bytes: what stands on it in the end, line by line.
+    fn on_terminal(bytes: &str) -> Vec<String> {
+        let (mut rows, mut row) = (vec![String::new()], 0);
+        let mut rest = bytes;
+        while let Some(c) = rest.chars().next() {
+            rest = &rest[c.len_utf8()..];
+            match c {
+                '\n' => {
+                    row += 1;
+                    rows.resize(rows.len().max(row + 1), String::new());
+                }
+                // Always followed by an erasure here.
+                '\r' => {}
+                '\x1b' => {
+                    let end = rest.find(|c: char| c.is_ascii_alphabetic()).unwrap();
+                    match &rest[..=end] {
+                        "[J" => {
+                            rows.truncate(row + 1);
+                            rows[row].clear();
+                        }
+                        up if up.ends_with('A') => {
+                            row -= up[1..end].parse::<usize>().unwrap();
+                        }
+                        other => panic!("{other}"),
+                    }
+                    rest = &rest[end + 1..];
+                }
+                c => rows[row].push(c),
+            }
+        }
+        rows
+    }
+
+    #[test]
+    fn the_view_stays_below_whole_lines() {
+        let written = Arc::new(Mutex::new(Vec::new()));
+        struct Writer(Arc<Mutex<Vec<u8>>>);
+        impl Write for Writer {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.lock().unwrap().extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let outputs = Outputs {
+            out: Console::new(Writer(Arc::clone(&written))),
+            err: Console::new(Writer(Arc::clone(&written))),
+            together: true,
+            size: Box::new(|| Some((80, 24))),
+        };
+        let snapshot = |step| {
+            let rank = crate::status::RankStatus {
+                step: Some(step),
+                ..Default::default()
+            };
+            Arc::new(Snapshot {
+                run_id: "demo".into(),
+                ranks: vec![rank],
+                ..Snapshot::default()
+            })
+        };
+        let (sender, snapshots) = watch::channel(snapshot(0));
+        let view = View::new(snapshots, false);
+        let screen = Screen::start(outputs, style(Format::Text, false), Some(view)).unwrap();
+        for step in 1..200 {
+            sender.send_replace(snapshot(step));
+            let mut lines = batch("a", &[(0, "out"), (3, "err")]);
+            lines.bar = Some((3, format!(" {step}%").into_bytes()));
+            screen.feed().offer(lines);
+        }
+        assert!(screen.finish(Duration::from_secs(60)));
+        let text = String::from_utf8(written.lock().unwrap().clone()).unwrap();
+        assert!(
+            text.contains("demo  0 s\n") && text.contains("%\ndemo"),
+            "{text}"
+        );
+        let mut rows = on_terminal(&text);
+        assert_eq!(rows.pop().unwrap(), "");
+        let expected = [" 0 | out", " 3 | err"].repeat(199);
+        assert_eq!(rows, expected);
+    }
+
+    /// As a terminal stopped with Ctrl-S: nobody reads, so the thread hangs in its write.
+    #[test]
+    fn a_stopped_terminal_holds_up_neither_the_lines_nor_the_end() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let outputs = Outputs {
+            size: Box::new(|| Some((80, 24))),
+            ..Outputs::plain(Console::new(std::io::sink()), Console::new(writer))
+        };
+        assert_eq!(outputs.patience(), Duration::ZERO);
+        let screen = Screen::start(outputs, style(Format::Text, false), None).unwrap();
+        let line = "x".repeat(100);
+        for _ in 0..200_000 {
+            screen
+                .feed()
+                .send(batch("a", &[(3, &line)]), screen.patience());
+        }
+        screen.say("tsm-launch: the end");
+        assert!(!screen.finish(Duration::from_millis(1)));
+        // Whoever reads again gets whole lines, and learns how many are missing.
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        let shown = text.matches(&format!(" 3 | {line}\n")).count();
+        let missed = text.lines().filter_map(|line| {
+            line.strip_prefix("tsm-launch: ")?
+                .split_once(" lines of rank 3 not shown: see runs/a/logs/a-3.err")?
+                .0
+                .parse::<usize>()
+                .ok()
+        });
+        assert_eq!(shown + missed.sum::<usize>(), 200_000);
+        assert!(shown < 100_000, "{shown} lines were held in memory");
+        assert!(text.contains("tsm-launch: the end\n"));
+    }
+}
