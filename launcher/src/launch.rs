@@ -9,7 +9,7 @@ use tsm_job::exit::{self, Coded};
 
 use crate::cli::{Args, Show};
 use crate::folder::{self, Folder};
-use crate::manifest::{self, Manifest, RankEntry};
+use crate::manifest::{self, Manifest, RankEntry, environment};
 use crate::plan::{self, Devices, Shape};
 use crate::port::Port;
 use crate::target::{Resume, Target, What};
@@ -129,6 +129,12 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         outcome: "running",
         exit_code: None,
         ranks: workers.iter().map(rank).collect(),
+        environment: {
+            let ranks: Vec<_> = workers.iter().map(|w| w.env.as_slice()).collect();
+            let inherited = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into());
+            environment::difference(inherited, &ranks, &plan::REMOVED_VARIABLES)
+        },
+        ..Manifest::default()
     };
     let is_trainer = matches!(target.what, What::Trainer { .. });
     let default_show = if is_trainer {

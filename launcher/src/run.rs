@@ -246,7 +246,12 @@ impl Run {
         let thread = std::thread::Builder::new().name("manifest".into());
         let sender = send.clone();
         if thread
-            .spawn(move || drop(sender.send(manifest.complete(&dir))))
+            .spawn(move || {
+                manifest = manifest.complete();
+                // What goes wrong here goes wrong again, and is said, at the end.
+                let _ = manifest.write(&dir);
+                let _ = sender.send(manifest);
+            })
             .is_err()
         {
             let _ = send.send(unfinished);
@@ -317,7 +322,9 @@ impl Run {
             for (entry, rank) in manifest.ranks.iter_mut().zip(&state.ranks) {
                 entry.end = rank.end;
             }
-            manifest.write(&self.folder.dir);
+            if let Err(e) = manifest.write(&self.folder.dir) {
+                let _ = writeln!(stderr, "warning: the manifest is not written: {e}");
+            }
         }
         code
     }
