@@ -7,6 +7,9 @@ use std::str::FromStr;
 use std::time::Duration;
 use tsm_job::config::duration;
 
+use crate::console::screen::Format;
+use crate::status::http::Port;
+
 const EXAMPLES: &str = "Examples:
   tsm-launch --gpus 8 configs/ucf101.yaml optim.lr=0.01
   tsm-launch --cpus 2 configs/demo.yaml
@@ -83,6 +86,18 @@ pub struct Args {
     /// Show the output of these ranks here [default: 0 for a config, all for a program].
     #[arg(long, value_name = "all|none|LIST")]
     pub show_ranks: Option<Show>,
+
+    /// How lines are shown: `text`, or `json` with one object a line.
+    #[arg(long, value_name = "text|json", default_value = "text")]
+    pub log_format: Format,
+
+    /// Do not draw the state of the job at the bottom of a terminal.
+    #[arg(long)]
+    pub no_view: bool,
+
+    /// Serve the state of the job as JSON and for Prometheus on this port of the loopback interface.
+    #[arg(long, value_name = "PORT|off", default_value = "0")]
+    pub status_port: Port,
 
     /// Start this program for a config instead of the tsm-trainer beside tsm-launch.
     #[arg(long, value_name = "PATH")]

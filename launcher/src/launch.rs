@@ -5,8 +5,10 @@ use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tsm_job::Config;
 use tsm_job::exit::{self, Coded};
 
@@ -16,12 +18,16 @@ use crate::cluster::coordinator::{Job, Settings};
 use crate::cluster::key::Key;
 use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
+use crate::console::screen::{Outputs, Screen, Style};
 use crate::folder::{self, Folder};
 use crate::hang::progress::Limits;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Devices, Seat, Shape};
-use crate::screen::Screen;
-use crate::session::Session;
+use crate::logs::Shown;
+use crate::session::{Session, Voice};
+use crate::status::Snapshot;
+use crate::status::http::Server;
+use crate::status::view::{View, wants_colour};
 use crate::start::agent::Parts;
 use crate::start::by_hand::{self, Part};
 use crate::start::children::Children;
@@ -31,6 +37,8 @@ use crate::{clock, cores, gpus};
 
 /// How long to wait for more nodes when there are enough.
 const LAST_CALL: Duration = Duration::from_secs(5);
+/// How long the end waits for somebody who reads the output, but takes nothing.
+const FLUSH: Duration = Duration::from_secs(2);
 
 /// Runs the job of `args`, or prints its plan, and returns the exit code.
 ///
@@ -67,11 +75,9 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
             Part::Agent => {
                 let digest = digest(&target);
                 let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
-                let (screen, shown) = Screen::start()?;
                 let (host, job, key) = (manifest::host(), Some(digest), Some(key));
-                let parts = Parts { start, host, devices, order: None, job, key, local: false, screen };
+                let parts = Parts { start, host, devices, order: None, job, key, local: false, shown: None };
                 let leave = agent::run(parts.setup()?, Link::over(connection)).await?;
-                shown.finish();
                 Ok(start_agent::finish(leave))
             }
         }
@@ -80,51 +86,65 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
 
 /// A job of one node: coordinator and agent in one process, and nothing listens.
 async fn alone(args: &Args, target: Target, devices: Devices, start: Instant) -> anyhow::Result<i32> {
-    let (screen, shown) = Screen::start()?;
-    let mut session = session(args, target, Some(&devices), start, screen.clone())?;
-    let link = session.session.hub.local();
-    let parts = Parts { start, host: manifest::host(), devices, order: None, job: None, key: None, local: true, screen };
-    finish(session, parts, link, shown).await
+    let mut prepared = prepare(args, target, Some(&devices), start)?;
+    let link = prepared.session.hub.local();
+    let shown = Some(prepared.shown());
+    let parts = Parts { start, host: manifest::host(), devices, order: None, job: None, key: None, local: true, shown };
+    prepared.run(Some((parts, link))).await
 }
 
 /// The first of several nodes.
 async fn together(args: &Args, target: Target, devices: Devices, start: Instant, key: Key, listener: TcpListener) -> anyhow::Result<i32> {
-    let (screen, shown) = Screen::start()?;
     let digest = digest(&target);
-    let mut session = session(args, target, Some(&devices), start, screen.clone())?;
-    session.session.settings.open = true;
-    session.session.settings.job.digest = digest;
-    session.session.hub.listen(listener, key.clone(), None);
-    let link = session.session.hub.local();
-    let (host, key) = (manifest::host(), Some(key));
-    let parts = Parts { start, host, devices, order: Some(0), job: None, key, local: true, screen };
-    finish(session, parts, link, shown).await
-}
-
-async fn finish(prepared: Prepared, parts: Parts, link: Link, shown: crate::screen::Shown) -> anyhow::Result<i32> {
-    let Prepared { session, revised, config } = prepared;
-    let setup = parts.setup()?;
-    let (code, leave) = tokio::join!(session.run(), agent::run(setup, link));
-    leave?;
-    let code = code?;
-    shown.finish();
-    if revised && code == exit::CONFIG {
-        // The next `--resume` takes the newest config, which must not be one the workers refused.
-        fs_err::rename(&config, config.with_extension("yaml.refused"))?;
-    }
-    Ok(code)
+    let mut prepared = prepare(args, target, Some(&devices), start)?;
+    prepared.session.settings.open = true;
+    prepared.session.settings.job.digest = digest;
+    prepared.session.hub.listen(listener, key.clone(), None);
+    let link = prepared.session.hub.local();
+    let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
+    let parts = Parts { start, host, devices, order: Some(0), job: None, key, local: true, shown };
+    prepared.run(Some((parts, link))).await
 }
 
 /// A session that is ready to run.
 struct Prepared {
     session: Session,
+    screen: Screen,
+    /// Ends with the job.
+    _status: Option<Server>,
     /// The config differs from the one that the run folder had.
     revised: bool,
     config: PathBuf,
 }
 
+impl Prepared {
+    /// Where an agent in this process shows its lines.
+    fn shown(&self) -> Shown {
+        Shown { host: manifest::host(), feed: self.screen.feed(), patience: self.screen.patience() }
+    }
+
+    /// Runs the job, and the agent of this node where it has ranks.
+    async fn run(self, agent_here: Option<(Parts, Link)>) -> anyhow::Result<i32> {
+        let Prepared { session, screen, _status, revised, config } = self;
+        let code = match agent_here {
+            Some((parts, link)) => {
+                let (code, leave) = tokio::join!(session.run(), agent::run(parts.setup()?, link));
+                leave?;
+                code?
+            }
+            None => session.run().await?,
+        };
+        screen.finish(FLUSH);
+        if revised && code == exit::CONFIG {
+            // The next `--resume` takes the newest config, which must not be one the workers refused.
+            fs_err::rename(&config, config.with_extension("yaml.refused"))?;
+        }
+        Ok(code)
+    }
+}
+
 /// Makes the run folder and all that the coordinator needs. `devices`: of this node, where it has ranks.
-fn session(args: &Args, mut target: Target, devices: Option<&Devices>, start: Instant, screen: Screen) -> anyhow::Result<Prepared> {
+fn prepare(args: &Args, mut target: Target, devices: Option<&Devices>, start: Instant) -> anyhow::Result<Prepared> {
     if let Some(devices) = devices {
         target.settle(devices);
     }
@@ -169,6 +189,7 @@ fn session(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
         outcome: "running",
         exit_code: None,
         ranks: Vec::new(),
+        ..Manifest::default()
     };
     let config_text = match target.config() {
         Some(_) => {
@@ -212,16 +233,30 @@ fn session(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
         hang: Limits { hang_timeout: args.hang_timeout.0, ..Limits::default() },
         save_at: None,
     };
+    let here = devices.map_or(1, Devices::len) as u32;
+    let world_size = here * settings.max_nodes;
+    let style = Style {
+        format: args.log_format,
+        hosts: settings.max_nodes > 1,
+        world_size,
+        shown: settings.job.show.as_ref().map_or(world_size as usize, Vec::len),
+        run_dir: folder.dir.clone(),
+    };
+    let (snapshots, seen) = watch::channel(Arc::new(Snapshot::default()));
+    let view = (!args.no_view && is_trainer).then(|| View::new(seen.clone(), wants_colour(|name| std::env::var(name).ok())));
+    let screen = Screen::start(Outputs::standard()?, style, view)?;
+    let status = Server::start(args.status_port, &folder.dir, seen)?;
     let session = Session {
         start,
         settings,
         hub: Hub::new(),
         folder,
         manifest,
-        screen,
+        voice: Voice { feed: screen.feed(), host },
         children: Children::new(),
+        snapshots,
     };
-    Ok(Prepared { session, revised, config })
+    Ok(Prepared { session, screen, _status: status, revised, config })
 }
 
 fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result<i32> {

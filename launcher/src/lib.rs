@@ -28,7 +28,6 @@ pub mod plan;
 pub mod port;
 pub mod process;
 pub mod report;
-pub mod screen;
 pub mod session;
 pub mod shim;
 pub mod signals;

@@ -1,7 +1,10 @@
-//! Every byte a worker writes goes into its files; of chosen ranks, whole lines also appear here.
+//! Every byte a worker writes goes into its files; of chosen ranks, whole lines are also handed on to be
+//! shown, see [`crate::console`].
 //!
-//! One thread reads all pipes, so that neither a slow disk nor a stopped terminal delays the
-//! supervision, and lines of different ranks never mix.
+//! One thread reads all pipes of a node, so that a slow disk does not delay the supervision, and lines of
+//! different ranks never mix.
+
+pub mod throughput;
 
 use anyhow::Context;
 use fs_err::File;
@@ -14,7 +17,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::console::{Console, Lines, visible};
+use crate::console::lines::{Batch, Lines, visible};
+use crate::console::queue::Feed;
 
 /// Bytes of a stream's end that are kept for the report.
 const TAIL: usize = 32 << 10;
@@ -24,6 +28,8 @@ pub const TAIL_LINES: usize = 50;
 const TAIL_WIDTH: usize = 2000;
 /// A larger pipe lets a worker write on while the launcher waits for a CPU.
 const PIPE: usize = 256 << 10;
+/// Of text to show that is handed on at once, about: a batch has to fit into a message.
+const BATCH: usize = 64 << 10;
 
 /// One stream to read.
 pub struct Source {
@@ -41,7 +47,17 @@ pub enum Sink {
         tail: Tail,
     },
     /// The launcher's own words, shown on stderr as they are.
-    Notices,
+    Notices(Lines),
+}
+
+/// Where lines to show go.
+#[derive(Clone)]
+pub struct Shown {
+    /// This node's name.
+    pub host: String,
+    pub feed: Feed,
+    /// How long the ranks may be held up by a reader that takes nothing, see [`Feed::send`].
+    pub patience: Duration,
 }
 
 /// The end of a stream, shared with the thread that reads it.
@@ -91,11 +107,11 @@ pub struct Logs {
 }
 
 impl Logs {
-    /// Starts reading `sources`; lines to show go to `out` and `err`.
+    /// Starts reading `sources`.
     ///
     /// # Errors
     /// When a descriptor cannot be watched.
-    pub fn start(sources: Vec<Source>, out: Console, err: Console) -> anyhow::Result<Logs> {
+    pub fn start(sources: Vec<Source>, shown: Shown) -> anyhow::Result<Logs> {
         let epoll =
             epoll::create(CreateFlags::CLOEXEC).context("cannot read the workers' output")?;
         for (i, source) in sources.iter().enumerate() {
@@ -115,8 +131,7 @@ impl Logs {
         let mut reader = Reader {
             epoll,
             sources: sources.into_iter().map(Some).collect(),
-            out,
-            err,
+            shown,
             lost: Vec::new(),
         };
         std::thread::Builder::new()
@@ -142,8 +157,7 @@ impl Logs {
 struct Reader {
     epoll: OwnedFd,
     sources: Vec<Option<Source>>,
-    out: Console,
-    err: Console,
+    shown: Shown,
     /// Files that could not be written, with the reason.
     lost: Vec<String>,
 }
@@ -152,7 +166,6 @@ impl Reader {
     fn run(&mut self) {
         let mut buffer = vec![0u8; 64 << 10];
         let mut events = Vec::with_capacity(64);
-        let mut shown = [Vec::new(), Vec::new()];
         while self.sources.iter().any(Option::is_some) {
             events.clear();
             if rustix::io::retry_on_intr(|| {
@@ -162,40 +175,33 @@ impl Reader {
             {
                 return;
             }
-            let mut bar = Vec::new();
+            let mut batch = Batch::new(&self.shown.host);
             for event in &events {
-                self.read(event.data.u64() as usize, &mut buffer, &mut shown, &mut bar);
+                self.read(event.data.u64() as usize, &mut buffer, &mut batch);
+                if batch.bytes() > BATCH {
+                    let full = std::mem::replace(&mut batch, Batch::new(&self.shown.host));
+                    self.shown.feed.send(full, self.shown.patience);
+                }
             }
-            if !shown[0].is_empty() {
-                // Both may be the same terminal, and the bar is always on stderr.
-                self.err.clear_bar();
+            if !batch.is_empty() {
+                self.shown.feed.send(batch, self.shown.patience);
             }
-            self.out.write(&mut shown[0], &mut Vec::new());
-            self.err.write(&mut shown[1], &mut bar);
         }
-        self.err.clear_bar();
     }
 
     /// Reads once from source `index`: epoll reports the rest again, and other ranks have their turn.
-    fn read(
-        &mut self,
-        index: usize,
-        buffer: &mut [u8],
-        shown: &mut [Vec<u8>; 2],
-        bar: &mut Vec<u8>,
-    ) {
+    fn read(&mut self, index: usize, buffer: &mut [u8], batch: &mut Batch) {
         let Some(source) = &mut self.sources[index] else {
             return;
         };
         let bytes = match rustix::io::read(&source.pipe, &mut *buffer) {
             Ok(0) => {
                 if let Sink::Worker {
-                    stderr,
-                    shown: Some(lines),
-                    ..
-                } = &mut source.to
+                    shown: Some(lines), ..
+                }
+                | Sink::Notices(lines) = &mut source.to
                 {
-                    lines.finish(&mut shown[usize::from(*stderr)]);
+                    lines.finish(batch);
                 }
                 self.sources[index] = None;
                 return;
@@ -210,26 +216,26 @@ impl Reader {
             }
         };
         match &mut source.to {
-            Sink::Notices => shown[1].extend_from_slice(bytes),
+            Sink::Notices(lines) => lines.push(bytes, batch),
             Sink::Worker {
                 file,
                 stderr,
-                shown: lines,
+                shown,
                 tail,
             } => {
                 // The worker must not stop because its log cannot be written: say it once and read on.
                 if let Err(e) = file.write_all(bytes) {
                     let what = format!("output is lost: {e}");
                     if !self.lost.contains(&what) {
-                        shown[1].extend_from_slice(format!("warning: {what}\n").as_bytes());
+                        batch.push(None, true, format!("warning: {what}").as_bytes());
                         self.lost.push(what);
                     }
                 }
                 if *stderr {
                     tail.push(bytes);
                 }
-                if let Some(lines) = lines {
-                    lines.push(bytes, &mut shown[usize::from(*stderr)], bar);
+                if let Some(lines) = shown {
+                    lines.push(bytes, batch);
                 }
             }
         }
@@ -250,6 +256,7 @@ pub fn read_small(path: &std::path::Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::console::queue::{LIMIT, Taken, queue};
 
     #[test]
     fn a_tail_keeps_the_last_lines() {
@@ -271,34 +278,29 @@ mod tests {
     }
 
     #[test]
-    fn all_bytes_reach_the_file_and_whole_lines_the_console() {
+    fn all_bytes_reach_the_file_and_whole_lines_are_handed_on() {
         let dir = tempfile::tempdir().unwrap();
         let (read, mut write) = std::io::pipe().unwrap();
-        let (mut console, ours) = std::io::pipe().unwrap();
         let path = dir.path().join("0.err");
         let tail = Tail::default();
         let to = Sink::Worker {
             file: File::create(&path).unwrap(),
             stderr: true,
-            shown: Some(Lines::new(0, 1, false)),
+            shown: Some(Lines::new(0, true, false)),
             tail: tail.clone(),
         };
-        let source = Source {
-            pipe: read.into(),
-            to,
-        };
-        let logs = Logs::start(
-            vec![source],
-            Console::new(std::io::sink()),
-            Console::new(ours),
-        )
-        .unwrap();
+        let pipe = read.into();
+        let (feed, mut tap) = queue(LIMIT);
+        let logs = Logs::start(vec![Source { pipe, to }], shown(feed)).unwrap();
         write.write_all(b"a\nb\r\n\xff").unwrap();
         drop(write);
         assert_eq!(logs.finish(Duration::from_secs(10)), (Vec::new(), true));
-        let mut text = Vec::new();
-        console.read_to_end(&mut text).unwrap();
-        assert_eq!(text, b"0 | a\n0 | b\n0 | \xff\n");
+        let mut lines = Vec::new();
+        while let Taken::Batch(batch) = tap.wait(None) {
+            assert_eq!(batch.host, "gpu-01");
+            lines.extend(batch.lines().map(|line| line.text.to_vec()));
+        }
+        assert_eq!(lines, [&b"a"[..], b"b", b"\xff"]);
         assert_eq!(fs_err::read(&path).unwrap(), b"a\nb\r\n\xff");
         assert_eq!(tail.lines(), ["a", "b", "\u{fffd}"]);
     }
@@ -308,10 +310,46 @@ mod tests {
         let (read, _write) = std::io::pipe().unwrap();
         let source = Source {
             pipe: read.into(),
-            to: Sink::Notices,
+            to: Sink::Notices(Lines::own()),
         };
-        let console = || Console::new(std::io::sink());
-        let logs = Logs::start(vec![source], console(), console()).unwrap();
+        let logs = Logs::start(vec![source], shown(queue(LIMIT).0)).unwrap();
         assert!(!logs.finish(Duration::from_millis(1)).1);
+    }
+
+    /// Nobody takes a line out, as behind a terminal stopped with Ctrl-S.
+    #[test]
+    fn a_reader_that_stopped_holds_up_no_worker() {
+        let dir = tempfile::tempdir().unwrap();
+        let (read, mut write) = std::io::pipe().unwrap();
+        let path = dir.path().join("3.out");
+        let to = Sink::Worker {
+            file: File::create(&path).unwrap(),
+            stderr: false,
+            shown: Some(Lines::new(3, false, false)),
+            tail: Tail::default(),
+        };
+        let pipe = read.into();
+        let (feed, mut tap) = queue(16 << 10);
+        let logs = Logs::start(vec![Source { pipe, to }], shown(feed)).unwrap();
+        let text = "a line of the worker\n".repeat(200_000);
+        write.write_all(text.as_bytes()).unwrap();
+        drop(write);
+        assert_eq!(logs.finish(Duration::from_secs(60)), (Vec::new(), true));
+        assert_eq!(fs_err::read_to_string(&path).unwrap(), text);
+        let (mut shown, mut missed) = (0, 0);
+        while let Taken::Batch(batch) = tap.wait(None) {
+            shown += batch.lines().count() as u64;
+            missed += batch.missed.iter().map(|missed| missed.lines).sum::<u64>();
+        }
+        assert!(missed > 100_000 && shown > 0, "{shown} {missed}");
+        assert_eq!(shown + missed, 200_000);
+    }
+
+    fn shown(feed: Feed) -> Shown {
+        Shown {
+            host: "gpu-01".into(),
+            feed,
+            patience: Duration::ZERO,
+        }
     }
 }

@@ -1,20 +1,30 @@
 //! `manifest.json` and `events.jsonl`: what was run, on what, and what became of it.
 
+pub mod environment;
+pub mod files;
+pub mod generations;
+
 use fs_err::File;
 use serde::Serialize;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 use tsm_job::RunDir;
 
+use self::environment::Change;
+use self::files::{Binary, Checkpoint};
+use self::generations::Generations;
 use crate::clock::Utc;
+use crate::cluster::message::Join;
 use crate::end::End;
 use crate::gpus::Gpu;
 
-/// Everything there is to say about a run.
-#[derive(Clone, Debug, Serialize)]
+/// Everything there is to say about a run. The launcher's own host, machine and GPUs stand by themselves; in
+/// a job over several nodes, `nodes` has them all.
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Manifest {
     pub run_id: String,
     pub argv: Vec<String>,
@@ -23,17 +33,68 @@ pub struct Manifest {
     pub folder: String,
     pub resumed_from: Option<String>,
     pub tsm_launch: &'static str,
+    /// Of other parts, by their name: `tsm-trainer`, as its ranks say.
+    pub versions: BTreeMap<String, String>,
+    /// Tsm-launch, and the program of the workers where it is a file.
+    pub binaries: Vec<Binary>,
     pub commit: Option<Commit>,
     pub host: String,
     pub machine: Option<Machine>,
     pub gpus: Vec<Gpu>,
+    /// In the order in which they joined.
+    pub nodes: Vec<Node>,
+    /// What the workers' environment has that the launcher's had not, and the other way round.
+    pub environment: Vec<Change>,
+    /// Of the newest generation.
     pub world_size: usize,
     pub started: String,
     pub ended: Option<String>,
     /// `running`, `succeeded`, `failed`, `stopped`.
     pub outcome: &'static str,
     pub exit_code: Option<i32>,
+    /// Of the newest generation.
     pub ranks: Vec<RankEntry>,
+    pub generations: Generations,
+    /// See [`generations::goodput`].
+    pub goodput: Option<f64>,
+    /// Those in the run folder when this was written.
+    pub checkpoints: Vec<Checkpoint>,
+}
+
+/// A machine that joined the job.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Node {
+    pub host: String,
+    /// One worker each.
+    pub devices: Vec<String>,
+    pub gpus: Vec<Gpu>,
+    /// Of the GPUs.
+    pub driver: Option<String>,
+    pub nccl: Option<String>,
+    pub kernel: String,
+    pub cpu: String,
+    pub num_cpus: u32,
+    pub mem_bytes: u64,
+    /// Of its tsm-launch.
+    pub version: String,
+}
+
+impl From<&Join> for Node {
+    fn from(join: &Join) -> Node {
+        let facts = join.facts.clone();
+        Node {
+            host: join.host.clone(),
+            devices: join.devices.clone(),
+            gpus: join.gpus.clone(),
+            driver: facts.driver,
+            nccl: facts.nccl,
+            kernel: facts.kernel,
+            cpu: facts.cpu,
+            num_cpus: facts.num_cpus,
+            mem_bytes: facts.mem_bytes,
+            version: join.version.clone(),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -62,20 +123,23 @@ pub struct Machine {
 }
 
 impl Manifest {
-    /// Finds out what takes a moment, the machine and the commit, and writes the file. Meant for a
-    /// thread of its own, after the workers are started.
-    pub fn complete(mut self, dir: &RunDir) -> Manifest {
+    /// Finds out what takes a moment: the machine, the commit, the digests. Meant for a thread of its own,
+    /// after the workers are started.
+    #[must_use]
+    pub fn complete(mut self) -> Manifest {
         self.machine = Some(machine());
         self.commit = commit();
-        self.write(dir);
+        self.binaries = files::binaries(&self.command);
         self
     }
 
-    /// Replaces the file in one step, so that a reader never sees half of it.
-    pub fn write(&self, dir: &RunDir) {
-        if let Err(e) = write_json(&dir.manifest(), self) {
-            eprintln!("warning: the manifest is not written: {e}");
-        }
+    /// Looks for checkpoints, then replaces the file in one step, so that a reader never sees half of it.
+    ///
+    /// # Errors
+    /// When the disk is full or the folder is gone.
+    pub fn write(&mut self, dir: &RunDir) -> std::io::Result<()> {
+        self.checkpoints = files::checkpoints(dir);
+        write_json(&dir.manifest(), self)
     }
 }
 

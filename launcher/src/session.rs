@@ -4,8 +4,10 @@
 //! thread, the machine is described on a third.
 
 use serde_json::json;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
+use tokio::sync::watch;
 use tsm_job::exit;
 
 use crate::clock::Utc;
@@ -13,16 +15,39 @@ use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, 
 use crate::cluster::link::{Heard, Hub};
 use crate::cluster::message::FromAgent;
 use crate::cluster::topology::NodeId;
+use crate::console::lines::Batch;
+use crate::console::queue::Feed;
 use crate::folder::Folder;
-use crate::manifest::{Events, Manifest, RankEntry, write_json};
+use crate::manifest::generations::{self, Culprit};
+use crate::manifest::{Events, Manifest, Node, RankEntry, write_json};
 use crate::report::Failure;
-use crate::screen::Screen;
 use crate::signals::Signals;
 use crate::start::children::Children;
+use crate::status::Snapshot;
 use crate::supervisor::count;
 
 /// How long to wait for the description of the machine at the end of a short run.
 const DESCRIBE: Duration = Duration::from_secs(2);
+/// Between two looks of a status at the job.
+const PUBLISH: Duration = Duration::from_millis(200);
+
+/// The launcher's own words, in order with the lines of the workers.
+#[derive(Clone)]
+pub struct Voice {
+    pub feed: Feed,
+    pub host: String,
+}
+
+impl Voice {
+    /// Never waits.
+    pub fn say(&self, text: &str) {
+        self.feed.offer(Batch::own(&self.host, text));
+    }
+
+    pub fn notice(&self, text: &str) {
+        self.say(&format!("tsm-launch: {text}"));
+    }
+}
 
 /// Everything that is decided before the job starts.
 pub struct Session {
@@ -31,9 +56,10 @@ pub struct Session {
     pub hub: Hub,
     pub folder: Folder,
     pub manifest: Manifest,
-    pub screen: Screen,
+    pub voice: Voice,
     /// ssh or srun, which hold the agents of other nodes.
     pub children: Children,
+    pub snapshots: watch::Sender<Arc<Snapshot>>,
 }
 
 struct Running {
@@ -41,7 +67,7 @@ struct Running {
     state: State,
     events: Events,
     described: Option<Receiver<Manifest>>,
-    code: Option<i32>,
+    published: Option<Duration>,
 }
 
 impl Session {
@@ -56,7 +82,7 @@ impl Session {
             state: State::new(self.settings.clone(), now),
             events: Events::open(&self.folder.dir, self.start),
             described: None,
-            code: None,
+            published: None,
             session: self,
         };
         while running.state.finished().is_none() {
@@ -80,7 +106,7 @@ impl Running {
                 Heard::Lost { node, how } => Event::Lost { node, how },
                 Heard::Refused(refusal) => {
                     self.events.write("refused", json!({"peer": refusal.peer, "why": refusal.why.to_string()}));
-                    self.session.screen.notice(&format!("refused a connection: {refusal}"));
+                    self.session.voice.notice(&format!("refused a connection: {refusal}"));
                     return;
                 }
             },
@@ -97,7 +123,8 @@ impl Running {
             }
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Event::Deadline,
         };
-        let actions = coordinator::decide(&mut self.state, event, start.elapsed());
+        let now = start.elapsed();
+        let actions = coordinator::decide(&mut self.state, event, now);
         // What the nodes have to do comes first, then the words.
         for action in &actions {
             match action {
@@ -109,47 +136,84 @@ impl Running {
         for action in actions {
             match action {
                 Action::Send { .. } | Action::Drop { .. } => {}
-                Action::Notice(text) => self.session.screen.notice(&text),
+                Action::Notice(text) => self.session.voice.notice(&text),
                 Action::Record { kind, fields } => self.events.write(kind, fields),
-                Action::Show { stderr, text } => self.session.screen.show(stderr, text.into_bytes()),
-                Action::Started(launched) => self.started(&launched),
+                Action::Show(batch) => self.session.voice.feed.offer(batch),
+                Action::Started(launched) => self.started(&launched, now),
+                Action::Environment(changes) => self.session.manifest.environment = changes,
                 Action::Ended(ending) => self.ended(*ending),
             }
         }
+        self.publish(now);
     }
 
-    fn started(&mut self, launched: &Launched) {
+    fn publish(&mut self, now: Duration) {
+        if self.published.is_some_and(|at| now < at + PUBLISH) {
+            return;
+        }
+        self.published = Some(now);
+        if let Some(step) = self.state.last_step() {
+            self.session.manifest.generations.step(now, step);
+        }
+        let mut snapshot = self.state.snapshot(now);
+        snapshot.goodput = self.session.manifest.generations.goodput(now);
+        // Nobody may look.
+        let _ = self.session.snapshots.send(Arc::new(snapshot));
+    }
+
+    fn started(&mut self, launched: &Launched, now: Duration) {
         let workers = count(launched.world_size as usize, "worker");
-        let hosts: Vec<&str> = launched.members.iter().map(|(_, node)| node.join.host.as_str()).collect();
+        let hosts: Vec<String> = launched.members.iter().map(|(_, node)| node.join.host.clone()).collect();
         let at = match hosts.as_slice() {
-            [one] => (*one).to_string(),
+            [one] => one.clone(),
             many if many.len() <= 8 => format!("{} ({})", count(many.len(), "node"), many.join(", ")),
             many => count(many.len(), "node"),
         };
         let dir = self.session.folder.dir.path().display().to_string();
         let again = if launched.generation > 0 { format!(", start {}", launched.generation + 1) } else { String::new() };
-        self.session.screen.notice(&format!("{workers} on {at}{again}; run folder {dir}"));
+        self.session.voice.notice(&format!("{workers} on {at}{again}; run folder {dir}"));
         let manifest = &mut self.session.manifest;
         manifest.world_size = launched.world_size as usize;
-        manifest.ranks = launched
-            .members
-            .iter()
-            .flat_map(|(member, node)| {
-                member.ranks.clone().zip(&node.join.devices).map(|(rank, device)| RankEntry {
-                    rank,
-                    pid: 0,
-                    device: device.clone(),
-                    cores: Vec::new(),
-                    end: None,
-                })
-            })
-            .collect();
+        for (_, node) in &launched.members {
+            let node = Node::from(&node.join);
+            if !manifest.nodes.contains(&node) {
+                manifest.nodes.push(node);
+            }
+        }
+        let time = Utc::now().rfc3339();
+        manifest.generations.start(now, time, launched.world_size, hosts, launched.resumed_from.clone());
+        let entry = |rank: u32, device: &String| RankEntry {
+            rank,
+            pid: 0,
+            device: device.clone(),
+            cores: Vec::new(),
+            end: None,
+        };
+        let of = |(member, node): &(coordinator::Member, coordinator::Node)| {
+            let ranks = member.ranks.clone().zip(&node.join.devices);
+            ranks.map(|(rank, device)| entry(rank, device)).collect::<Vec<_>>()
+        };
+        manifest.ranks = launched.members.iter().flat_map(of).collect();
         if self.described.is_none() {
             self.described = Some(describe(manifest.clone(), &self.session.folder));
         }
     }
 
     fn ended(&mut self, ending: Ending) {
+        if let Some(step) = ending.steps.map(|(_, last)| last) {
+            self.session.manifest.generations.step(ending.ended_at, step);
+        }
+        let failure = ending.failure.as_deref();
+        let cause = match (failure, ending.outcome) {
+            (Some(failure), _) => failure.headline(),
+            (None, outcome) => outcome.to_string(),
+        };
+        let culprit = failure.and_then(|f| {
+            let (rank, device) = (f.rank? as u32, f.device.clone().unwrap_or_default());
+            Some(Culprit { rank, host: f.host.clone(), device })
+        });
+        let why = generations::Ending { cause, class: failure.map(|f| f.class), culprit };
+        self.session.manifest.generations.end(Utc::now().rfc3339(), why);
         for (i, entry) in self.session.manifest.ranks.iter_mut().enumerate() {
             entry.end = ending.ends.get(i).copied().flatten();
             entry.pid = ending.pids.get(i).copied().unwrap_or(0);
@@ -157,41 +221,43 @@ impl Running {
         if !ending.again {
             self.session.manifest.outcome = if ending.outcome == "saved" { "stopped" } else { ending.outcome };
         }
-        if let Some(failure) = &ending.failure {
+        if let Some(failure) = failure {
             self.report(failure);
         }
         if let Some(verdict) = &ending.verdict {
-            self.session.screen.notice(verdict);
+            self.session.voice.notice(verdict);
         }
         if !ending.again && ending.failure.is_none() {
             let seconds = self.session.start.elapsed().as_secs_f64();
             let (outcome, code) = (ending.outcome, ending.code);
-            self.session.screen.notice(&format!("{outcome} after {seconds:.1} s, exit code {code}"));
+            self.session.voice.notice(&format!("{outcome} after {seconds:.1} s, exit code {code}"));
         }
-        self.code = Some(ending.code);
     }
 
     fn report(&mut self, failure: &Failure) {
-        self.session.screen.show(true, format!("{failure}\n").into_bytes());
+        self.session.voice.say(&failure.to_string());
         if let Err(e) = write_json(&self.session.folder.dir.failure(), failure) {
-            self.session.screen.notice(&format!("warning: failure.json is not written: {e}"));
+            self.session.voice.notice(&format!("warning: failure.json is not written: {e}"));
         }
     }
 
     /// Writes everything down.
     fn conclude(&mut self, code: i32) {
-        self.events.write("end", json!({"outcome": self.session.manifest.outcome, "exit_code": code}));
         let manifest = &mut self.session.manifest;
-        if let Some(described) = self.described.take()
-            && let Ok(machine) = described.recv_timeout(DESCRIBE)
-        {
-            (manifest.machine, manifest.commit) = (machine.machine, machine.commit);
-        }
         if manifest.outcome == "running" {
             manifest.outcome = "failed";
         }
+        self.events.write("end", json!({"outcome": manifest.outcome, "exit_code": code}));
+        if let Some(described) = self.described.take()
+            && let Ok(done) = described.recv_timeout(DESCRIBE)
+        {
+            (manifest.machine, manifest.commit, manifest.binaries) = (done.machine, done.commit, done.binaries);
+        }
+        manifest.goodput = Some(manifest.generations.goodput(self.session.start.elapsed()));
         (manifest.ended, manifest.exit_code) = (Some(Utc::now().rfc3339()), Some(code));
-        manifest.write(&self.session.folder.dir);
+        if let Err(e) = manifest.write(&self.session.folder.dir) {
+            self.session.voice.notice(&format!("warning: the manifest is not written: {e}"));
+        }
     }
 }
 
@@ -201,8 +267,14 @@ fn describe(manifest: Manifest, folder: &Folder) -> Receiver<Manifest> {
     let dir = folder.dir.clone();
     let unfinished = manifest.clone();
     let sender = send.clone();
+    let describe = move || {
+        let mut manifest = manifest.complete();
+        // What goes wrong here goes wrong again, and is said, at the end.
+        let _ = manifest.write(&dir);
+        let _ = sender.send(manifest);
+    };
     let thread = std::thread::Builder::new().name("manifest".into());
-    if thread.spawn(move || drop(sender.send(manifest.complete(&dir)))).is_err() {
+    if thread.spawn(describe).is_err() {
         let _ = send.send(unfinished);
     }
     receive

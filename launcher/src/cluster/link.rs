@@ -45,8 +45,8 @@ impl Outbox {
                 let _ = events.send(Heard::Said { node, local, message });
             }
             Outbox::Remote { messages, waiting } => {
-                if let FromAgent::Output { text, .. } = &message {
-                    waiting.fetch_add(text.len(), Ordering::Relaxed);
+                if let FromAgent::Output { batch } = &message {
+                    waiting.fetch_add(batch.bytes(), Ordering::Relaxed);
                 }
                 let _ = messages.send(message);
             }
@@ -75,8 +75,8 @@ impl Link {
                 if sender.send(&message).await.is_err() {
                     return;
                 }
-                if let FromAgent::Output { text, .. } = &message {
-                    through.fetch_sub(text.len(), Ordering::Relaxed);
+                if let FromAgent::Output { batch } = &message {
+                    through.fetch_sub(batch.bytes(), Ordering::Relaxed);
                 }
             }
             let _ = sender.close().await;

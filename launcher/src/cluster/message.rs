@@ -7,8 +7,10 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::console::lines::Batch;
 use crate::end::End;
 use crate::gpus::Gpu;
+use crate::manifest::environment::Change;
 use crate::report::Place;
 use crate::supervisor::Rank;
 
@@ -46,6 +48,8 @@ pub enum FromAgent {
         generation: u32,
         pids: Vec<i32>,
         at: AgentTime,
+        /// What was changed in their environment; from the first node only.
+        environment: Vec<Change>,
     },
     /// The ranks of this node cannot be started; none is left.
     CannotStart {
@@ -65,8 +69,8 @@ pub enum FromAgent {
         generation: u32,
         report: Box<NodeReport>,
     },
-    /// Whole lines to show, already labelled.
-    Output { stderr: bool, text: String },
+    /// Whole lines to show.
+    Output { batch: Batch },
     /// Something the user should know.
     Notice { text: String },
     /// Answer to [`ToAgent::Inspect`].

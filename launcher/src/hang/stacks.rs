@@ -1,1 +1,1 @@
-
+pub fn describe(pid: i32) -> String { format!("{pid}") }

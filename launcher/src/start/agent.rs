@@ -15,7 +15,7 @@ use crate::cluster::link::Link;
 use crate::cluster::message::{Facts, FromAgent, Join};
 use crate::cluster::wire::{self, Connection};
 use crate::plan::{self, Devices};
-use crate::screen::Screen;
+use crate::logs::Shown;
 use crate::{gpus, manifest};
 
 /// First argument of an agent that was started by the coordinator: `__agent`.
@@ -61,7 +61,7 @@ pub struct Parts {
     pub job: Option<String>,
     pub key: Option<Key>,
     pub local: bool,
-    pub screen: Screen,
+    pub shown: Option<Shown>,
 }
 
 impl Parts {
@@ -93,7 +93,7 @@ impl Parts {
             join,
             key: self.key,
             local: self.local,
-            screen: self.screen,
+            shown: self.shown,
         })
     }
 }
@@ -120,10 +120,8 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<i32> {
                 return Ok(unfit(link, host, &e).await);
             }
         };
-        let (screen, shown) = Screen::start()?;
-        let parts = Parts { start, host, devices, order, job: None, key: Some(key), local: false, screen };
+        let parts = Parts { start, host, devices, order, job: None, key: Some(key), local: false, shown: None };
         let leave = agent::run(parts.setup()?, link).await?;
-        shown.finish();
         Ok(finish(leave))
     })
 }

@@ -15,7 +15,7 @@ use tsm_job::exit::{self, Coded};
 use crate::cluster::key::Key;
 use crate::cluster::link::Hub;
 use crate::cluster::wire::{self, Refusal, Why};
-use crate::screen::Screen;
+use crate::session::Voice;
 use crate::shim;
 
 /// How long a starter may take to end once its agents have left.
@@ -70,7 +70,7 @@ impl Children {
     ///
     /// # Errors
     /// [`exit::PREFLIGHT`] when the program is not there.
-    pub fn start(&mut self, shim_path: &Path, starter: Starter, hub: &Hub, key: &Key, screen: &Screen) -> anyhow::Result<()> {
+    pub fn start(&mut self, shim_path: &Path, starter: Starter, hub: &Hub, key: &Key, voice: &Voice) -> anyhow::Result<()> {
         let program = starter.argv.first().cloned().unwrap_or_default();
         let mut command = Command::new(shim_path);
         command.arg(shim::WORKER).arg(std::process::id().to_string()).arg("").args(&starter.argv);
@@ -102,9 +102,9 @@ impl Children {
             });
         }
         *lock(&self.running) += 1;
-        let (events, running, screen) = (self.events.clone(), self.running.clone(), screen.clone());
+        let (events, running, voice) = (self.events.clone(), self.running.clone(), voice.clone());
         tokio::spawn(async move {
-            let words = repeat_words(stderr, &starter.host, &screen).await;
+            let words = repeat_words(stderr, &starter.host, &voice).await;
             let status = child.wait().await;
             let code = status.map_or(1, |s| s.code().unwrap_or_else(|| 128 + std::os::unix::process::ExitStatusExt::signal(&s).unwrap_or(0)));
             *lock(&running) -= 1;
@@ -172,11 +172,11 @@ async fn skip_greeting(stream: &mut (impl AsyncReadExt + Unpin)) -> std::io::Res
 }
 
 /// Shows what a starter says, under the name of its host; the last lines come back at its end.
-async fn repeat_words(stderr: ChildStderr, host: &str, screen: &Screen) -> Vec<String> {
+async fn repeat_words(stderr: ChildStderr, host: &str, voice: &Voice) -> Vec<String> {
     let mut lines = BufReader::new(stderr).lines();
     let mut last = VecDeque::new();
     while let Ok(Some(line)) = lines.next_line().await {
-        screen.show(true, format!("{host}: {line}\n").into_bytes());
+        voice.say(&format!("{host}: {line}"));
         if last.len() == WORDS {
             last.pop_front();
         }

@@ -1,5 +1,9 @@
 //! What is known of a running job, for people on a terminal and for programs over HTTP.
 
+pub mod http;
+pub mod metrics;
+pub mod view;
+
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -13,9 +13,10 @@ use tsm_job::message::WorkerMessage;
 
 use super::Setup;
 use crate::cluster::message::{NodeReport, Progress, Start};
-use crate::console::{Console, Lines};
+use crate::console::lines::Lines;
 use crate::cores;
-use crate::logs::{Logs, Sink, Source, Tail};
+use crate::logs::{Logs, Shown, Sink, Source, Tail};
+use crate::manifest::environment::{self, Change};
 use crate::plan::{self, REMOVED_VARIABLES, Seat, Shape, WorkerPlan, error_file};
 use crate::port::Port;
 use crate::process::{self, Guard, Spec, Worker};
@@ -161,7 +162,7 @@ impl Generation {
     ///
     /// # Errors
     /// When a worker cannot be started; none is left then.
-    pub fn start_some(&mut self, consoles: impl FnOnce() -> (Console, Console)) -> anyhow::Result<()> {
+    pub fn start_some(&mut self, shown: &Shown) -> anyhow::Result<()> {
         let from = self.workers.len();
         for index in from..self.plans.len().min(from + AT_ONCE) {
             if let Err(e) = self.start_worker(index) {
@@ -171,8 +172,7 @@ impl Generation {
         }
         self.guard.watch(&self.workers[from..]);
         if self.workers.len() == self.plans.len() {
-            let (out, err) = consoles();
-            self.logs = Some(Logs::start(std::mem::take(&mut self.sources), out, err)?);
+            self.logs = Some(Logs::start(std::mem::take(&mut self.sources), shown.clone())?);
         }
         Ok(())
     }
@@ -200,15 +200,14 @@ impl Generation {
         self.watch.add_agent(ours)?;
         let (worker, streams) = process::spawn(&spec, theirs)?;
         let tail = Tail::default();
-        let digits = (self.start.world_size - 1).to_string().len();
         let shows = |rank: u32| self.start.show.as_ref().is_none_or(|ranks| ranks.contains(&rank));
-        let shown = |progress| shows(plan.rank).then(|| Lines::new(plan.rank, digits, progress));
+        let shown = |stderr, progress| shows(plan.rank).then(|| Lines::new(plan.rank, stderr, progress));
         let first_shown = self.plans.iter().find(|w| shows(w.rank)).map(|w| w.rank);
         let progress = first_shown == Some(plan.rank) && std::io::stderr().is_terminal();
         let sink = |file, stderr: bool| Sink::Worker {
             file,
             stderr,
-            shown: shown(progress && stderr),
+            shown: shown(stderr, progress && stderr),
             tail: tail.clone(),
         };
         self.sources.push(Source {
@@ -226,6 +225,20 @@ impl Generation {
         }
         self.workers.push(worker);
         Ok(())
+    }
+
+    /// What differs in the workers' environment from that of the agent; empty but on the first node.
+    pub fn environment(&self) -> Vec<Change> {
+        if self.start.node_rank > 0 {
+            return Vec::new();
+        }
+        let base = self.start.base_env.as_deref().unwrap_or_default();
+        let inherited = |name: &str| {
+            let value = base.iter().find(|(n, _)| n == name).map(|(_, value)| value.clone());
+            Some(value.or_else(|| std::env::var_os(name))?.to_string_lossy().into_owned())
+        };
+        let ranks: Vec<_> = self.plans.iter().map(|plan| plan.env.as_slice()).collect();
+        environment::difference(inherited, &ranks, &REMOVED_VARIABLES)
     }
 
     pub fn pids(&self) -> Vec<i32> {
@@ -306,11 +319,10 @@ impl Generation {
     }
 
     /// Ranks that were never started, since the job was stopped meanwhile, count as stopped.
-    pub fn give_up_starting(&mut self, consoles: impl FnOnce() -> (Console, Console)) -> anyhow::Result<()> {
+    pub fn give_up_starting(&mut self, shown: &Shown) -> anyhow::Result<()> {
         self.plans.truncate(self.workers.len());
         self.state.ranks.truncate(self.workers.len());
-        let (out, err) = consoles();
-        self.logs = Some(Logs::start(std::mem::take(&mut self.sources), out, err)?);
+        self.logs = Some(Logs::start(std::mem::take(&mut self.sources), shown.clone())?);
         Ok(())
     }
 

@@ -17,16 +17,16 @@ use super::key::Key;
 use super::link::{Link, Outbox};
 use super::message::{BEATS_PER_LEASE, Beat, FromAgent, Join, LEASE, NodeReport, ToAgent};
 use crate::addresses::{self, ProbeListener};
-use crate::console::Console;
+use crate::console::queue::{LIMIT, queue};
+use crate::logs::Shown;
 use crate::plan::Devices;
 use crate::port::Port;
-use crate::screen::Screen;
 use crate::signals::Signals;
 use crate::supervisor::{Action, Event, Phase};
 use generation::Generation;
 
-/// Bytes of output that may wait for the connection; more is left to the files.
-const OUTPUT: usize = 4 << 20;
+/// Bytes of output that may wait for the connection.
+const OUTPUT: usize = 1 << 20;
 /// A coordinator that was told of a signal answers within this time, or the agent stops by itself.
 const ANSWER: Duration = Duration::from_secs(2);
 
@@ -43,7 +43,8 @@ pub struct Setup {
     pub key: Option<Key>,
     /// The coordinator lives in the same process.
     pub local: bool,
-    pub screen: Screen,
+    /// Where lines go; `None`: to the coordinator's screen.
+    pub shown: Option<Shown>,
 }
 
 /// How an agent ended.
@@ -68,6 +69,7 @@ enum Wake {
 struct Agent {
     setup: Setup,
     link: Link,
+    shown: Shown,
     generation: Option<Generation>,
     /// Ports held for rank 0, and answers to probes, by generation.
     reserved: Option<(Port, Option<ProbeListener>)>,
@@ -101,8 +103,13 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
     let mut signals = if setup.local { None } else { Some(Signals::catch()?) };
     link.to.send(FromAgent::Join(Box::new(setup.join.clone())));
     let now = setup.start.elapsed();
+    let shown = match &setup.shown {
+        Some(shown) => shown.clone(),
+        None => ship(setup.host.clone(), link.to.clone()),
+    };
     let mut agent = Agent {
         link,
+        shown,
         generation: None,
         reserved: None,
         seq: 0,
@@ -129,6 +136,22 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         agent.handle(wake);
         agent.tick();
     }
+}
+
+/// Sends lines to the coordinator's screen, no faster than they get through: what finds no room meanwhile is left to
+/// the files, and counted.
+fn ship(host: String, to: Outbox) -> Shown {
+    let (feed, mut tap) = queue(LIMIT);
+    tokio::spawn(async move {
+        while let Some(batch) = tap.next().await {
+            while to.waiting() > OUTPUT {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            to.send(FromAgent::Output { batch });
+        }
+    });
+    let patience = Duration::from_secs(2);
+    Shown { host, feed, patience }
 }
 
 impl Agent {
@@ -321,14 +344,14 @@ impl Agent {
     }
 
     fn start_more(&mut self) {
-        let consoles = self.consoles();
         let Some(generation) = &mut self.generation else { return };
-        let result = generation.start_some(|| consoles);
+        let result = generation.start_some(&self.shown);
         let (number, pids, done) = (generation.start.generation, generation.pids(), generation.is_started());
         match result {
             Ok(()) if done => {
                 let at = self.now();
-                self.say(FromAgent::Started { generation: number, pids, at });
+                let environment = self.generation.as_ref().map(Generation::environment).unwrap_or_default();
+                self.say(FromAgent::Started { generation: number, pids, at, environment });
             }
             Ok(()) => {}
             Err(e) => {
@@ -350,25 +373,13 @@ impl Agent {
         self.say(FromAgent::CannotStart { generation, code, message: format!("{e:#}") });
     }
 
-    fn consoles(&self) -> (Console, Console) {
-        if self.setup.local {
-            let console = |stderr| Console::new(self.setup.screen.writer(stderr));
-            return (console(false), console(true));
-        }
-        let console = |stderr| {
-            Console::new(Ship { stderr, to: self.link.to.clone(), left_out: 0 })
-        };
-        (console(false), console(true))
-    }
-
     fn decide(&mut self, events: &[Event]) {
         let now = self.now();
-        let consoles = self.consoles();
         let Some(generation) = &mut self.generation else { return };
         let (number, first) = (generation.start.generation, generation.start.first_rank);
         let actions = generation.decide(events, now);
         if !generation.is_started() && generation.state.phase != Phase::Running && self.draining.is_none() {
-            let _ = generation.give_up_starting(|| consoles);
+            let _ = generation.give_up_starting(&self.shown);
             // Those that were to be waited for may never have been started.
             generation.decide(&[], now);
         }
@@ -466,39 +477,5 @@ impl Agent {
             self.reserved = None;
             self.say(FromAgent::Clean { generation: number, report: Box::new(report) });
         }
-    }
-}
-
-/// Sends lines to the coordinator's console. When they do not get through fast enough, some are left to
-/// the files, and their number is told.
-struct Ship {
-    stderr: bool,
-    to: Outbox,
-    left_out: usize,
-}
-
-impl std::io::Write for Ship {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let lines = bytes.iter().filter(|&&b| b == b'\n').count();
-        if self.to.waiting() + bytes.len() > OUTPUT {
-            self.left_out += lines;
-            return Ok(bytes.len());
-        }
-        let mut text = String::new();
-        if self.left_out > 0 {
-            text = format!("tsm-launch: {} lines are not shown, they are in the log files\n", self.left_out);
-            self.left_out = 0;
-        }
-        // A message stays well below the cap of a frame.
-        for part in bytes.chunks(256 << 10) {
-            text.push_str(&String::from_utf8_lossy(part));
-            let text = std::mem::take(&mut text);
-            self.to.send(FromAgent::Output { stderr: self.stderr, text });
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
     }
 }

@@ -27,7 +27,10 @@ use std::time::Duration;
 
 use super::message::{FromAgent, NodeReport, ToAgent};
 use super::policy;
-use super::topology::{Member, NodeId};
+pub use super::topology::Member;
+use super::topology::NodeId;
+use crate::console::lines::Batch;
+use crate::manifest::environment::Change;
 use crate::hang::progress::{Limits, Tracker};
 use crate::status::Restart;
 
@@ -116,9 +119,11 @@ pub enum Action {
     /// A line for events.jsonl.
     Record { kind: &'static str, fields: Value },
     /// Lines of ranks to show.
-    Show { stderr: bool, text: String },
+    Show(Batch),
     /// A generation was started on these nodes.
     Started(Box<Launched>),
+    /// What the first node changed in the environment of its workers.
+    Environment(Vec<Change>),
     /// A generation is over.
     Ended(Box<Ending>),
 }
@@ -129,6 +134,8 @@ pub struct Launched {
     pub generation: u32,
     pub world_size: u32,
     pub members: Vec<(Member, Node)>,
+    /// The checkpoint or run folder from which the ranks go on.
+    pub resumed_from: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -291,6 +298,11 @@ impl State {
         }
     }
 
+    /// Last finished step of this generation.
+    pub fn last_step(&self) -> Option<u64> {
+        self.steps.map(|(_, last)| last)
+    }
+
     pub fn world_size(&self) -> u32 {
         self.members.last().map_or(0, |m| m.ranks.end)
     }
@@ -375,7 +387,7 @@ impl State {
                 self.signal(signal, &format!(" on {host}"), now, actions);
             }
             FromAgent::Notice { text } => actions.push(Action::Notice(text)),
-            FromAgent::Output { stderr, text } => actions.push(Action::Show { stderr, text }),
+            FromAgent::Output { batch } => actions.push(Action::Show(batch)),
             FromAgent::Reserved {
                 generation,
                 master_port,
@@ -390,8 +402,9 @@ impl State {
                 generation,
                 pids,
                 at,
+                environment,
             } if self.current(generation) => {
-                self.started(id, &pids, at, actions);
+                self.started(id, &pids, at, environment, actions);
             }
             FromAgent::CannotStart {
                 generation,

@@ -15,6 +15,7 @@ use crate::cluster::policy::LeftOut;
 use crate::cluster::message::{Beat, Join, NodeReport, Start, ToAgent};
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
 use crate::end::{End, signal_name};
+use crate::manifest::environment::Change;
 use crate::hang::progress::{Event as Pace, Tracker};
 use crate::supervisor::count;
 
@@ -372,7 +373,7 @@ impl State {
             interface: None,
             restart_count: self.generation,
             max_restarts: self.settings.policy.max_restarts,
-            resume_from,
+            resume_from: resume_from.clone(),
             grace: job.grace,
             show: job.show.clone(),
             affinity: job.affinity,
@@ -400,6 +401,7 @@ impl State {
             generation: self.generation,
             world_size: self.world_size(),
             members: self.members.iter().filter_map(member).collect(),
+            resumed_from: resume_from.map(|path| path.to_string_lossy().into_owned()),
         };
         let (generation, world_size) = (self.generation, self.world_size());
         let hosts: Vec<&str> = self.members.iter().map(|m| self.host(m.id)).collect();
@@ -423,18 +425,26 @@ impl State {
         Ok((choice.address, choice.interfaces))
     }
 
-    pub(super) fn started(&mut self, id: NodeId, pids: &[i32], at: Duration, actions: &mut Vec<Action>) {
+    pub(super) fn started(
+        &mut self,
+        id: NodeId,
+        pids: &[i32],
+        at: Duration,
+        environment: Vec<Change>,
+        actions: &mut Vec<Action>,
+    ) {
         let Some(member) = self.member(id).cloned() else { return };
-        let (host, at) = match self.nodes.get_mut(&id) {
-            Some(node) => {
-                node.pids = pids.to_vec();
-                (node.join.host.clone(), node.clock.map(at))
-            }
-            None => return,
-        };
-        let fields = json!({"generation": self.generation, "host": host, "ranks": [member.ranks.start, member.ranks.end],
-            "pids": pids, "at_ms": at.as_secs_f64() * 1e3});
-        actions.push(record("spawn", fields));
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        node.pids = pids.to_vec();
+        let (host, at) = (node.join.host.clone(), node.clock.map(at));
+        for (rank, pid) in member.ranks.zip(pids) {
+            let fields = json!({"generation": self.generation, "rank": rank, "pid": pid, "host": host,
+                "at_ms": at.as_secs_f64() * 1e3});
+            actions.push(record("spawn", fields));
+        }
+        if !environment.is_empty() {
+            actions.push(Action::Environment(environment));
+        }
     }
 
     pub(super) fn cannot_start(&mut self, id: NodeId, code: i32, message: &str, now: Duration, actions: &mut Vec<Action>) {
