@@ -493,6 +493,7 @@ mod tests {
             device: "cpu".into(),
             pid: 100 + rank as i32,
             stderr_file: format!("logs/gpu-01-{rank}.err").into(),
+            exception: None,
             error_file: "/nonexistent".into(),
             stderr: stderr.iter().map(|s| s.to_string()).collect(),
             stuck_in: None,
