@@ -53,11 +53,15 @@ pub fn part(at: &[SocketAddr]) -> anyhow::Result<Part> {
         match wire::listen(*address) {
             Ok(listener) => return Ok(Part::Coordinator(listener)),
             // Another agent of this machine was first; the key tells whether it is one.
-            Err(_) if std::net::TcpStream::connect_timeout(address, TRY).is_ok() => return Ok(Part::Agent),
+            Err(_) if is_taken(address) => return Ok(Part::Agent),
             Err(e) => bail!(e),
         }
     }
     Ok(Part::Agent)
+}
+
+fn is_taken(address: &SocketAddr) -> bool {
+    std::net::TcpListener::bind(address).is_err_and(|e| e.kind() == std::io::ErrorKind::AddrInUse)
 }
 
 /// Dials until the coordinator answers.

@@ -607,6 +607,7 @@ impl State {
             actions.push(send(*id, ToAgent::Exit { code, message: None }));
         }
         self.phase = Phase::Leave { code, deadline: now + LEAVE };
+        self.advance(now, actions);
     }
 
     pub(super) fn host(&self, id: NodeId) -> &str {
