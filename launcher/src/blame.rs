@@ -43,7 +43,7 @@ pub enum Role {
 }
 
 /// What gloo, NCCL and c10d print when the other end of a connection is gone.
-const LOST_PEER: [&str; 10] = [
+pub const LOST_PEER: [&str; 10] = [
     "ncclRemoteError",
     "remote process exited or there was a network error",
     "NCCL communicator was aborted",
@@ -58,7 +58,7 @@ const LOST_PEER: [&str; 10] = [
 ];
 
 /// Whether `text` holds what a collective library prints when a peer has gone.
-pub fn speaks_of_lost_peer(text: &str) -> bool {
+fn speaks_of_lost_peer(text: &str) -> bool {
     LOST_PEER.iter().any(|phrase| text.contains(phrase))
 }
 

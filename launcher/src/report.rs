@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::blame::{Culprit, Fault, Role, role};
-use crate::class::{self, Class, Facts, classify};
+use crate::class::{self, Again, Class, Facts, classify};
 use crate::cluster::policy::Incident;
 use crate::end::End;
 use crate::logs::read_small;
@@ -45,6 +45,8 @@ pub struct Failure {
     pub evidence: String,
     /// Equal for two failures of the same cause.
     pub signature: String,
+    /// What to expect of starting the same ranks once more.
+    pub again: Again,
     /// Milliseconds from the start of the launcher to the end of the rank.
     pub after_ms: f64,
     pub step: Option<u64>,
@@ -66,6 +68,29 @@ pub struct Failure {
     /// What was answered by a restart, the first first.
     pub earlier: Vec<Incident>,
     pub hint: String,
+}
+
+impl Failure {
+    /// For the restart policy. `step` is the last finished step of the job, `checkpoint_step` that of its newest
+    /// complete checkpoint; `ran` is how long this start had lasted.
+    pub fn incident(
+        &self,
+        ran: Duration,
+        step: Option<u64>,
+        checkpoint_step: Option<u64>,
+    ) -> Incident {
+        Incident {
+            at: Duration::try_from_secs_f64(self.after_ms / 1e3).unwrap_or_default(),
+            ran,
+            class: self.class,
+            again: self.again,
+            signature: self.signature.clone(),
+            host: Some(self.host.clone()),
+            rank: self.rank.and_then(|rank| u32::try_from(rank).ok()),
+            step,
+            checkpoint_step,
+        }
+    }
 }
 
 /// How another rank ended.
@@ -203,6 +228,7 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
         class: verdict.class,
         evidence: verdict.evidence,
         signature,
+        again: verdict.again,
         after_ms: ms(subject.at),
         step,
         section: rank.and_then(|rank| rank.section.clone()),

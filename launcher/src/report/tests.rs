@@ -219,6 +219,12 @@ fn a_lost_node_is_named_with_its_ranks() {
         (&serde_json::Value::Null, &serde_json::Value::Null)
     );
     assert_eq!(json["earlier"][0]["class"], "killed");
+    let incident = failure.incident(Duration::from_secs(5), Some(8), None);
+    assert_eq!(incident.to_string(), "node gpu-02 at step 8: node lost");
+    assert_eq!(
+        (incident.at, incident.again),
+        (Duration::from_secs(9), class::Again::Elsewhere)
+    );
 }
 
 #[test]

@@ -232,7 +232,7 @@ proptest! {
         let mut nodes: Vec<Vec<(Rank, i64)>> = vec![Vec::new(); 3];
         for ((rank, looks_own), node, at) in others {
             let at = i64::from(at);
-            nodes[node as usize].push((rank, if looks_own { culprit_at + 1 + at } else { at }));
+            nodes[node as usize].push((rank, if looks_own { culprit_at + 1 + at % 100 } else { at }));
         }
         let place = place.min(nodes[home].len());
         nodes[home].insert(place, (culprit, culprit_at));
