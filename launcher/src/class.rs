@@ -16,7 +16,6 @@ use std::fmt;
 use tsm_job::exit;
 use tsm_job::message::FailureRecord;
 
-use crate::blame::speaks_of_lost_peer;
 use crate::end::End;
 
 /// Kinds of failure that are answered differently.
@@ -227,7 +226,7 @@ fn announced(facts: &Facts) -> Option<Verdict> {
     if let Some((rule, line)) = texts::find(lines, texts::Place::Words) {
         return Some(rule.verdict(line));
     }
-    if record.cause == "peer" || speaks_of_lost_peer(&record.message) {
+    if record.cause == "peer" {
         let (class, hint) = (Class::Network, texts::LOST_PEER_HINT);
         let line = first_line(&record.message);
         return Some(Verdict::new(class, Again::MayWork, line, hint));
@@ -283,10 +282,6 @@ fn last_words(facts: &Facts) -> Option<Verdict> {
         return Some(rule.verdict(&told.map_or(line.into(), |(words, _)| words.with_place(line))));
     }
     let told = words.last()?;
-    if speaks_of_lost_peer(&told.text) {
-        let (class, hint) = (Class::Network, texts::LOST_PEER_HINT);
-        return Some(Verdict::new(class, Again::MayWork, &told.to_string(), hint));
-    }
     let (class, again) = (Class::Program, Again::MayWork);
     Some(Verdict::new(class, again, &told.to_string(), ""))
 }
@@ -300,7 +295,7 @@ fn other_lines(facts: &Facts) -> Option<Verdict> {
     let (rule, line) = texts::find(lines, texts::Place::Stderr)?;
     // Of a program that was not found, the shell says so too.
     let not_found = matches!(facts.end, Some(End::Code(126 | 127)));
-    (!not_found || rule.class == Class::Program).then(|| rule.verdict(line))
+    (!not_found || rule.class == Class::Program).then(|| rule.guess(line))
 }
 
 fn by_end(facts: &Facts) -> Verdict {

@@ -1,16 +1,16 @@
 //! The first failure, for people (stderr) and for programs (failure.json).
 
+mod text;
+
 use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::blame::{Culprit, Fault, Role, role};
 use crate::class::{self, Again, Class, Facts, classify};
 use crate::cluster::policy::Incident;
-use crate::cores::to_list;
 use crate::end::End;
-use crate::logs::{TAIL_LINES, read_small};
+use crate::logs::read_small;
 use crate::supervisor::Rank;
 
 /// What the launcher knows about each rank besides its end.
@@ -44,11 +44,12 @@ pub struct Failure {
     /// The launcher's exit code.
     pub exit_code: i32,
     pub class: Class,
-    pub again: Again,
     /// The line that tells, or how it ended.
     pub evidence: String,
     /// Equal for two failures of the same cause.
     pub signature: String,
+    /// What to expect of starting the same ranks once more.
+    pub again: Again,
     /// Milliseconds from the start of the launcher to the end of the rank.
     pub after_ms: f64,
     pub step: Option<u64>,
@@ -70,6 +71,29 @@ pub struct Failure {
     /// What was answered by a restart, the first first.
     pub earlier: Vec<Incident>,
     pub hint: String,
+}
+
+impl Failure {
+    /// For the restart policy. `step` is the last finished step of the job, `checkpoint_step` that of its newest
+    /// complete checkpoint; `ran` is how long this start had lasted.
+    pub fn incident(
+        &self,
+        ran: Duration,
+        step: Option<u64>,
+        checkpoint_step: Option<u64>,
+    ) -> Incident {
+        Incident {
+            at: Duration::try_from_secs_f64(self.after_ms / 1e3).unwrap_or_default(),
+            ran,
+            class: self.class,
+            again: self.again,
+            signature: self.signature.clone(),
+            host: Some(self.host.clone()),
+            rank: self.rank.and_then(|rank| u32::try_from(rank).ok()),
+            step,
+            checkpoint_step,
+        }
+    }
 }
 
 /// How another rank ended.
@@ -205,9 +229,9 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
         end,
         exit_code: run.exit_code,
         class: verdict.class,
-        again: verdict.again,
         evidence: verdict.evidence,
         signature,
+        again: verdict.again,
         after_ms: ms(subject.at),
         step,
         section: rank.and_then(|rank| rank.section.clone()),
@@ -268,306 +292,5 @@ pub fn torch_error(path: &Path) -> Option<String> {
         .map(str::to_string)
 }
 
-/// Lines about the other ranks in the text; failure.json has them all.
-const MAX_OTHERS: usize = 16;
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "error: {}", self.headline())?;
-        writeln!(f, "  class: {}", self.class)?;
-        if self.evidence_tells() {
-            writeln!(f, "  evidence: {}", self.evidence)?;
-        }
-        if let Some(meaning) = &self.meaning {
-            writeln!(f, "  meaning: {meaning}")?;
-        }
-        self.fmt_place(f)?;
-        if let Some(message) = &self.message {
-            let cause = self.cause.as_deref().unwrap_or("error");
-            writeln!(
-                f,
-                "  {cause}: {}",
-                message.trim_end().replace('\n', "\n    ")
-            )?;
-        }
-        if let Some(stacks) = &self.stacks {
-            writeln!(f, "  stacks:")?;
-            for line in stacks.trim_end().lines() {
-                writeln!(f, "    | {line}")?;
-            }
-        }
-        self.fmt_stderr(f)?;
-        if !self.others.is_empty() {
-            writeln!(f, "  named first because {}; the others:", self.reason)?;
-            self.fmt_others(f)?;
-        }
-        if !self.earlier.is_empty() {
-            writeln!(f, "  failed before, and was started again:")?;
-            for incident in &self.earlier {
-                writeln!(
-                    f,
-                    "    {:.1} s after the start: {incident}",
-                    incident.at.as_secs_f64()
-                )?;
-            }
-        }
-        write!(f, "  hint: {}", self.hint)
-    }
-}
-
-impl Failure {
-    /// Who failed, and how.
-    pub fn headline(&self) -> String {
-        match self.rank {
-            None => format!("node {} was lost first: {}", self.host, self.evidence),
-            Some(_) if self.late.len() > 1 => {
-                format!("ranks {} hang: no step for too long", to_list(&self.late))
-            }
-            Some(rank) if !self.late.is_empty() => {
-                format!("rank {rank} hangs: no step for too long")
-            }
-            Some(rank) => {
-                let end = self
-                    .end
-                    .map_or("it could not be ended".into(), |end| end.to_string());
-                format!("rank {rank} failed first: {end}")
-            }
-        }
-    }
-
-    /// Whether the evidence is not said elsewhere in the text.
-    fn evidence_tells(&self) -> bool {
-        let in_end = self
-            .end
-            .is_some_and(|end| self.evidence.starts_with(&end.to_string()));
-        let in_message = self
-            .message
-            .as_ref()
-            .is_some_and(|m| m.trim().starts_with(&self.evidence));
-        let in_stderr = self
-            .stderr
-            .last()
-            .is_some_and(|last| last.trim() == self.evidence);
-        self.rank.is_some() && !in_end && !in_message && !in_stderr
-    }
-
-    fn fmt_place(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "  where: host {}", self.host)?;
-        match (&self.device, self.pid) {
-            (Some(device), Some(pid)) => write!(f, ", {device}, pid {pid}")?,
-            _ => {
-                let on_host = self.others.iter().filter(|o| o.host == self.host);
-                let ranks: Vec<usize> = on_host.map(|o| o.rank).collect();
-                if !ranks.is_empty() {
-                    write!(f, ", {}", named(&ranks))?;
-                }
-            }
-        }
-        write!(f, "\n  when: {:.1} s after the start", self.after_ms / 1e3)?;
-        if let Some(step) = self.step {
-            write!(f, ", last finished step {step}")?;
-        }
-        if let Some(section) = &self.section {
-            write!(f, ", in section {section}")?;
-        }
-        writeln!(f)
-    }
-
-    fn fmt_stderr(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some(file) = &self.stderr_file else {
-            return Ok(());
-        };
-        if self.stderr.is_empty() {
-            return writeln!(f, "  stderr: empty ({})", file.display());
-        }
-        let upto = if self.stderr.len() == TAIL_LINES {
-            format!("last {TAIL_LINES} lines of ")
-        } else {
-            String::new()
-        };
-        writeln!(f, "  {upto}stderr ({}):", file.display())?;
-        for line in &self.stderr {
-            writeln!(f, "    | {line}")?;
-        }
-        Ok(())
-    }
-
-    /// One line for all ranks that ended alike.
-    fn fmt_others(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let one_host = self.others.iter().all(|other| other.host == self.host);
-        let mut groups: Vec<((String, &str), Vec<&Other>)> = Vec::new();
-        for other in &self.others {
-            let host = if one_host || is_usual(other.role) {
-                ""
-            } else {
-                &other.host
-            };
-            let key = (how_it_ended(other), host);
-            match groups.iter_mut().find(|(have, _)| *have == key) {
-                Some((_, members)) => members.push(other),
-                None => groups.push((key, vec![other])),
-            }
-        }
-        for ((text, _), members) in groups.iter().take(MAX_OTHERS) {
-            let ranks: Vec<usize> = members.iter().map(|o| o.rank).collect();
-            let hosts = if one_host {
-                String::new()
-            } else {
-                on_hosts(members)
-            };
-            writeln!(f, "    {}{hosts}: {text}{}", named(&ranks), when(members))?;
-        }
-        match groups.len().saturating_sub(MAX_OTHERS) {
-            0 => Ok(()),
-            more => writeln!(f, "    and {more} more such lines, see failure.json"),
-        }
-    }
-}
-
-/// `rank 3`, `ranks 0-6,8-63`.
-fn named(ranks: &[usize]) -> String {
-    let plural = if ranks.len() == 1 { "rank" } else { "ranks" };
-    format!("{plural} {}", to_list(ranks))
-}
-
-/// Ends that say nothing about the host.
-fn is_usual(role: Role) -> bool {
-    matches!(
-        role,
-        Role::Succeeded | Role::Stopped | Role::LostPeer | Role::NodeLost
-    )
-}
-
-fn how_it_ended(other: &Other) -> String {
-    let end = other.end.map_or(String::new(), |end| end.to_string());
-    match other.role {
-        Role::Succeeded => "succeeded".into(),
-        Role::Stopped => format!("stopped by the launcher: {end}"),
-        Role::LostPeer => format!("lost another rank: {end}"),
-        Role::Origin | Role::OwnCode => end,
-        Role::OwnError => format!("had an error of its own: {end}"),
-        Role::Stuck => {
-            let state = other.stuck_in.as_deref().unwrap_or("state unknown");
-            format!("did not end after SIGKILL, {state}")
-        }
-        Role::NodeLost => "on a node that was lost; its end is not known".into(),
-    }
-}
-
-fn on_hosts(members: &[&Other]) -> String {
-    let mut hosts: Vec<&str> = members.iter().map(|o| o.host.as_str()).collect();
-    hosts.sort_unstable();
-    hosts.dedup();
-    match hosts.as_slice() {
-        [host] => format!(" on {host}"),
-        hosts => format!(" on {} hosts", hosts.len()),
-    }
-}
-
-/// `, 3.1 to 8.9 ms after`.
-fn when(members: &[&Other]) -> String {
-    if matches!(members[0].role, Role::Stuck | Role::NodeLost) {
-        return String::new();
-    }
-    let after = members.iter().map(|o| o.after_ms);
-    let first = after.clone().fold(f64::INFINITY, f64::min);
-    let last = after.fold(f64::NEG_INFINITY, f64::max);
-    let (from, to) = (format!("{:.1}", first.abs()), format!("{:.1}", last.abs()));
-    match (first < 0.0, last < 0.0) {
-        (true, false) => format!(", {from} ms before to {to} ms after"),
-        (true, true) if from == to => format!(", {from} ms before"),
-        (true, true) => format!(", {from} to {to} ms before"),
-        _ if from == to => format!(", {from} ms after"),
-        _ => format!(", {from} to {to} ms after"),
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::blame::first_failure;
-
-    fn place(rank: usize, stderr: &[&str]) -> Place {
-        Place {
-            host: "gpu-01".into(),
-            device: "cpu".into(),
-            pid: 100 + rank as i32,
-            stderr_file: format!("logs/gpu-01-{rank}.err").into(),
-            exception: None,
-            error_file: "/nonexistent".into(),
-            stderr: stderr.iter().map(|s| s.to_string()).collect(),
-            stuck_in: None,
-        }
-    }
-
-    fn report(ends: &[End], oom_kills: u64) -> String {
-        let sent = vec![libc::SIGTERM];
-        let rank = |(i, end): (usize, &End)| Rank {
-            end: Some(*end),
-            order: i,
-            after_stop: i > 0,
-            sent: if i > 0 { sent.clone() } else { Vec::new() },
-            ended_at: Duration::from_micros(2_100_000 + 900 * i as u64),
-            step: Some(7),
-            ..Rank::default()
-        };
-        let ranks: Vec<Rank> = ends.iter().enumerate().map(rank).collect();
-        let places: Vec<Place> = (0..ends.len())
-            .map(|i| place(i, if i == 0 { &["boom"] } else { &[] }))
-            .collect();
-        let blame = first_failure(&ranks, |i| own_words(&places[i])).unwrap();
-        let run = Run {
-            id: "r",
-            dir: Path::new("runs/r"),
-            exit_code: 17,
-            oom_kills,
-            xids: &[],
-            lost: &[],
-            stacks: None,
-            earlier: &[],
-            resume: Some("tsm-launch --cpus 6 --resume runs/r"),
-        };
-        failure(&run, &blame.into(), &ranks, &places).to_string()
-    }
-
-    #[test]
-    fn the_report_says_who_what_where_and_what_next() {
-        let (term, zero) = (End::Signal(libc::SIGTERM), End::Code(0));
-        let text = report(&[End::Code(17), term, term, zero, term, End::Code(76)], 0);
-        let expected = "error: rank 0 failed first: exit code 17
-  class: program error
-  where: host gpu-01, cpu, pid 100
-  when: 2.1 s after the start, last finished step 7
-  stderr (logs/gpu-01-0.err):
-    | boom
-  named first because its end came first in the kernel's order; the others:
-    ranks 1-2,4: stopped by the launcher: signal 15 (SIGTERM), 0.9 to 3.6 ms after
-    rank 3: succeeded, 2.7 ms after
-    rank 5: lost another rank: exit code 76, 4.5 ms after
-  hint: once the cause is gone, continue with: tsm-launch --cpus 6 --resume runs/r";
-        assert_eq!(text, expected);
-    }
-
-    #[test]
-    fn sigkill_comes_with_the_evidence_for_the_out_of_memory_killer() {
-        let killed = End::Signal(libc::SIGKILL);
-        assert!(report(&[killed], 2).contains("out-of-memory killer ended 2 process(es)"));
-        assert!(report(&[killed], 0).contains("the out-of-memory killer did not count a process"));
-    }
-
-    #[test]
-    fn torchs_error_file_is_read_in_both_forms() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("e.json");
-        fs_err::write(
-            &path,
-            r#"{"message": {"message": "ValueError: x", "extraInfo": {}}}"#,
-        )
-        .unwrap();
-        assert_eq!(torch_error(&path).as_deref(), Some("ValueError: x"));
-        fs_err::write(&path, r#"{"message": "plain"}"#).unwrap();
-        assert_eq!(torch_error(&path).as_deref(), Some("plain"));
-        fs_err::write(&path, "not json").unwrap();
-        assert_eq!(torch_error(&path), None);
-    }
-}
+mod tests;

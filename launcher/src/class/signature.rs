@@ -30,8 +30,7 @@ fn normal(text: &str) -> String {
     let mut rest = text;
     while let Some(first) = rest.chars().next() {
         let in_token = |c: char| c.is_alphanumeric() || c == '_';
-        let (token, after) = if rest.starts_with("/tmp/") {
-            let name = &rest["/tmp/".len()..];
+        let (token, after) = if let Some(name) = rest.strip_prefix("/tmp/") {
             let stop = |c: char| c.is_whitespace() || "/'\",:)]>".contains(c);
             let end = name.find(stop).unwrap_or(name.len());
             out.push_str("/tmp/#");

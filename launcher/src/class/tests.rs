@@ -225,6 +225,14 @@ index out of bounds: the len is 7 but the index is 7
 note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace"),
     (Class::Program, Again::MayWork, End::Signal(6), "Assertion `n > 0' failed.", "a.out: x.c:12: main: Assertion `n > 0' failed."),
     (Class::Program, Again::MayWork, End::Code(17), "exit code 17", "epoch 3 done"),
+    // Not certain enough to end a job for good.
+    (
+        Class::Data,
+        Again::MayWork,
+        End::Code(1),
+        "cannot stat",
+        "cp: cannot stat 'x': No such file or directory\ngiving up",
+    ),
     // What was logged and survived is no cause.
     (Class::Program, Again::MayWork, End::Signal(11), "signal 11 (SIGSEGV)", "download failed: Connection reset by peer\nretry 1\nOSError: [Errno 28] No space left on device"),
     (Class::Program, Again::MayWork, End::Code(3), "exit code 3",
@@ -618,4 +626,16 @@ proptest! {
         let signature = signature(&verdict, &facts);
         prop_assert!(!signature.is_empty() && signature.len() < 1000);
     }
+}
+
+#[test]
+fn a_long_line_is_cut_between_characters() {
+    let stderr = [format!("error: x{}", "é".repeat(1000))];
+    let facts = Facts {
+        end: Some(End::Code(1)),
+        stderr: &stderr,
+        ..Facts::default()
+    };
+    let verdict = classify(&facts);
+    assert_eq!(verdict.evidence.chars().count(), WIDTH + 3);
 }

@@ -1,6 +1,7 @@
 //! What libraries print when something fails, causes before consequences.
 
 use super::{Again, Class, Verdict};
+use crate::blame::LOST_PEER;
 
 /// Where a text may come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,6 +38,15 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// What a line of stderr tells that is not among the program's last words. A guess must not end a job for good.
+    pub fn guess(&self, evidence: &str) -> Verdict {
+        let again = match self.weight {
+            Weight::AtEnd => Again::MayWork,
+            Weight::InWords | Weight::Anywhere => self.again,
+        };
+        Verdict::new(self.class, again, evidence, self.hint)
+    }
+
     pub fn verdict(&self, evidence: &str) -> Verdict {
         Verdict::new(self.class, self.again, evidence, self.hint)
     }
@@ -293,9 +303,9 @@ const RULES: &[Rule] = &[
     rule(
         Class::Config,
         Fails,
-        AtEnd,
+        Anywhere,
         &[
-            "can't open file '",
+            ": can't open file '",
             "error: unrecognized arguments: ",
             "error: the following arguments are required: ",
         ],
@@ -376,18 +386,7 @@ const RULES: &[Rule] = &[
         Class::Network,
         MayWork,
         Anywhere,
-        &[
-            "ncclRemoteError",
-            "remote process exited or there was a network error",
-            "NCCL communicator was aborted",
-            "Connection closed by peer [",
-            "Connection reset by peer [",
-            "Broken pipe [",
-            "failed to recv, got 0 bytes",
-            "Connection was likely closed",
-            "transport/tcp/pair.cc*Read error",
-            "transport/tcp/pair.cc*Write error",
-        ],
+        &LOST_PEER,
         LOST_PEER_HINT,
     ),
     rule(

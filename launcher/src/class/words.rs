@@ -108,12 +108,11 @@ fn python(lines: &[&str], start: usize) -> Found {
         .take_while(|line| line.starts_with(' '))
         .count();
     let end = first + frames;
-    let places: Vec<&str> = lines[first..end].iter().copied().collect();
     let exception = lines.get(end).filter(|line| is_exception(line));
     // What fails while Python tears itself down is no reason to end.
     let ignored = start > 0 && lines[start - 1].starts_with("Exception ignored in");
     let words = exception.filter(|_| !ignored).map(|line| {
-        let place = innermost(places.iter().rev().copied());
+        let place = innermost(lines[first..end].iter().rev().copied());
         Words::new(line.trim().into(), place, lines, end + 1)
     });
     // A message of several lines may itself hold the traceback of a worker process.

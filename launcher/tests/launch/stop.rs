@@ -149,7 +149,7 @@ fn the_second_ctrl_c_kills() {
     until("the first SIGINT to be seen", || {
         scene
             .read("events.jsonl")
-            .contains(r#""event":"send","rank":1,"signal":"SIGINT""#)
+            .contains(r#""event":"signal","signal":"SIGINT""#)
             .then_some(())
     });
     assert!(

@@ -137,17 +137,11 @@ impl State {
             resume: self.settings.job.resume.as_deref(),
         };
         let failure = report::failure(&run, &fault, &ranks, &places);
-        let incident = Incident {
-            at: now,
-            ran: now.saturating_sub(self.started_at),
-            class: failure.class,
-            again: failure.again,
-            signature: failure.signature.clone(),
-            host: Some(host),
-            rank: failure.rank.map(|rank| rank as u32),
-            step: self.steps.map(|(_, last)| last),
-            checkpoint_step: self.checkpoint_step.or(self.incidents.last().and_then(|i| i.checkpoint_step)),
-        };
+        let ran = now.saturating_sub(self.started_at);
+        let step = self.steps.map(|(_, last)| last);
+        let saved = self.checkpoint_step.or(self.incidents.last().and_then(|i| i.checkpoint_step));
+        let mut incident = failure.incident(ran, step, saved);
+        incident.at = now;
         if self.last {
             ending.verdict = None;
         } else {

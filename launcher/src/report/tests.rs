@@ -1,0 +1,280 @@
+use super::*;
+use crate::blame::first_failure;
+
+fn place(rank: usize, stderr: &[&str]) -> Place {
+    Place {
+        host: "gpu-01".into(),
+        device: "cpu".into(),
+        pid: 100 + rank as i32,
+        stderr_file: format!("logs/gpu-01-{rank}.err").into(),
+        error_file: "/nonexistent".into(),
+            exception: None,
+        stderr: stderr.iter().map(|s| s.to_string()).collect(),
+        stuck_in: None,
+    }
+}
+
+fn run<'a>() -> Run<'a> {
+    Run {
+        id: "r",
+        dir: Path::new("runs/r"),
+        exit_code: 17,
+        oom_kills: 0,
+        xids: &[],
+        lost: &[],
+        stacks: None,
+        earlier: &[],
+        resume: Some("tsm-launch --cpus 6 --resume runs/r"),
+    }
+}
+
+fn report(ends: &[End], oom_kills: u64) -> String {
+    let sent = vec![libc::SIGTERM];
+    let rank = |(i, end): (usize, &End)| Rank {
+        end: Some(*end),
+        order: i,
+        after_stop: i > 0,
+        sent: if i > 0 { sent.clone() } else { Vec::new() },
+        ended_at: Duration::from_micros(2_100_000 + 900 * i as u64),
+        step: Some(7),
+        ..Rank::default()
+    };
+    let ranks: Vec<Rank> = ends.iter().enumerate().map(rank).collect();
+    let places: Vec<Place> = (0..ends.len())
+        .map(|i| place(i, if i == 0 { &["boom"] } else { &[] }))
+        .collect();
+    let blame = first_failure(&ranks, |i| own_words(&places[i])).unwrap();
+    let run = Run { oom_kills, ..run() };
+    failure(&run, &blame.into(), &ranks, &places).to_string()
+}
+
+#[test]
+fn the_report_says_who_what_where_and_what_next() {
+    let (term, zero) = (End::Signal(libc::SIGTERM), End::Code(0));
+    let text = report(&[End::Code(17), term, term, zero, term, End::Code(76)], 0);
+    let expected = "error: rank 0 failed first: exit code 17
+  class: program error
+  where: host gpu-01, cpu, pid 100
+  when: 2.1 s after the start, last finished step 7
+  stderr (logs/gpu-01-0.err):
+    | boom
+  named first because its end came first in the kernel's order; the others:
+    ranks 1-2,4: stopped by the launcher: signal 15 (SIGTERM), 0.9 to 3.6 ms after
+    rank 3: succeeded, 2.7 ms after
+    rank 5: lost another rank: exit code 76, 4.5 ms after
+  hint: once the cause is gone, continue with: tsm-launch --cpus 6 --resume runs/r";
+    assert_eq!(text, expected);
+}
+
+#[test]
+fn sigkill_comes_with_the_evidence_for_the_out_of_memory_killer() {
+    let killed = End::Signal(libc::SIGKILL);
+    assert!(report(&[killed], 2).contains("out-of-memory killer ended 2 process(es)"));
+    assert!(report(&[killed], 0).contains("the out-of-memory killer did not count a process"));
+}
+
+#[test]
+fn torchs_error_file_is_read_in_both_forms() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("e.json");
+    fs_err::write(
+        &path,
+        r#"{"message": {"message": "ValueError: x", "extraInfo": {}}}"#,
+    )
+    .unwrap();
+    assert_eq!(torch_error(&path).as_deref(), Some("ValueError: x"));
+    fs_err::write(&path, r#"{"message": "plain"}"#).unwrap();
+    assert_eq!(torch_error(&path).as_deref(), Some("plain"));
+    fs_err::write(&path, "not json").unwrap();
+    assert_eq!(torch_error(&path), None);
+}
+
+/// `ranks` of two hosts with half of them each.
+fn two_hosts(ranks: &[Rank]) -> Vec<Place> {
+    (0..ranks.len())
+        .map(|i| Place {
+            host: format!("gpu-{:02}", 1 + 2 * i / ranks.len()),
+            ..place(i, &[])
+        })
+        .collect()
+}
+
+fn ended(end: Option<End>, ms: u64) -> Rank {
+    Rank {
+        end,
+        after_stop: true,
+        sent: vec![libc::SIGTERM],
+        ended_at: Duration::from_millis(ms),
+        step: Some(ms / 1000),
+        ..Rank::default()
+    }
+}
+
+#[test]
+fn many_ranks_on_several_hosts_are_folded_and_the_host_is_told_where_it_matters() {
+    let term = Some(End::Signal(libc::SIGTERM));
+    let mut ranks: Vec<Rank> = (0..64).map(|i| ended(term, 2010 + i)).collect();
+    ranks[7] = Rank {
+        after_stop: false,
+        sent: Vec::new(),
+        ..ended(Some(End::Code(1)), 2005)
+    };
+    ranks[40].end = Some(End::Code(3));
+    ranks[50].end = None;
+    let mut places = two_hosts(&ranks);
+    places[7].stderr = vec![
+        "Traceback (most recent call last):".into(),
+        "  File \"train.py\", line 9, in step".into(),
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.".into(),
+        "[rank7]: bye".into(),
+    ];
+    places[50].stuck_in = Some("state D in nv_open".into());
+    let fault = Fault {
+        culprit: Culprit::Rank(7),
+        reason: "its end came first".into(),
+    };
+    let failure = failure(&run(), &fault, &ranks, &places);
+    let text = failure.to_string();
+    for part in [
+        "error: rank 7 failed first: exit code 1\n  class: out of GPU memory\n",
+        "  evidence: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB., at train.py:9 in step\n",
+        "    ranks 0-6,8-39,41-49,51-63 on 2 hosts: stopped by the launcher: signal 15 (SIGTERM), 5.0 to 68.0 ms after\n",
+        "    rank 40 on gpu-02: exit code 3, 45.0 ms after\n",
+        "    rank 50 on gpu-02: did not end after SIGKILL, state D in nv_open\n",
+        "  hint: a smaller batch per rank",
+        "; then continue with: tsm-launch --cpus 6 --resume runs/r",
+    ] {
+        assert!(text.contains(part), "{text}\nlacks {part}");
+    }
+    let json = serde_json::to_value(&failure).unwrap();
+    assert_eq!(
+        (&json["rank"], &json["class"]),
+        (&7.into(), &"gpu_out_of_memory".into())
+    );
+    assert_eq!(json["evidence"], failure.evidence);
+    assert!(
+        json["signature"]
+            .as_str()
+            .unwrap()
+            .starts_with("out of GPU memory: torch.OutOf")
+    );
+    assert_eq!(
+        (
+            json["others"].as_array().unwrap().len(),
+            &json["others"][39]["host"]
+        ),
+        (63, &"gpu-02".into())
+    );
+}
+
+#[test]
+fn a_lost_node_is_named_with_its_ranks() {
+    let term = Some(End::Signal(libc::SIGTERM));
+    let ranks = [
+        ended(term, 9010),
+        ended(term, 9020),
+        ended(None, 8000),
+        ended(None, 0),
+    ];
+    let fault = Fault {
+        culprit: Culprit::Node {
+            host: "gpu-02".into(),
+            how: "no sign of life for 1.5 s".into(),
+            at: Duration::from_secs(9),
+        },
+        reason: "no rank is known to have failed by itself before".into(),
+    };
+    let lost = ["gpu-02".to_string()];
+    let earlier = [Incident {
+        at: Duration::from_millis(4100),
+        ran: Duration::from_secs(4),
+        class: Class::Killed,
+        again: class::Again::MayWork,
+        signature: "killed from outside: signal 9 (SIGKILL)".into(),
+        host: Some("gpu-01".into()),
+        rank: Some(1),
+        step: Some(3),
+        checkpoint_step: None,
+    }];
+    let run = Run {
+        lost: &lost,
+        earlier: &earlier,
+        resume: None,
+        ..run()
+    };
+    let failure = failure(&run, &fault, &ranks, &two_hosts(&ranks));
+    let expected = "error: node gpu-02 was lost first: no sign of life for 1.5 s
+  class: node lost
+  where: host gpu-02, ranks 2-3
+  when: 9.0 s after the start, last finished step 8
+  named first because no rank is known to have failed by itself before; the others:
+    ranks 0-1 on gpu-01: stopped by the launcher: signal 15 (SIGTERM), 10.0 to 20.0 ms after
+    ranks 2-3 on gpu-02: on a node that was lost; its end is not known
+  failed before, and was started again:
+    4.1 s after the start: rank 1 on gpu-01 at step 3: killed from outside: signal 9 (SIGKILL)
+  hint: see whether the machine is up, was taken by its scheduler, or lost its network";
+    assert_eq!(failure.to_string(), expected);
+    let json = serde_json::to_value(&failure).unwrap();
+    assert_eq!(
+        (&json["rank"], &json["pid"]),
+        (&serde_json::Value::Null, &serde_json::Value::Null)
+    );
+    assert_eq!(json["earlier"][0]["class"], "killed");
+    let incident = failure.incident(Duration::from_secs(5), Some(8), None);
+    assert_eq!(incident.to_string(), "node gpu-02 at step 8: node lost");
+    assert_eq!(
+        (incident.at, incident.again),
+        (Duration::from_secs(9), class::Again::Elsewhere)
+    );
+}
+
+#[test]
+fn ranks_that_hang_are_named_with_their_stacks() {
+    let term = Some(End::Signal(libc::SIGTERM));
+    let ranks: Vec<Rank> = (0..4).map(|i| ended(term, 60_500 + i)).collect();
+    let fault = |late: &[usize]| Fault {
+        culprit: Culprit::Late {
+            ranks: late.to_vec(),
+            at: Duration::from_secs(60),
+        },
+        reason: "the others had come further, and nothing had failed when it was found".into(),
+    };
+    let run = Run {
+        stacks: Some("rank 2: futex_wait\n  #0 read_clip\n"),
+        ..run()
+    };
+    let text = failure(&run, &fault(&[2, 3]), &ranks, &two_hosts(&ranks)).to_string();
+    let start = "error: ranks 2-3 hang: no step for too long
+  class: hang
+  where: host gpu-02, cpu, pid 102
+  when: 60.0 s after the start, last finished step 60
+  stacks:
+    | rank 2: futex_wait
+    |   #0 read_clip
+  stderr: empty (logs/gpu-01-2.err)
+";
+    assert!(text.starts_with(start), "{text}");
+    assert!(
+        text.contains("\n    ranks 0-1 on gpu-01: stopped by the launcher: "),
+        "{text}"
+    );
+    let one = failure(&run, &fault(&[2]), &ranks, &two_hosts(&ranks));
+    assert!(one.to_string().starts_with("error: rank 2 hangs: "));
+    assert_eq!(one.others.len(), 3);
+}
+
+#[test]
+fn a_text_of_many_different_ends_stays_short() {
+    let mut ranks: Vec<Rank> = (0..40).map(|i| ended(Some(End::Code(i)), 10)).collect();
+    ranks[0].end = Some(End::Code(99));
+    let fault = Fault {
+        culprit: Culprit::Rank(0),
+        reason: "its end came first".into(),
+    };
+    let text = failure(&run(), &fault, &ranks, &two_hosts(&ranks)).to_string();
+    assert!(
+        text.contains("    and 23 more such lines, see failure.json\n"),
+        "{text}"
+    );
+    assert!(text.lines().count() < 30, "{text}");
+}

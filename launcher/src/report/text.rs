@@ -1,0 +1,223 @@
+//! The first failure, for people.
+
+use std::fmt;
+
+use super::{Failure, Other};
+use crate::blame::Role;
+use crate::class::Class;
+use crate::cores::to_list;
+use crate::logs::TAIL_LINES;
+
+/// Lines about the other ranks in the text; failure.json has them all.
+const MAX_OTHERS: usize = 16;
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "error: {}", self.headline())?;
+        writeln!(f, "  class: {}", self.class)?;
+        if self.evidence_tells() {
+            writeln!(f, "  evidence: {}", self.evidence)?;
+        }
+        if let Some(meaning) = &self.meaning {
+            writeln!(f, "  meaning: {meaning}")?;
+        }
+        self.fmt_place(f)?;
+        if let Some(message) = &self.message {
+            let cause = self.cause.as_deref().unwrap_or("error");
+            writeln!(
+                f,
+                "  {cause}: {}",
+                message.trim_end().replace('\n', "\n    ")
+            )?;
+        }
+        if let Some(stacks) = &self.stacks {
+            writeln!(f, "  stacks:")?;
+            for line in stacks.trim_end().lines() {
+                writeln!(f, "    | {line}")?;
+            }
+        }
+        self.fmt_stderr(f)?;
+        if !self.others.is_empty() {
+            writeln!(f, "  named first because {}; the others:", self.reason)?;
+            self.fmt_others(f)?;
+        }
+        if !self.earlier.is_empty() {
+            writeln!(f, "  failed before, and was started again:")?;
+            for incident in &self.earlier {
+                writeln!(
+                    f,
+                    "    {:.1} s after the start: {incident}",
+                    incident.at.as_secs_f64()
+                )?;
+            }
+        }
+        write!(f, "  hint: {}", self.hint)
+    }
+}
+
+impl Failure {
+    fn headline(&self) -> String {
+        match self.rank {
+            None => format!("node {} was lost first: {}", self.host, self.evidence),
+            Some(_) if self.late.len() > 1 => {
+                format!("ranks {} hang: no step for too long", to_list(&self.late))
+            }
+            Some(rank) if !self.late.is_empty() => {
+                format!("rank {rank} hangs: no step for too long")
+            }
+            Some(rank) => {
+                let end = self
+                    .end
+                    .map_or("it could not be ended".into(), |end| end.to_string());
+                format!("rank {rank} failed first: {end}")
+            }
+        }
+    }
+
+    /// Whether the evidence is not said elsewhere in the text.
+    fn evidence_tells(&self) -> bool {
+        let in_end = self
+            .end
+            .is_some_and(|end| self.evidence.starts_with(&end.to_string()));
+        let in_message = self
+            .message
+            .as_ref()
+            .is_some_and(|m| m.trim().starts_with(&self.evidence));
+        let in_stderr = self
+            .stderr
+            .last()
+            .is_some_and(|last| last.trim() == self.evidence);
+        let hung = self.class == Class::Hang && !self.late.is_empty();
+        self.rank.is_some() && !hung && !in_end && !in_message && !in_stderr
+    }
+
+    fn fmt_place(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "  where: host {}", self.host)?;
+        match (&self.device, self.pid) {
+            (Some(device), Some(pid)) => write!(f, ", {device}, pid {pid}")?,
+            _ => {
+                let on_host = self.others.iter().filter(|o| o.host == self.host);
+                let ranks: Vec<usize> = on_host.map(|o| o.rank).collect();
+                if !ranks.is_empty() {
+                    write!(f, ", {}", named(&ranks))?;
+                }
+            }
+        }
+        write!(f, "\n  when: {:.1} s after the start", self.after_ms / 1e3)?;
+        if let Some(step) = self.step {
+            write!(f, ", last finished step {step}")?;
+        }
+        if let Some(section) = &self.section {
+            write!(f, ", in section {section}")?;
+        }
+        writeln!(f)
+    }
+
+    fn fmt_stderr(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(file) = &self.stderr_file else {
+            return Ok(());
+        };
+        if self.stderr.is_empty() {
+            return writeln!(f, "  stderr: empty ({})", file.display());
+        }
+        let upto = if self.stderr.len() == TAIL_LINES {
+            format!("last {TAIL_LINES} lines of ")
+        } else {
+            String::new()
+        };
+        writeln!(f, "  {upto}stderr ({}):", file.display())?;
+        for line in &self.stderr {
+            writeln!(f, "    | {line}")?;
+        }
+        Ok(())
+    }
+
+    /// One line for all ranks that ended alike.
+    fn fmt_others(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let one_host = self.others.iter().all(|other| other.host == self.host);
+        let mut groups: Vec<((String, &str), Vec<&Other>)> = Vec::new();
+        for other in &self.others {
+            let host = if one_host || is_usual(other.role) {
+                ""
+            } else {
+                &other.host
+            };
+            let key = (how_it_ended(other), host);
+            match groups.iter_mut().find(|(have, _)| *have == key) {
+                Some((_, members)) => members.push(other),
+                None => groups.push((key, vec![other])),
+            }
+        }
+        for ((text, _), members) in groups.iter().take(MAX_OTHERS) {
+            let ranks: Vec<usize> = members.iter().map(|o| o.rank).collect();
+            let hosts = if one_host {
+                String::new()
+            } else {
+                on_hosts(members)
+            };
+            writeln!(f, "    {}{hosts}: {text}{}", named(&ranks), when(members))?;
+        }
+        match groups.len().saturating_sub(MAX_OTHERS) {
+            0 => Ok(()),
+            more => writeln!(f, "    and {more} more such lines, see failure.json"),
+        }
+    }
+}
+
+/// `rank 3`, `ranks 0-6,8-63`.
+fn named(ranks: &[usize]) -> String {
+    let plural = if ranks.len() == 1 { "rank" } else { "ranks" };
+    format!("{plural} {}", to_list(ranks))
+}
+
+/// Ends that say nothing about the host.
+fn is_usual(role: Role) -> bool {
+    matches!(
+        role,
+        Role::Succeeded | Role::Stopped | Role::LostPeer | Role::NodeLost
+    )
+}
+
+fn how_it_ended(other: &Other) -> String {
+    let end = other.end.map_or(String::new(), |end| end.to_string());
+    match other.role {
+        Role::Succeeded => "succeeded".into(),
+        Role::Stopped => format!("stopped by the launcher: {end}"),
+        Role::LostPeer => format!("lost another rank: {end}"),
+        Role::Origin | Role::OwnCode => end,
+        Role::OwnError => format!("had an error of its own: {end}"),
+        Role::Stuck => {
+            let state = other.stuck_in.as_deref().unwrap_or("state unknown");
+            format!("did not end after SIGKILL, {state}")
+        }
+        Role::NodeLost => "on a node that was lost; its end is not known".into(),
+    }
+}
+
+fn on_hosts(members: &[&Other]) -> String {
+    let mut hosts: Vec<&str> = members.iter().map(|o| o.host.as_str()).collect();
+    hosts.sort_unstable();
+    hosts.dedup();
+    match hosts.as_slice() {
+        [host] => format!(" on {host}"),
+        hosts => format!(" on {} hosts", hosts.len()),
+    }
+}
+
+/// `, 3.1 to 8.9 ms after`.
+fn when(members: &[&Other]) -> String {
+    if matches!(members[0].role, Role::Stuck | Role::NodeLost) {
+        return String::new();
+    }
+    let after = members.iter().map(|o| o.after_ms);
+    let first = after.clone().fold(f64::INFINITY, f64::min);
+    let last = after.fold(f64::NEG_INFINITY, f64::max);
+    let (from, to) = (format!("{:.1}", first.abs()), format!("{:.1}", last.abs()));
+    match (first < 0.0, last < 0.0) {
+        (true, false) => format!(", {from} ms before to {to} ms after"),
+        (true, true) if from == to => format!(", {from} ms before"),
+        (true, true) => format!(", {from} to {to} ms before"),
+        _ if from == to => format!(", {from} ms after"),
+        _ => format!(", {from} to {to} ms after"),
+    }
+}
