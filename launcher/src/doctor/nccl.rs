@@ -155,6 +155,15 @@ mod tests {
     }
 
     #[test]
+    fn the_library_of_this_machine_names_its_version() {
+        let Some(found) = find(None) else {
+            eprintln!("skipped: no {NAME} in LD_LIBRARY_PATH or an active Python environment");
+            return;
+        };
+        assert!(found.version.starts_with("2."), "{found:?}");
+    }
+
+    #[test]
     fn where_a_program_looks_for_its_libraries() {
         let dir = tempfile::tempdir().unwrap();
         let lib = dir.path().join("lib");

@@ -4,6 +4,7 @@ mod harness;
 
 mod cascade;
 mod output;
+mod preflight;
 mod pytorch;
 mod refusals;
 mod resume;
