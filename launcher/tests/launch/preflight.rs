@@ -38,7 +38,10 @@ fn lay(cable: Cable, node: SocketAddr) -> SocketAddr {
     // Both threads end with the connection.
     thread::spawn(move || {
         let (from, _) = listener.accept().unwrap();
-        let to = TcpStream::connect(node).unwrap();
+        // The node may have given up already, when its partner failed.
+        let Ok(to) = TcpStream::connect(node) else {
+            return;
+        };
         let back = (to.try_clone().unwrap(), from.try_clone().unwrap());
         thread::spawn(move || carry(back.0, back.1, Cable::Good));
         carry(from, to, cable);
