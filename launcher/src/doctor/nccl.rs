@@ -144,6 +144,7 @@ mod tests {
         let data = b"\0NCCL version mismatch with peer\0NCCL version 2.28.9 compiled with CUDA\n\0NCCL version 2.28.9+cuda13.0\0Mismatched NCCL version detected\0";
         assert_eq!(in_text(data).as_deref(), Some("2.28.9+cuda13.0"));
         assert_eq!(in_text(b"NCCL version "), None);
+        assert_eq!(in_text(b"NCCL version mismatch with peer\0"), None);
         assert_eq!(in_text(b"nothing"), None);
     }
 
