@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// Connections answered at the same time; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 256;
@@ -97,7 +97,8 @@ async fn serve(
 }
 
 /// Which of `addresses` lead to the node that listens on `port`, and through which interface of this node;
-/// the quickest first. All are dialled at once; what has not answered after `wait` is left out.
+/// the quickest first. All are dialled at once. What has not answered `linger` after the first answer is left out,
+/// and everything that has not after `wait`: an address behind a firewall never answers.
 ///
 /// `check` tells whether an answer belongs to a nonce.
 pub async fn reach(
@@ -105,7 +106,9 @@ pub async fn reach(
     port: u16,
     check: impl Fn([u8; 16], [u8; 32]) -> bool,
     wait: Duration,
+    linger: Duration,
 ) -> Vec<(IpAddr, String)> {
+    let mut end = Instant::now() + wait;
     let mut dials = JoinSet::new();
     for &address in addresses {
         let mut nonce = [0; 16];
@@ -125,16 +128,14 @@ pub async fn reach(
         });
     }
     let mut reached = Vec::new();
-    let collect = async {
-        while let Some(done) = dials.join_next().await {
-            if let Ok(Some((address, local, nonce, answer))) = done
-                && check(nonce, answer)
-            {
-                reached.extend(super::interface(local).map(|name| (address, name)));
-            }
+    while let Ok(Some(done)) = timeout_at(end, dials.join_next()).await {
+        if let Ok(Some((address, local, nonce, answer))) = done
+            && check(nonce, answer)
+        {
+            reached.extend(super::interface(local).map(|name| (address, name)));
+            end = end.min(Instant::now() + linger);
         }
-    };
-    let _ = timeout(wait, collect).await;
+    }
     reached
 }
 
@@ -142,6 +143,8 @@ pub async fn reach(
 mod tests {
     use super::*;
     use crate::addresses::scene::{self, Net};
+
+    const LONG: Duration = Duration::from_secs(60);
 
     /// Enough of a proof for a test: the key, and the nonce.
     fn prove(key: u8) -> impl Fn([u8; 16]) -> [u8; 32] + Send + Sync + 'static {
@@ -168,14 +171,14 @@ mod tests {
         block_on(async {
             let listener = ProbeListener::start(prove(1)).unwrap();
             let both = [IpAddr::from([127, 0, 0, 1]), IpAddr::from([127, 0, 0, 2])];
-            let wait = Duration::from_secs(20);
-            let mut reached = reach(&both, listener.port, check(1), wait).await;
+            let wait = LONG;
+            let mut reached = reach(&both, listener.port, check(1), wait, wait).await;
             reached.sort();
             assert_eq!(reached, both.map(|address| (address, "lo".to_string())));
-            assert_eq!(reach(&both, listener.port, check(2), wait).await, []);
+            assert_eq!(reach(&both, listener.port, check(2), wait, wait).await, []);
             let port = listener.port;
             drop(listener);
-            assert_eq!(reach(&both, port, check(1), wait).await, []);
+            assert_eq!(reach(&both, port, check(1), wait, wait).await, []);
         });
     }
 
@@ -188,8 +191,24 @@ mod tests {
             for _ in 0..MAX_CONNECTIONS - 1 {
                 silent.push(TcpStream::connect((address, listener.port)).await.unwrap());
             }
-            let reached = reach(&[address], listener.port, check(1), Duration::from_secs(20)).await;
+            let reached = reach(&[address], listener.port, check(1), LONG, LONG).await;
             assert_eq!(reached.len(), 1);
+        });
+    }
+
+    #[test]
+    fn an_address_that_never_answers_does_not_hold_up_the_others() {
+        block_on(async {
+            let all = ["127.0.0.1", "127.0.0.2"].map(|a| a.parse::<IpAddr>().unwrap());
+            let listener = TcpListener::bind((all[0], 0)).await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let _silent = TcpListener::bind((all[1], port)).await.unwrap();
+            let task = tokio::spawn(serve(listener, Arc::new(prove(1))));
+            let start = Instant::now();
+            let reached = reach(&all, port, check(1), LONG, Duration::from_millis(1)).await;
+            assert_eq!(reached, [(all[0], "lo".to_string())]);
+            assert!(start.elapsed() < LONG);
+            task.abort();
         });
     }
 
@@ -229,7 +248,7 @@ mod tests {
                 let bind = format!("172.17.0.1:{port}");
                 let stranger = TcpListener::bind(&bind).await.unwrap();
                 let stranger = tokio::spawn(serve(stranger, Arc::new(prove(KEY + 1))));
-                let reached = reach(&addresses, port, check(KEY), Duration::from_secs(20)).await;
+                let reached = reach(&addresses, port, check(KEY), LONG, LONG).await;
                 stranger.abort();
                 reached
             });

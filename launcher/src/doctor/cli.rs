@@ -49,6 +49,14 @@ pub enum Preflight {
 /// # Errors
 /// When nothing can be printed.
 pub fn run(args: &Args) -> anyhow::Result<i32> {
+    let color = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let (text, code) = report(args, color)?;
+    let printed = std::io::stdout().write_all(text.as_bytes());
+    printed.context("cannot print the findings").map(|()| code)
+}
+
+/// The text to print, and the exit code.
+fn report(args: &Args, color: bool) -> anyhow::Result<(String, i32)> {
     let visible = gpus::visible();
     let (devices, refused) = match (&args.gpus, args.cpus) {
         (None, None) => (Devices::Gpus(visible), None),
@@ -80,13 +88,9 @@ pub fn run(args: &Args) -> anyhow::Result<i32> {
         let all = json!({ "host": manifest::host(), "version": env!("CARGO_PKG_VERSION"), "gpus": context.gpus, "facts": facts });
         serde_json::to_string_pretty(&all)? + "\n"
     } else {
-        let color = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         print(&facts.findings, color)
     };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("cannot print the findings")?;
-    Ok(if failed { exit::PREFLIGHT } else { exit::OK })
+    Ok((text, if failed { exit::PREFLIGHT } else { exit::OK }))
 }
 
 /// `cannot start ...\n  hint: ...`
@@ -127,13 +131,26 @@ mod tests {
     #[test]
     fn what_a_launch_would_refuse_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        let run = |words: &str| {
+        let report = |words: &str| {
             let mut args = parse(words).unwrap();
             args.run_dir = Some(dir.path().join("run"));
-            run(&args).unwrap()
+            report(&args, false).unwrap()
         };
-        assert_eq!(run("doctor --cpus 1 --json"), exit::OK);
-        assert_eq!(run("doctor --gpus 4096"), exit::PREFLIGHT);
+        let (text, code) = report("doctor --cpus 1 --json");
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(code, exit::OK, "{text}");
+        assert!(
+            json["facts"]["findings"]
+                .as_array()
+                .is_some_and(|all| !all.is_empty()),
+            "{text}"
+        );
+        let (text, code) = report("doctor --gpus 4096");
+        assert_eq!(code, exit::PREFLIGHT);
+        assert!(
+            text.starts_with("error    gpu      cannot start 4096 workers: --gpus is 4096, "),
+            "{text}"
+        );
         let finding = refusal("cannot start 9 workers: --gpus is 9\n  hint: give --gpus 8");
         assert_eq!(
             (finding.text.as_str(), finding.hint.as_str()),

@@ -16,8 +16,6 @@ const SLOW: Duration = Duration::from_secs(1);
 /// A folder's file system.
 #[derive(Clone, Debug)]
 pub struct Disk {
-    /// The folder itself, or the nearest one above it that exists.
-    pub tried: PathBuf,
     pub free_bytes: u64,
     pub total_bytes: u64,
     /// `None`: the file system does not count them.
@@ -40,6 +38,7 @@ pub fn distinct(folders: &[PathBuf]) -> Vec<PathBuf> {
     folders.iter().filter(is_new).cloned().collect()
 }
 
+/// The folder itself, or the nearest one above it that exists.
 fn existing(folder: &Path) -> PathBuf {
     let folder = std::path::absolute(folder).unwrap_or(folder.into());
     let mut above = folder.ancestors();
@@ -57,7 +56,6 @@ pub fn read(folder: &Path) -> Disk {
             free_bytes: found.f_bavail * found.f_frsize,
             total_bytes: found.f_blocks * found.f_frsize,
             free_inodes: (found.f_files > 0).then_some(found.f_favail),
-            tried,
             write,
         },
         Err(e) => Disk {
@@ -65,7 +63,6 @@ pub fn read(folder: &Path) -> Disk {
             total_bytes: 0,
             free_inodes: None,
             write: write.and(Err(format!("statvfs {}: {e}", tried.display()))),
-            tried,
         },
     }
 }
@@ -162,7 +159,6 @@ mod tests {
 
     fn severities(change: impl Fn(&mut Disk)) -> Vec<Severity> {
         let mut disk = Disk {
-            tried: "/data".into(),
             free_bytes: 50 << 30,
             total_bytes: 100 << 30,
             free_inodes: Some(1_000_000),
@@ -198,7 +194,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("runs/a");
         let disk = read(&folder);
-        assert_eq!(disk.tried, dir.path());
+        assert_eq!(existing(&folder), dir.path());
         assert!(
             disk.write.is_ok() && disk.total_bytes >= disk.free_bytes,
             "{disk:?}"

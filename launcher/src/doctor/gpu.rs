@@ -226,8 +226,13 @@ pub fn judge(reading: &Reading) -> Vec<Finding> {
         reading.xids.as_deref().unwrap_or_default(),
         reading.now,
     ));
-    if let Some(driver) = &reading.driver {
-        found.push(Finding::ok("gpu", summary(reading, driver)));
+    match &reading.driver {
+        Some(driver) => found.push(Finding::ok("gpu", summary(reading, driver))),
+        None if reading.broken.is_some() => {}
+        None => found.push(Finding::ok(
+            "gpu",
+            "no NVIDIA driver is loaded: workers can only run on the CPU",
+        )),
     }
     if !reading.cards.is_empty() && reading.xids.is_none() {
         found.push(Finding::ok(
@@ -417,8 +422,9 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_without_gpus_says_nothing_and_a_good_one_a_line() {
-        assert_eq!(judge(&Reading::default()), []);
+    fn a_machine_with_good_gpus_and_one_without_have_a_line_each() {
+        let none = judge(&Reading::default());
+        assert_eq!((none.len(), none[0].severity), (1, Good));
         let reading = Reading {
             driver: Some("570.1".into()),
             cuda: Some("12.8".into()),
@@ -437,6 +443,7 @@ mod tests {
             broken: Some("mismatch".into()),
             ..Reading::default()
         };
-        assert_eq!(judge(&broken)[0].severity, Error);
+        let found = judge(&broken);
+        assert_eq!((found.len(), found[0].severity), (1, Error));
     }
 }

@@ -144,6 +144,7 @@ mod tests {
         let data = b"\0NCCL version mismatch with peer\0NCCL version 2.28.9 compiled with CUDA\n\0NCCL version 2.28.9+cuda13.0\0Mismatched NCCL version detected\0";
         assert_eq!(in_text(data).as_deref(), Some("2.28.9+cuda13.0"));
         assert_eq!(in_text(b"NCCL version "), None);
+        assert_eq!(in_text(b"NCCL version mismatch with peer\0"), None);
         assert_eq!(in_text(b"nothing"), None);
     }
 
@@ -152,6 +153,15 @@ mod tests {
         assert_eq!(version(Path::new("/bin/sh")), None);
         assert_eq!(version(Path::new("/etc/passwd")), None);
         assert_eq!(run_path(Path::new("/nonexistent")), Vec::<PathBuf>::new());
+    }
+
+    #[test]
+    fn the_library_of_this_machine_names_its_version() {
+        let Some(found) = find(None) else {
+            eprintln!("skipped: no {NAME} in LD_LIBRARY_PATH or an active Python environment");
+            return;
+        };
+        assert!(found.version.starts_with("2."), "{found:?}");
     }
 
     #[test]

@@ -4,11 +4,11 @@ use std::fmt::Write;
 
 use crate::cluster::message::{Finding, Severity};
 
-/// One finding a line and its hint below, errors first, and a line that counts them.
+/// One finding a line and its hint below, errors first, those of an area together, and a line that counts them.
 pub fn print(findings: &[Finding], color: bool) -> String {
     let mut sorted: Vec<&Finding> = findings.iter().collect();
-    // Stable: within a severity the order of the areas stays as it was found.
-    sorted.sort_by_key(|f| std::cmp::Reverse(f.severity));
+    let place = |area: &str| findings.iter().position(|f| f.area == area);
+    sorted.sort_by_key(|f| (std::cmp::Reverse(f.severity), place(&f.area)));
     let width = sorted.iter().map(|f| f.area.len()).max().unwrap_or(0);
     let mut text = String::new();
     for finding in sorted {
@@ -46,6 +46,8 @@ mod tests {
             Finding::ok("gpu", "8 x H200"),
             Finding::warning("limits", "64 KiB may be locked", "raise memlock"),
             Finding::error("disk", "no space", "remove old runs"),
+            Finding::ok("clock", "right"),
+            Finding::ok("gpu", "no faults"),
         ];
         let expected = "\
 error    disk    no space
@@ -53,7 +55,9 @@ error    disk    no space
 warning  limits  64 KiB may be locked
                  hint: raise memlock
 ok       gpu     8 x H200
-1 error, 1 warning, 1 ok
+ok       gpu     no faults
+ok       clock   right
+1 error, 1 warning, 3 ok
 ";
         assert_eq!(print(&findings, false), expected);
         assert!(print(&findings, true).starts_with("\x1b[1;31merror  \x1b[0m  disk"));

@@ -5,6 +5,7 @@ mod harness;
 mod cascade;
 mod class;
 mod output;
+mod preflight;
 mod pytorch;
 mod refusals;
 mod resume;

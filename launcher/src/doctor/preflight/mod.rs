@@ -33,7 +33,7 @@ pub fn own_node() -> Vec<Finding> {
     let num_cores = cores::allowed().len().max(1);
     let own = count(num_cores as u64, "core");
     let memory = match memory(num_cores) {
-        Ok(gbyte_s) => Finding::ok("memory", format!("{own} copy {gbyte_s:.1} GB/s")),
+        Ok(gbyte_s) => Finding::ok("memory", format!("{gbyte_s:.1} GB/s copied by {own}")),
         Err(e) => Finding::error(
             "memory",
             e,

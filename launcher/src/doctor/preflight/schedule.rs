@@ -4,7 +4,7 @@
 //! suspects; each is then paired with a node that did well elsewhere. Who is bad again is the culprit, and who
 //! does well is cleared.
 
-use super::ring::Measured;
+use super::ring::{self, Measured};
 use crate::cluster::message::Finding;
 
 /// A group this much slower than the better ones is slow.
@@ -29,8 +29,8 @@ impl Outcome {
         let wrong = answers.iter().flatten().find_map(|m| m.wrong.clone());
         let worse = |a: Result<Measured, String>, b: Result<Measured, String>| match (a, b) {
             (Ok(a), Ok(b)) => Ok(if a.gbit_s <= b.gbit_s { a } else { b }),
-            // A member that only lost its neighbour knows less than one that says why.
-            (Err(a), Err(b)) => Err(if a.contains("neighbour left") { b } else { a }),
+            // A member that only misses its neighbour knows less than one that says why.
+            (Err(a), Err(b)) => Err(if ring::is_consequence(&a) { b } else { a }),
             (Err(e), _) | (_, Err(e)) => Err(e),
         };
         let result = answers

@@ -1,0 +1,196 @@
+//! Nodes and the network between them are measured: the slow, the broken and the wrong one is found.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+use tsm_launch::doctor::preflight::{
+    Measured, Outcome, Ring, Task, Verdict, findings, judge, next_round,
+};
+
+use crate::harness::DEADLINE;
+
+const BYTES: usize = 1 << 20;
+
+/// What the cable to a node does.
+#[derive(Clone, Copy, PartialEq)]
+enum Cable {
+    /// Lets 64 KiB through every half millisecond, 130 MB/s at most: so it is no matter how busy the machine is.
+    Good,
+    /// Lets 4 KiB through every half millisecond, 8 MB/s at most.
+    Slow,
+    /// Flips a bit far behind the greeting.
+    Wrong,
+    Cut,
+}
+
+fn local(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
+}
+
+/// The address under which others find a node at the end of such a cable.
+fn lay(cable: Cable, node: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind(local(0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    if cable == Cable::Cut {
+        return address;
+    }
+    // Both threads end with the connection.
+    thread::spawn(move || {
+        let (from, _) = listener.accept().unwrap();
+        // The node may have given up already, when its partner failed.
+        let Ok(to) = TcpStream::connect(node) else {
+            return;
+        };
+        let back = (to.try_clone().unwrap(), from.try_clone().unwrap());
+        thread::spawn(move || carry(back.0, back.1, Cable::Good));
+        carry(from, to, cable);
+    });
+    address
+}
+
+fn carry(mut from: TcpStream, mut to: TcpStream, cable: Cable) {
+    let mut piece = vec![
+        0;
+        if cable == Cable::Slow {
+            4 << 10
+        } else {
+            64 << 10
+        }
+    ];
+    let mut carried = 0;
+    while let Ok(len @ 1..) = from.read(&mut piece) {
+        if cable == Cable::Wrong && carried < 100_000 && carried + len >= 100_000 {
+            piece[len / 2] ^= 1;
+        }
+        carried += len;
+        if len > 1 {
+            thread::sleep(Duration::from_micros(500));
+        }
+        if to.write_all(&piece[..len]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(std::net::Shutdown::Both);
+}
+
+fn prove(nonce: [u8; 16]) -> [u8; 32] {
+    let mut proof = [7; 32];
+    proof[..16].copy_from_slice(&nonce);
+    proof
+}
+
+/// One group, measured as the nodes would do it.
+fn measure(members: &[usize], cables: &[Cable], wait: Duration) -> Vec<Result<Measured, String>> {
+    let rings: Vec<Ring> = members.iter().map(|_| Ring::open().unwrap()).collect();
+    let lay = |(ring, &node): (&Ring, &usize)| lay(cables[node], local(ring.port));
+    let addresses: Vec<SocketAddr> = rings.iter().zip(members).map(lay).collect();
+    let start = |(me, ring): (usize, Ring)| {
+        let task = Task {
+            bytes: BYTES,
+            budget: Duration::from_millis(200),
+            wait,
+            ..Task::new(addresses.clone(), me)
+        };
+        ring.start(task, prove)
+    };
+    let started: Vec<_> = rings.into_iter().enumerate().map(start).collect();
+    started
+        .into_iter()
+        .map(|answer| answer.blocking_recv().unwrap())
+        .collect()
+}
+
+fn preflight(cables: &[Cable], wait: Duration) -> Vec<Vec<Outcome>> {
+    let mut done: Vec<Vec<Outcome>> = Vec::new();
+    loop {
+        let groups = next_round(cables.len(), &done);
+        if groups.is_empty() {
+            return done;
+        }
+        let measured = |members: Vec<usize>| {
+            let answers = measure(&members, cables, wait);
+            Outcome::new(members, answers)
+        };
+        done.push(groups.into_iter().map(measured).collect());
+    }
+}
+
+fn hosts(number: usize) -> Vec<String> {
+    (0..number).map(|i| format!("gpu-{i}")).collect()
+}
+
+#[test]
+fn healthy_nodes_sum_up_right_also_three_in_a_ring() {
+    for number in [2, 3, 5] {
+        let members: Vec<usize> = (0..number).collect();
+        for answer in measure(&members, &vec![Cable::Good; number], DEADLINE) {
+            let measured = answer.unwrap();
+            assert_eq!(measured.wrong, None);
+            assert!(measured.gbit_s > 0.0 && measured.round_trip > Duration::ZERO);
+        }
+    }
+}
+
+#[test]
+fn the_slow_node_is_named() {
+    let cables = [Cable::Good, Cable::Good, Cable::Slow, Cable::Good];
+    let done = preflight(&cables, DEADLINE);
+    let verdicts = judge(4, &done);
+    assert!(
+        matches!(verdicts[2], Verdict::Slow { gbit_s, usual } if gbit_s < 0.1 && usual > 2.0 * gbit_s),
+        "{verdicts:?} {done:?}"
+    );
+    for good in [0, 1, 3] {
+        assert_eq!(verdicts[good], Verdict::Good, "{done:?}");
+    }
+    let text = &findings(&hosts(4), &done)[0].text;
+    assert!(
+        text.starts_with("gpu-2 is slow with every partner: 0.0"),
+        "{text}"
+    );
+}
+
+#[test]
+fn the_node_that_sums_up_wrong_is_named() {
+    let cables = [Cable::Good, Cable::Wrong, Cable::Good, Cable::Good];
+    let done = preflight(&cables, DEADLINE);
+    let verdicts = judge(4, &done);
+    assert!(
+        matches!(&verdicts[1], Verdict::Faulty(e) if e.contains("sums are wrong")),
+        "{done:?}"
+    );
+    assert_eq!(verdicts.iter().filter(|v| **v == Verdict::Good).count(), 3);
+}
+
+#[test]
+fn the_node_that_cannot_be_reached_is_named() {
+    let cables = [Cable::Good, Cable::Good, Cable::Good, Cable::Cut];
+    let done = preflight(&cables, Duration::from_secs(5));
+    let verdicts = judge(4, &done);
+    assert!(
+        matches!(&verdicts[3], Verdict::Faulty(e) if e.contains("cannot connect to 127.0.0.1:")),
+        "{verdicts:?}"
+    );
+    assert_eq!(verdicts.iter().filter(|v| **v == Verdict::Good).count(), 3);
+}
+
+#[test]
+fn a_stranger_is_not_let_in() {
+    let (a, b) = (Ring::open().unwrap(), Ring::open().unwrap());
+    let members = vec![local(a.port), local(b.port)];
+    let task = |me| Task {
+        bytes: BYTES,
+        wait: DEADLINE,
+        ..Task::new(members.clone(), me)
+    };
+    let own = a.start(task(0), prove);
+    let stranger = b.start(task(1), |_| [0; 32]);
+    for answer in [own, stranger] {
+        let error = answer.blocking_recv().unwrap().unwrap_err();
+        assert!(
+            error.contains("does not belong to this job") || error.contains("cannot connect"),
+            "{error}"
+        );
+    }
+}
