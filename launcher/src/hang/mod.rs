@@ -10,3 +10,5 @@ pub mod ras;
 pub mod report;
 pub mod slow;
 pub mod stacks;
+mod syscalls;
+mod tool;

@@ -477,11 +477,10 @@ mod text {
             let words: Vec<&str> = line.split_ascii_whitespace().collect();
             if let Some(rest) = line.strip_prefix("NCCL version ") {
                 self.status.nccl = rest.split_ascii_whitespace().next().map(str::to_string);
-            } else if let ["#", ..] | [] = words.as_slice() {
-            } else if !line.starts_with(' ') {
-                self.heading(&words);
             } else if let Some(size) = self.summary(&words) {
                 self.sizes.push(size);
+            } else if !line.starts_with([' ', '\t']) && !words.is_empty() {
+                self.heading(&words);
             } else {
                 self.detail(line.trim(), &words);
             }

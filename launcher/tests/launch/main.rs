@@ -3,6 +3,7 @@
 mod harness;
 
 mod cascade;
+mod hang;
 mod output;
 mod pytorch;
 mod refusals;
