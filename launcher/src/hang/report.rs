@@ -6,8 +6,9 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use super::progress::{Tracker, ranks_list, time};
-use super::ras::{self, Status};
+use super::ras::{Answer, Status};
 use super::stacks::Process;
+use crate::supervisor::count;
 
 /// Late ranks that are shown in full.
 const MAX_LATE: usize = 8;
@@ -39,18 +40,18 @@ pub struct HangReport {
 }
 
 /// Puts together what steps, processes and NCCL say. `inspections` may lack ranks whose node did not answer; `ras`
-/// is an answer of [`ras::ask`].
+/// is what one of the nodes was answered.
 pub fn report(
     tracker: &Tracker,
     inspections: &[Inspection],
-    ras: Option<&str>,
+    ras: Option<&Answer>,
     now: Duration,
 ) -> HangReport {
     let inspections: BTreeMap<u32, &Inspection> = inspections.iter().map(|i| (i.rank, i)).collect();
-    let status = ras.map(ras::parse).unwrap_or_default();
+    let status = ras.map(|answer| &answer.status);
     let hang = tracker.hang(now);
     let (late, reason) = if hang.late.is_empty() {
-        late_by_looks(tracker.world_size(), &inspections, &status)
+        late_by_looks(tracker.world_size(), &inspections, status)
             .unwrap_or((Vec::new(), hang.reason.clone()))
     } else {
         (hang.late.clone(), hang.reason.clone())
@@ -76,22 +77,31 @@ pub fn report(
     others(&mut text, tracker, &inspections, &late, now);
     if let Some(answer) = ras {
         let _ = writeln!(text, "\nNCCL says:");
-        let found = status.to_string();
-        if found.is_empty() {
-            let lines: Vec<&str> = answer.lines().take(MAX_RAS_LINES).collect();
-            indent(&mut text, &lines.join("\n"));
-        } else {
-            indent(&mut text, &found);
-        }
+        indent(&mut text, &in_short(answer));
     }
     HangReport { late, reason, text }
+}
+
+fn in_short(answer: &Answer) -> String {
+    let faults = answer.status.to_string();
+    match answer.status.num_communicators {
+        _ if !faults.is_empty() => faults,
+        Some(n) => format!(
+            "every rank of its {} answers, and none has launched fewer operations than another",
+            count(n, "communicator")
+        ),
+        None => {
+            let lines: Vec<&str> = answer.text.lines().take(MAX_RAS_LINES).collect();
+            lines.join("\n")
+        }
+    }
 }
 
 /// Steps and sections do not tell: what the processes do may, or what NCCL knows.
 fn late_by_looks(
     world_size: u32,
     inspections: &BTreeMap<u32, &Inspection>,
-    status: &Status,
+    status: Option<&Status>,
 ) -> Option<(Vec<u32>, String)> {
     let stuck: Vec<u32> = (inspections.iter())
         .filter(|(_, i)| i.process.is_stuck())
@@ -103,7 +113,7 @@ fn late_by_looks(
         let doing = inspections[first].process.summary();
         return Some((stuck.clone(), format!("{}: {doing}", ranks_list(&stuck))));
     }
-    let suspects = status.suspects(world_size);
+    let suspects = status.map_or(Vec::new(), |status| status.suspects(world_size));
     if !suspects.is_empty() && suspects.len() < world_size as usize {
         let ranks = ranks_list(&suspects);
         let reason =
@@ -312,7 +322,12 @@ INCOMPLETE
 ";
         let mut inspections = waiting(0..8);
         inspections[6] = inspection(6, 'S', "recvfrom");
-        let found = report(&tracker(&[41; 8]), &inspections, Some(ras), S(700));
+        let found = report(
+            &tracker(&[41; 8]),
+            &inspections,
+            Some(&Answer::new(ras)),
+            S(700),
+        );
         assert_eq!(found.late, [5]);
         assert!(
             found.text.ends_with(
@@ -325,8 +340,16 @@ INCOMPLETE
 
     #[test]
     fn what_is_not_understood_is_shown() {
-        let found = report(&tracker(&[41; 2]), &[], Some("Job summary\nfine\n"), S(700));
-        assert!(found.text.ends_with("NCCL says:\n  Job summary\n  fine\n"));
+        let shown = |answer: &str| {
+            let answer = Answer::new(answer);
+            report(&tracker(&[41; 2]), &[], Some(&answer), S(700)).text
+        };
+        assert!(shown("Job summary\nfine\n").ends_with("NCCL says:\n  Job summary\n  fine\n"));
+        let fine = shown("{\"communicators\": [{\"hash\": \"0x1\"}]}");
+        assert!(
+            fine.contains("its 1 communicator answers, and none"),
+            "{fine}"
+        );
     }
 
     #[test]

@@ -140,17 +140,6 @@ impl Probe {
         processes
     }
 
-    /// [`Self::inspect_all`] on a thread of its own, for an event loop that must not wait.
-    pub fn start(self, pids: Vec<i32>) -> tokio::sync::oneshot::Receiver<Vec<Process>> {
-        let (sender, receiver) = tokio::sync::oneshot::channel();
-        let look = move || {
-            let _ = sender.send(self.inspect_all(&pids));
-        };
-        // Where no thread can be started, the sender is dropped, and the receiver says so.
-        let _ = (std::thread::Builder::new().name("inspect".into())).spawn(look);
-        receiver
-    }
-
     /// Finds out what there is to find, what can block last.
     fn look(&self, pid: i32, parts: &Sender<Part>) {
         let tell = |part: Part| {

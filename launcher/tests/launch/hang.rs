@@ -5,6 +5,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use tsm_launch::hang::look_into;
 use tsm_launch::hang::stacks::{Probe, Process, describe};
 
 /// A process that is killed at the end of its test.
@@ -329,11 +330,40 @@ fn python_is_recognised_and_py_spy_asked_for() {
 fn an_event_loop_gets_the_answers_in_order() {
     let victims: Vec<Victim> = (0..3).map(|_| Victim::start(FAKE, &["--hang"])).collect();
     let pids: Vec<i32> = victims.iter().map(Victim::pid).collect();
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = nobody.local_addr().unwrap().to_string();
+    drop(nobody);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
-    let seen = runtime.block_on(no_tools().start(pids.clone())).unwrap();
-    assert_eq!(seen.iter().map(|p| p.pid).collect::<Vec<_>>(), pids);
-    assert!(seen.iter().all(|p| !p.threads.is_empty()));
+    let findings = runtime
+        .block_on(look_into(no_tools(), pids.clone(), Some(address)))
+        .unwrap();
+    let seen: Vec<i32> = findings.processes.iter().map(|p| p.pid).collect();
+    assert_eq!(seen, pids);
+    assert!(findings.processes.iter().all(|p| !p.threads.is_empty()));
     assert!(pids.iter().all(|&pid| alive(pid)));
+    let ras = findings.ras.expect("NCCL was to be asked");
+    assert!(ras.text.contains("cannot ask NCCL at"), "{ras:?}");
+}
+
+#[test]
+fn the_caller_does_not_wait_for_what_cannot_be_read() {
+    let scene = Scene::new();
+    let mut probe = tools(&scene, "gdb", "while :; do sleep 0.1; done");
+    probe.timeout = Duration::from_millis(300);
+    probe.tool_timeout = Duration::from_secs(2);
+    let hung = Victim::start(FAKE, &["--hang"]);
+    let before = Instant::now();
+    let text = probe.inspect(hung.pid()).to_string();
+    assert!(before.elapsed() < Duration::from_secs(2), "{text}");
+    assert!(
+        text.contains("the rest could not be read in 300ms"),
+        "{text}"
+    );
+    assert!(text.contains("main thread: "), "{text}");
+    // What was begun ends by itself.
+    until("the debugger to be ended", || {
+        survivors(&scene.path("tools")).is_empty().then_some(())
+    });
 }
