@@ -122,10 +122,10 @@ impl Answer {
         }
         status.silent.truncate(MAX_MEMBERS);
         status.communicators.truncate(MAX_MEMBERS);
-        let text = &text[..text.floor_char_boundary(MAX_TEXT)];
+        let text = &text.as_bytes()[..text.len().min(MAX_TEXT)];
         Answer {
             status,
-            text: text.into(),
+            text: String::from_utf8_lossy(text).into_owned(),
         }
     }
 }
@@ -218,7 +218,7 @@ impl Session {
 pub struct Status {
     /// Version of NCCL.
     pub nccl: Option<String>,
-    /// How many communicators every rank was heard about; only JSON tells.
+    /// How many communicators there are, these and those without faults; only JSON tells.
     pub num_communicators: Option<usize>,
     /// Processes that do not answer.
     pub silent: Vec<Member>,

@@ -53,6 +53,8 @@ pub const TOOLS: [Tool; 3] = [
             "-ex",
             "set width 0",
             "-ex",
+            "set print frame-arguments none",
+            "-ex",
             "thread apply all -ascending bt 40",
         ],
         pid_flag: "-p",
@@ -110,9 +112,8 @@ impl Tool {
         let out = String::from_utf8_lossy(&raw.out);
         let lines = out.lines().skip_while(|l| !l.starts_with(self.begins));
         let lines = lines.filter(|l| !l.starts_with("[Inferior ") && !l.trim().is_empty());
-        let mut text: String = lines
-            .map(|l| l.chars().take(MAX_LINE).collect::<String>() + "\n")
-            .collect();
+        let lines = lines.map(|l| l.chars().take(MAX_LINE).collect());
+        let mut text = share(lines.collect(), self.begins);
         if raw.cut && !text.is_empty() {
             text += &format!("[cut after {} KiB]\n", MAX_BYTES >> 10);
         }
@@ -130,6 +131,36 @@ impl Tool {
             problem,
         }
     }
+}
+
+/// The stacks, those that are the same only once: a program with a GPU has dozens of threads that wait alike.
+fn share(lines: Vec<String>, begins: &str) -> String {
+    let mut stacks: Vec<(Vec<String>, Vec<&String>, usize)> = Vec::new();
+    for stack in lines.chunk_by(|_, next| !next.starts_with(begins)) {
+        // Addresses differ from thread to thread.
+        let words = |line: &String| {
+            let words = line.split_ascii_whitespace();
+            let same: Vec<&str> = words.filter(|w| !w.starts_with("0x")).collect();
+            same.join(" ")
+        };
+        let frames: Vec<String> = stack[1..].iter().map(words).collect();
+        match stacks.iter_mut().find(|(known, ..)| *known == frames) {
+            Some((_, _, more)) => *more += 1,
+            None => stacks.push((frames, stack.iter().collect(), 0)),
+        }
+    }
+    let mut text = String::new();
+    for (_, lines, more) in stacks {
+        for line in lines {
+            text += line;
+            text += "\n";
+        }
+        if more > 0 {
+            let threads = crate::supervisor::count(more, "more thread");
+            text += &format!("[{threads} with this stack]\n");
+        }
+    }
+    text
 }
 
 /// Why a debugger that is done has shown nothing.
@@ -282,6 +313,27 @@ Thread 1 (Thread 0x7fe2dec27740 (LWP 22533) \"sleep\"):
         assert_eq!(outcome.text.lines().count(), 2, "{}", outcome.text);
         assert!(outcome.text.starts_with("Thread 1"));
         assert!(outcome.text.ends_with("libc.so.6\n"));
+    }
+
+    #[test]
+    fn stacks_that_are_the_same_are_shown_once() {
+        let out = "\
+Thread 1 (LWP 1 \"a\"):
+#0  0x0001 in futex () from /lib/libc.so.6
+Thread 2 (LWP 2 \"b\"):
+#0  0x0002 in poll () from /lib/libc.so.6
+#1  0x0003 in watch (x=...)
+Thread 3 (LWP 3 \"b\"):
+#0  0x0002 in poll () from /lib/libc.so.6
+#1  0x0003 in other (x=...)
+Thread 4 (LWP 4 \"b\"):
+#0  0x0012 in poll () from /lib/libc.so.6
+#1  0x0013 in watch (x=...)
+";
+        let text = GDB.outcome(&raw(out, ""), LIMIT).text;
+        let without = out[..out.find("Thread 4").unwrap()].to_string();
+        let shared = "watch (x=...)\n[1 more thread with this stack]\n";
+        assert_eq!(text, without.replace("watch (x=...)\n", shared));
     }
 
     #[test]
