@@ -189,11 +189,14 @@ fn wait_in_d() -> ! {
     // the child makes system calls only.
     unsafe {
         let no = std::ptr::null_mut::<libc::c_void>();
+        let parent = libc::getpid();
         if libc::syscall(libc::SYS_clone, flags, no, no, no, no) == 0 {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            loop {
+            // The parent may have died before the line above.
+            while libc::getppid() == parent {
                 libc::pause();
             }
+            libc::_exit(0);
         }
     }
     hang()
