@@ -17,6 +17,7 @@ const HELP: &str = "actions:
   --kill N           send this signal to itself
   --sleep-ms N       wait
   --hang             wait for ever
+  --wait-in-d        wait for ever in state D, where only SIGKILL is heard
   --ignore-sigterm   from now on
   --exit-on N CODE   from now on, end with CODE on signal N
   --say TEXT         a line on stderr
@@ -70,6 +71,7 @@ fn main() {
             }
             "--sleep-ms" => std::thread::sleep(Duration::from_millis(number(next()) as u64)),
             "--hang" => hang(),
+            "--wait-in-d" => wait_in_d(),
             "--ignore-sigterm" => on_signal(libc::SIGTERM, libc::SIG_IGN),
             "--exit-on" => {
                 let signal = number(next()) as i32;
@@ -174,6 +176,30 @@ fn hang() -> ! {
     loop {
         std::thread::park();
     }
+}
+
+/// A parent of a vfork waits in state D until its child ends or executes.
+#[expect(
+    unsafe_code,
+    reason = "no safe interface makes a child that does not end its vfork"
+)]
+fn wait_in_d() -> ! {
+    let flags = libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM the child has a copy of the memory, as after fork, and this process has one thread;
+    // the child makes system calls only.
+    unsafe {
+        let no = std::ptr::null_mut::<libc::c_void>();
+        let parent = libc::getpid();
+        if libc::syscall(libc::SYS_clone, flags, no, no, no, no) == 0 {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            // The parent may have died before the line above.
+            while libc::getppid() == parent {
+                libc::pause();
+            }
+            libc::_exit(0);
+        }
+    }
+    hang()
 }
 
 fn wait_for(path: &std::path::Path) -> String {

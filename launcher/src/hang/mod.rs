@@ -1,8 +1,8 @@
 //! Ranks that no longer step, and ranks that step slowly: found, named, and looked into.
 //!
 //! ```text
-//! beats -> progress::Tracker -> Event::Hang -> stacks (on each node)  \
-//!              \-> slow -> Event::Slow         ras (one node asks NCCL) --> report
+//! beats -> progress::Tracker --hang--> look_into (on every node: stacks, and on one: ras) -> report
+//!              \-> slow -> a straggler, named
 //! ```
 
 pub mod progress;
@@ -10,3 +10,42 @@ pub mod ras;
 pub mod report;
 pub mod slow;
 pub mod stacks;
+mod syscalls;
+mod tool;
+
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// For NCCL's answer: the time it takes itself to give up a process, and some.
+const RAS_PATIENCE: Duration = Duration::from_secs(15);
+
+/// What a node finds out about its ranks.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Findings {
+    /// In the order of the ranks that were asked for; with stacks about 64 KiB each.
+    pub processes: Vec<stacks::Process>,
+    pub ras: Option<ras::Answer>,
+}
+
+/// Looks into these processes, and asks NCCL at `ras` (`NCCL_RAS_ADDR` of the ranks), on threads of its own. The
+/// answer comes within 16 s.
+pub fn look_into(
+    probe: stacks::Probe,
+    pids: Vec<i32>,
+    ras: Option<String>,
+) -> tokio::sync::oneshot::Receiver<Findings> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let look = move || {
+        let findings = std::thread::scope(|scope| {
+            let ras = ras.map(|address| scope.spawn(move || ras::answer(&address, RAS_PATIENCE)));
+            Findings {
+                processes: probe.inspect_all(&pids),
+                ras: ras.and_then(|thread| thread.join().ok()),
+            }
+        });
+        let _ = sender.send(findings);
+    };
+    // Where no thread can be started, the sender is dropped, and the receiver says so.
+    let _ = (std::thread::Builder::new().name("inspect".into())).spawn(look);
+    receiver
+}

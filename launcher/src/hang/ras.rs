@@ -16,6 +16,10 @@ use std::time::{Duration, Instant};
 /// An answer is cut after so many bytes; one of 1,000 ranks as JSON is a third of it.
 pub const MAX_BYTES: usize = 2 << 20;
 
+/// Of an answer that is passed on.
+const MAX_TEXT: usize = 64 << 10;
+const MAX_MEMBERS: usize = 256;
+
 /// How long one process may take to greet. Several listen on one port of a node, the kernel picks one, and that
 /// may be the one that hangs: then another try is worth more than patience.
 const GREETING: Duration = Duration::from_secs(1);
@@ -101,6 +105,42 @@ fn left(deadline: Instant) -> anyhow::Result<Duration> {
     Ok(left)
 }
 
+/// An answer, read, and small enough to be passed on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
+    pub status: Status,
+    /// In NCCL's words, at most 64 KiB; or why there is none.
+    pub text: String,
+}
+
+impl Answer {
+    pub fn new(text: &str) -> Answer {
+        let mut status = parse(text);
+        for communicator in &mut status.communicators {
+            communicator.missing.truncate(MAX_MEMBERS);
+            communicator.behind.truncate(MAX_MEMBERS);
+        }
+        status.silent.truncate(MAX_MEMBERS);
+        status.communicators.truncate(MAX_MEMBERS);
+        let text = &text.as_bytes()[..text.len().min(MAX_TEXT)];
+        Answer {
+            status,
+            text: String::from_utf8_lossy(text).into_owned(),
+        }
+    }
+}
+
+/// As [`ask`] for [`Format::Json`]; an error becomes the text.
+pub fn answer(address: &str, patience: Duration) -> Answer {
+    match ask(address, Format::Json, patience) {
+        Ok(text) => Answer::new(&text),
+        Err(e) => Answer {
+            text: format!("{e:#}"),
+            ..Answer::default()
+        },
+    }
+}
+
 struct Session {
     stream: TcpStream,
     /// Read, but not yet used.
@@ -178,6 +218,8 @@ impl Session {
 pub struct Status {
     /// Version of NCCL.
     pub nccl: Option<String>,
+    /// How many communicators there are, these and those without faults; only JSON tells.
+    pub num_communicators: Option<usize>,
     /// Processes that do not answer.
     pub silent: Vec<Member>,
     pub communicators: Vec<Communicator>,
@@ -414,6 +456,7 @@ mod json {
             }
             Status {
                 nccl: self.nccl_version,
+                num_communicators: Some(self.communicators.len()),
                 silent,
                 communicators,
             }
@@ -477,11 +520,10 @@ mod text {
             let words: Vec<&str> = line.split_ascii_whitespace().collect();
             if let Some(rest) = line.strip_prefix("NCCL version ") {
                 self.status.nccl = rest.split_ascii_whitespace().next().map(str::to_string);
-            } else if let ["#", ..] | [] = words.as_slice() {
-            } else if !line.starts_with(' ') {
-                self.heading(&words);
             } else if let Some(size) = self.summary(&words) {
                 self.sizes.push(size);
+            } else if !line.starts_with([' ', '\t']) && !words.is_empty() {
+                self.heading(&words);
             } else {
                 self.detail(line.trim(), &words);
             }

@@ -127,20 +127,23 @@ impl Stragglers {
     /// Looks at all ranks, if each has made enough new steps since the last look.
     pub fn check(&mut self) -> Vec<Change> {
         let rule = &self.rule;
-        let counted = |series: &&Series| series.samples.len() >= rule.min_steps;
-        if self.ranks.iter().filter(counted).count() < 2
-            || self
-                .ranks
-                .iter()
-                .filter(counted)
-                .any(|s| s.new < rule.stride)
-        {
+        let most_new = self.ranks.iter().map(|s| s.new).max().unwrap_or(0);
+        // One that makes no step while the others go on is not waited for.
+        let counted = |series: &Series| {
+            series.samples.len() >= rule.min_steps
+                && (series.new >= rule.stride || most_new < rule.window)
+        };
+        let few = |series: &Series| series.new < rule.stride;
+        if self.ranks.iter().any(|s| counted(s) && few(s)) {
             return Vec::new();
         }
         let levels: Vec<Level> = (self.ranks.iter().enumerate())
             .filter(|(_, series)| counted(series))
             .map(|(rank, series)| level(rank, &series.samples))
             .collect();
+        if levels.len() < 2 {
+            return Vec::new();
+        }
         let mut changes = Vec::new();
         for (level, others_ms, scatter) in compare(&levels, rule) {
             let series = &mut self.ranks[level.rank];
@@ -391,6 +394,24 @@ mod tests {
         for _ in 0..50 {
             for (rank, ms) in [(0, 100.0), (1, 101.0), (2, 150.0)] {
                 stragglers.feed(rank, &[ms]);
+            }
+            found.extend(stragglers.check());
+        }
+        assert!(
+            matches!(found.as_slice(), [Change::Slow(s)] if s.rank == 2),
+            "{found:?}"
+        );
+    }
+
+    #[test]
+    fn a_rank_that_makes_no_step_holds_up_nobody() {
+        let mut stragglers = Stragglers::new(4, Rule::default());
+        let mut found = Vec::new();
+        for step in 0..300 {
+            for (rank, ms) in [(0, 100.0), (1, 101.0), (2, 150.0), (3, 100.0)] {
+                if rank != 3 || step < 25 {
+                    stragglers.feed(rank, &[ms]);
+                }
             }
             found.extend(stragglers.check());
         }

@@ -4,6 +4,7 @@ mod harness;
 
 mod cascade;
 mod class;
+mod hang;
 mod output;
 mod preflight;
 mod pytorch;

@@ -234,7 +234,7 @@ fn missing_ranks_and_silent_processes_are_found() {
         gpu: Some("5".into()),
         dead: false,
     };
-    assert_eq!(status.silent, [silent.clone()]);
+    assert_eq!(status.silent, std::slice::from_ref(&silent));
     assert_eq!(status.communicators[0].size, Some(32));
     assert_eq!(status.suspects(32), [21]);
     assert_eq!(
@@ -289,6 +289,22 @@ fn counts_in_json_are_compared() {
         r#"{{"communicators": [{{"hash": "0x1", "size": 3, "ranks": [{ranks}]}}], "new": []}}"#
     );
     assert_eq!(behind_of(&parse(&answer)), [(1, 12, 14)]);
+}
+
+#[test]
+fn an_answer_that_is_passed_on_is_small() {
+    let mut text = String::from(
+        "#0-0 (27a0) MISMATCH\n  Communicator ranks have different AllReduce operation counts\n  9999 ranks have launched up to operation 3\n  9999 ranks have launched up to operation 2\n",
+    );
+    for rank in 0..9999 {
+        text += &format!("  Rank {rank} -- GPU 0 managed by process 7 on node é\n");
+    }
+    let answer = Answer::new(&text);
+    assert_eq!(answer.status.communicators[0].behind.len(), 256);
+    assert!(answer.text.len() < 65 << 10);
+    let shown = answer.status.to_string();
+    assert_eq!(shown.lines().count(), 9, "{shown}");
+    assert!(shown.ends_with("and 248 more that are behind\n"), "{shown}");
 }
 
 #[test]
