@@ -3,4 +3,5 @@
 pub mod key;
 pub mod message;
 pub mod policy;
+pub mod tls;
 pub mod wire;
