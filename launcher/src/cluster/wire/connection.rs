@@ -13,7 +13,7 @@ use crate::cluster::key::Key;
 /// At most this much is made ready for a frame at a time, whatever its length says; and kept afterwards.
 const CHUNK: usize = 64 << 10;
 
-/// Both directions, each with its own owner in the end.
+/// Both directions, each for an owner of its own. The stream closes when both are gone.
 pub struct Connection {
     pub sender: Sender,
     pub receiver: Receiver,
@@ -35,7 +35,7 @@ pub enum Fault {
     #[error("broke off the connection")]
     Cut,
     #[error("is lost: {0}")]
-    Lost(#[source] io::Error),
+    Lost(io::Error),
     #[error("and this side exchange messages of up to {max} bytes, this one has {len}")]
     TooLong { len: usize, max: usize },
     /// Changed, repeated, left out or put in by somebody without the key. `frame` counts from 0.
@@ -45,7 +45,7 @@ pub enum Fault {
     #[error("sent a message that this tsm-launch does not know: {problem}, in \"{start}\"")]
     Malformed { problem: String, start: String },
     #[error("cannot be sent a message: {0}")]
-    Unencodable(#[source] serde_json::Error),
+    Unencodable(serde_json::Error),
 }
 
 impl From<io::Error> for Fault {

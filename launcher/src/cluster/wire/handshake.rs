@@ -71,7 +71,7 @@ pub struct Refusal {
 pub enum Why {
     /// It may not listen yet.
     #[error("cannot be reached: {0}")]
-    Unreachable(#[source] io::Error),
+    Unreachable(io::Error),
     #[error("does not speak tsm-launch's protocol: {0}")]
     NotOurs(Stranger),
     #[error(
@@ -89,7 +89,7 @@ pub enum Why {
     #[error("{0}")]
     Tls(String),
     #[error("cannot be talked to: {0}")]
-    Io(#[source] io::Error),
+    Io(io::Error),
 }
 
 impl Refusal {

@@ -2,6 +2,7 @@ use super::connection::Receiver;
 use super::frame::{OVERHEAD, Opened, Opener, Sealer};
 use super::handshake::{HELLO_LEN, PROOF_LEN, shake};
 use super::*;
+use crate::cluster::message::{Beat, FromAgent, ToAgent};
 use proptest::prelude::*;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -431,9 +432,7 @@ async fn a_message_that_is_not_known_names_who_sent_it() {
     let unknown = serde_json::json!({"kind": "dance", "text": "x".repeat(200)});
     agent.sender.send(&unknown).await.unwrap();
     agent.sender.send(&7).await.unwrap();
-    let received = coordinator
-        .receiver
-        .recv::<crate::cluster::message::FromAgent>();
+    let received = coordinator.receiver.recv::<FromAgent>();
     let error = received.await.unwrap_err().to_string();
     let start = "gpu-03 (10.0.0.3) sent a message that this tsm-launch does not know: unknown variant `dance`";
     assert!(error.starts_with(start), "{error}");
@@ -626,6 +625,24 @@ proptest! {
     #[test]
     fn nothing_arbitrary_behind_a_hello_gets_through(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
         fuzz_one(&[&[0][..], &hello_of_version(VERSION), &bytes].concat());
+    }
+
+    /// From somebody who has the key, so that the messages themselves are parsed.
+    #[test]
+    fn no_message_ends_the_program(
+        edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+    ) {
+        let beat = FromAgent::Beat(Beat { metrics: vec![("loss".into(), 0.5)], ..Beat::default() });
+        let exit = ToAgent::Exit { code: 1, message: Some("x".into()) };
+        for message in [serde_json::to_vec(&beat).unwrap(), serde_json::to_vec(&exit).unwrap()] {
+            let mut said = message;
+            for (at, byte) in &edits {
+                let at = at.index(said.len());
+                said[at] = *byte;
+            }
+            said.insert(0, 3);
+            fuzz_one(&said);
+        }
     }
 
     #[test]
