@@ -141,7 +141,9 @@ impl FromStr for Nodes {
     fn from_str(text: &str) -> Result<Nodes, String> {
         let number = |part: &str| match part.parse::<u32>() {
             Ok(n) if (1..=65_536).contains(&n) => Ok(n),
-            _ => Err(format!("`{part}` is not a number of nodes; write 4, or 2:4 for two to four")),
+            _ => Err(format!(
+                "`{part}` is not a number of nodes; write 4, or 2:4 for two to four"
+            )),
         };
         let (min, max) = text.split_once(':').unwrap_or((text, text));
         let (min, max) = (number(min)?, number(max)?);

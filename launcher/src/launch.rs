@@ -21,17 +21,17 @@ use crate::cluster::policy;
 use crate::console::screen::{Outputs, Screen, Style};
 use crate::folder::{self, Folder};
 use crate::hang::progress::Limits;
+use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Devices, Seat, Shape};
-use crate::logs::Shown;
 use crate::session::{Session, Voice};
-use crate::status::Snapshot;
-use crate::status::http::Server;
-use crate::status::view::{View, wants_colour};
 use crate::start::agent::Parts;
 use crate::start::by_hand::{self, Part};
 use crate::start::children::Children;
 use crate::start::{agent as start_agent, run_here};
+use crate::status::Snapshot;
+use crate::status::http::Server;
+use crate::status::view::{View, wants_colour};
 use crate::target::{Resume, Target, What};
 use crate::{clock, cores, gpus};
 
@@ -49,7 +49,9 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         plan::stale_variable(|name| std::env::var(name).ok()).filter(|_| !args.ignore_env)
     {
         let hint = format!("unset {name}, or give --ignore-env to replace it");
-        let text = format!("{name} is {value:?} in the environment: this is inside another job\n  hint: {hint}");
+        let text = format!(
+            "{name} is {value:?} in the environment: this is inside another job\n  hint: {hint}"
+        );
         bail!(Coded::new(exit::USAGE, text));
     }
     let target = Target::resolve(args)?;
@@ -61,22 +63,38 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     let Some(point) = &args.rendezvous else {
         if args.nodes.max > 1 {
             let hint = "give --rendezvous HOST:PORT and --key-file FILE on every node";
-            let text = format!("--nodes is {}, and nothing says how the nodes find each other\n  hint: {hint}", args.nodes.max);
+            let text = format!(
+                "--nodes is {}, and nothing says how the nodes find each other\n  hint: {hint}",
+                args.nodes.max
+            );
             bail!(Coded::new(exit::USAGE, text));
         }
         return run_here(alone(args, target, devices, start));
     };
-    let Some(key_file) = &args.key_file else { unreachable!("clap asks for both") };
+    let Some(key_file) = &args.key_file else {
+        unreachable!("clap asks for both")
+    };
     let key = Key::read_file(key_file)?;
     let (host, port, addresses) = by_hand::resolve(point)?;
     run_here(async {
         match by_hand::part(&addresses)? {
-            Part::Coordinator(listener) => together(args, target, devices, start, key, listener).await,
+            Part::Coordinator(listener) => {
+                together(args, target, devices, start, key, listener).await
+            }
             Part::Agent => {
                 let digest = digest(&target);
                 let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
                 let (host, job, key) = (manifest::host(), Some(digest), Some(key));
-                let parts = Parts { start, host, devices, order: None, job, key, local: false, shown: None };
+                let parts = Parts {
+                    start,
+                    host,
+                    devices,
+                    order: None,
+                    job,
+                    key,
+                    local: false,
+                    shown: None,
+                };
                 let leave = agent::run(parts.setup()?, Link::over(connection)).await?;
                 Ok(start_agent::finish(leave))
             }
@@ -85,16 +103,37 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
 }
 
 /// A job of one node: coordinator and agent in one process, and nothing listens.
-async fn alone(args: &Args, target: Target, devices: Devices, start: Instant) -> anyhow::Result<i32> {
+async fn alone(
+    args: &Args,
+    target: Target,
+    devices: Devices,
+    start: Instant,
+) -> anyhow::Result<i32> {
     let mut prepared = prepare(args, target, Some(&devices), start)?;
     let link = prepared.session.hub.local();
     let shown = Some(prepared.shown());
-    let parts = Parts { start, host: manifest::host(), devices, order: None, job: None, key: None, local: true, shown };
+    let parts = Parts {
+        start,
+        host: manifest::host(),
+        devices,
+        order: None,
+        job: None,
+        key: None,
+        local: true,
+        shown,
+    };
     prepared.run(Some((parts, link))).await
 }
 
 /// The first of several nodes.
-async fn together(args: &Args, target: Target, devices: Devices, start: Instant, key: Key, listener: TcpListener) -> anyhow::Result<i32> {
+async fn together(
+    args: &Args,
+    target: Target,
+    devices: Devices,
+    start: Instant,
+    key: Key,
+    listener: TcpListener,
+) -> anyhow::Result<i32> {
     let digest = digest(&target);
     let mut prepared = prepare(args, target, Some(&devices), start)?;
     prepared.session.settings.open = true;
@@ -102,7 +141,16 @@ async fn together(args: &Args, target: Target, devices: Devices, start: Instant,
     prepared.session.hub.listen(listener, key.clone(), None);
     let link = prepared.session.hub.local();
     let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
-    let parts = Parts { start, host, devices, order: Some(0), job: None, key, local: true, shown };
+    let parts = Parts {
+        start,
+        host,
+        devices,
+        order: Some(0),
+        job: None,
+        key,
+        local: true,
+        shown,
+    };
     prepared.run(Some((parts, link))).await
 }
 
@@ -120,12 +168,22 @@ struct Prepared {
 impl Prepared {
     /// Where an agent in this process shows its lines.
     fn shown(&self) -> Shown {
-        Shown { host: manifest::host(), feed: self.screen.feed(), patience: self.screen.patience() }
+        Shown {
+            host: manifest::host(),
+            feed: self.screen.feed(),
+            patience: self.screen.patience(),
+        }
     }
 
     /// Runs the job, and the agent of this node where it has ranks.
     async fn run(self, agent_here: Option<(Parts, Link)>) -> anyhow::Result<i32> {
-        let Prepared { session, screen, _status, revised, config } = self;
+        let Prepared {
+            session,
+            screen,
+            _status,
+            revised,
+            config,
+        } = self;
         let code = match agent_here {
             Some((parts, link)) => {
                 let (code, leave) = tokio::join!(session.run(), agent::run(parts.setup()?, link));
@@ -144,7 +202,12 @@ impl Prepared {
 }
 
 /// Makes the run folder and all that the coordinator needs. `devices`: of this node, where it has ranks.
-fn prepare(args: &Args, mut target: Target, devices: Option<&Devices>, start: Instant) -> anyhow::Result<Prepared> {
+fn prepare(
+    args: &Args,
+    mut target: Target,
+    devices: Option<&Devices>,
+    start: Instant,
+) -> anyhow::Result<Prepared> {
     if let Some(devices) = devices {
         target.settle(devices);
     }
@@ -164,7 +227,11 @@ fn prepare(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
     let run_id = run_id(&dir);
     let command = target.command(&folder.config);
     let is_trainer = matches!(target.what, What::Trainer { .. });
-    let default_show = if is_trainer { Show::Ranks(vec![0]) } else { Show::All };
+    let default_show = if is_trainer {
+        Show::Ranks(vec![0])
+    } else {
+        Show::All
+    };
     let launch = target.config().map(|config| &config.launch);
     let host = manifest::host();
     let text = |word: &OsString| word.to_string_lossy().into_owned();
@@ -174,7 +241,10 @@ fn prepare(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
         overrides: args.overrides.clone(),
         command: command.iter().map(text).collect(),
         folder: dir.to_string_lossy().into_owned(),
-        resumed_from: target.resume.as_ref().map(|from| from.path().to_string_lossy().into_owned()),
+        resumed_from: target
+            .resume
+            .as_ref()
+            .map(|from| from.path().to_string_lossy().into_owned()),
         tsm_launch: env!("CARGO_PKG_VERSION"),
         commit: None,
         host: host.clone(),
@@ -193,7 +263,11 @@ fn prepare(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
     };
     let config_text = match target.config() {
         Some(_) => {
-            let name = config.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let name = config
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
             Some((name, fs_err::read_to_string(&config)?))
         }
         None => None,
@@ -206,9 +280,16 @@ fn prepare(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
         command,
         directory: std::env::current_dir().context("the current folder is gone")?,
         base_env: None,
-        env: args.env.iter().map(|pair| variable(pair)).collect::<anyhow::Result<_>>()?,
+        env: args
+            .env
+            .iter()
+            .map(|pair| variable(pair))
+            .collect::<anyhow::Result<_>>()?,
         resume_from: target.resume.as_ref().map(|from| from.path().to_path_buf()),
-        grace: args.grace.or(launch.map(|l| l.grace)).unwrap_or(Duration::from_secs(30)),
+        grace: args
+            .grace
+            .or(launch.map(|l| l.grace))
+            .unwrap_or(Duration::from_secs(30)),
         show: match args.show_ranks.clone().unwrap_or(default_show) {
             Show::All => None,
             Show::Ranks(ranks) => Some(ranks),
@@ -230,7 +311,10 @@ fn prepare(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
             seed: u64::from(std::process::id()),
             ..policy::Options::default()
         },
-        hang: Limits { hang_timeout: args.hang_timeout.0, ..Limits::default() },
+        hang: Limits {
+            hang_timeout: args.hang_timeout.0,
+            ..Limits::default()
+        },
         save_at: None,
     };
     let here = devices.map_or(1, Devices::len) as u32;
@@ -239,11 +323,16 @@ fn prepare(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
         format: args.log_format,
         hosts: settings.max_nodes > 1,
         world_size,
-        shown: settings.job.show.as_ref().map_or(world_size as usize, Vec::len),
+        shown: settings
+            .job
+            .show
+            .as_ref()
+            .map_or(world_size as usize, Vec::len),
         run_dir: folder.dir.clone(),
     };
     let (snapshots, seen) = watch::channel(Arc::new(Snapshot::default()));
-    let view = (!args.no_view && is_trainer).then(|| View::new(seen.clone(), wants_colour(|name| std::env::var(name).ok())));
+    let view = (!args.no_view && is_trainer)
+        .then(|| View::new(seen.clone(), wants_colour(|name| std::env::var(name).ok())));
     let screen = Screen::start(Outputs::standard()?, style, view)?;
     let status = Server::start(args.status_port, &folder.dir, seen)?;
     let session = Session {
@@ -252,11 +341,20 @@ fn prepare(args: &Args, mut target: Target, devices: Option<&Devices>, start: In
         hub: Hub::new(),
         folder,
         manifest,
-        voice: Voice { feed: screen.feed(), host },
+        voice: Voice {
+            feed: screen.feed(),
+            host,
+        },
         children: Children::new(),
         snapshots,
     };
-    Ok(Prepared { session, screen, _status: status, revised, config })
+    Ok(Prepared {
+        session,
+        screen,
+        _status: status,
+        revised,
+        config,
+    })
 }
 
 fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result<i32> {
@@ -264,9 +362,15 @@ fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result
     let (root, name) = target.place();
     let dir = match (&args.run_dir, &target.resume) {
         (Some(dir), _) | (None, Some(Resume::Run(dir))) => std::path::absolute(dir)?,
-        (None, _) => std::path::absolute(folder::name(&root, &name, &clock::Utc::now().compact(), 1))?,
+        (None, _) => {
+            std::path::absolute(folder::name(&root, &name, &clock::Utc::now().compact(), 1))?
+        }
     };
-    let cores = if args.no_affinity { Vec::new() } else { cores::allowed() };
+    let cores = if args.no_affinity {
+        Vec::new()
+    } else {
+        cores::allowed()
+    };
     let mut seat = Seat::alone(devices.len() * args.nodes.max as usize);
     seat.max_restarts = args.max_restarts;
     let shape = Shape {
@@ -284,7 +388,9 @@ fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result
     let inherited = |name: &str| std::env::var_os(name).is_some();
     let command = target.command(&tsm_job::RunDir::new(&dir).config());
     let text = plan::describe(&shape, &plan::workers(&shape, inherited), &command);
-    std::io::stdout().write_all(text.as_bytes()).context("cannot print the plan")?;
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .context("cannot print the plan")?;
     Ok(exit::OK)
 }
 
@@ -296,7 +402,9 @@ fn variable(pair: &str) -> anyhow::Result<(String, String)> {
         Some((name, value)) => Ok((name.into(), value.into())),
         None => match std::env::var(pair) {
             Ok(value) => Ok((pair.into(), value)),
-            Err(_) => bail!(refuse("the variable is not set here\n  hint: write NAME=VALUE")),
+            Err(_) => bail!(refuse(
+                "the variable is not set here\n  hint: write NAME=VALUE"
+            )),
         },
     }
 }
@@ -313,7 +421,10 @@ fn digest(target: &Target) -> String {
             }
         }
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hash.finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// The command that continues the run in `dir` on the same devices.
@@ -328,5 +439,8 @@ fn resume_command(args: &Args, dir: &Path) -> String {
 
 /// A run is called after its folder.
 fn run_id(dir: &Path) -> String {
-    dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy().into_owned()
+    dir.file_name()
+        .unwrap_or(dir.as_os_str())
+        .to_string_lossy()
+        .into_owned()
 }

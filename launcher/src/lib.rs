@@ -52,7 +52,10 @@ pub fn main() -> ExitCode {
         Some(shim::WORKER) => return shim::worker(argv),
         Some(shim::GUARD) => return shim::guard(),
         Some(start::agent::AGENT) => {
-            return run(|args: &start::agent::Args| start::agent::main(args, start), 1);
+            return run(
+                |args: &start::agent::Args| start::agent::main(args, start),
+                1,
+            );
         }
         Some("key") => return run(key, 1),
         _ => {}

@@ -268,7 +268,10 @@ fn environment(
     set("MASTER_PORT", &port(shape.master_port));
     set("CUDA_VISIBLE_DEVICES", &shape.devices.cuda_visible());
     set("TORCHELASTIC_RUN_ID", shape.run_id);
-    set("TORCHELASTIC_RESTART_COUNT", &seat.restart_count.to_string());
+    set(
+        "TORCHELASTIC_RESTART_COUNT",
+        &seat.restart_count.to_string(),
+    );
     set("TORCHELASTIC_MAX_RESTARTS", &seat.max_restarts.to_string());
     set(
         "TORCHELASTIC_ERROR_FILE",

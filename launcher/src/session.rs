@@ -98,7 +98,10 @@ impl Session {
 impl Running {
     async fn once(&mut self, signals: &mut Signals) {
         let start = self.session.start;
-        let deadline = self.state.deadline().map(|d| tokio::time::Instant::from_std(start + d));
+        let deadline = self
+            .state
+            .deadline()
+            .map(|d| tokio::time::Instant::from_std(start + d));
         let event = tokio::select! {
             biased;
             heard = self.session.hub.next() => match heard {
@@ -163,15 +166,27 @@ impl Running {
 
     fn started(&mut self, launched: &Launched, now: Duration) {
         let workers = count(launched.world_size as usize, "worker");
-        let hosts: Vec<String> = launched.members.iter().map(|(_, node)| node.join.host.clone()).collect();
+        let hosts: Vec<String> = launched
+            .members
+            .iter()
+            .map(|(_, node)| node.join.host.clone())
+            .collect();
         let at = match hosts.as_slice() {
             [one] => one.clone(),
-            many if many.len() <= 8 => format!("{} ({})", count(many.len(), "node"), many.join(", ")),
+            many if many.len() <= 8 => {
+                format!("{} ({})", count(many.len(), "node"), many.join(", "))
+            }
             many => count(many.len(), "node"),
         };
         let dir = self.session.folder.dir.path().display().to_string();
-        let again = if launched.generation > 0 { format!(", start {}", launched.generation + 1) } else { String::new() };
-        self.session.voice.notice(&format!("{workers} on {at}{again}; run folder {dir}"));
+        let again = if launched.generation > 0 {
+            format!(", start {}", launched.generation + 1)
+        } else {
+            String::new()
+        };
+        self.session
+            .voice
+            .notice(&format!("{workers} on {at}{again}; run folder {dir}"));
         let manifest = &mut self.session.manifest;
         manifest.world_size = launched.world_size as usize;
         for (_, node) in &launched.members {
@@ -181,7 +196,13 @@ impl Running {
             }
         }
         let time = Utc::now().rfc3339();
-        manifest.generations.start(now, time, launched.world_size, hosts, launched.resumed_from.clone());
+        manifest.generations.start(
+            now,
+            time,
+            launched.world_size,
+            hosts,
+            launched.resumed_from.clone(),
+        );
         let entry = |rank: u32, device: &String| RankEntry {
             rank,
             pid: 0,
@@ -191,7 +212,9 @@ impl Running {
         };
         let of = |(member, node): &(coordinator::Member, coordinator::Node)| {
             let ranks = member.ranks.clone().zip(&node.join.devices);
-            ranks.map(|(rank, device)| entry(rank, device)).collect::<Vec<_>>()
+            ranks
+                .map(|(rank, device)| entry(rank, device))
+                .collect::<Vec<_>>()
         };
         manifest.ranks = launched.members.iter().flat_map(of).collect();
         if self.described.is_none() {
@@ -201,7 +224,10 @@ impl Running {
 
     fn ended(&mut self, ending: Ending) {
         if let Some(step) = ending.steps.map(|(_, last)| last) {
-            self.session.manifest.generations.step(ending.ended_at, step);
+            self.session
+                .manifest
+                .generations
+                .step(ending.ended_at, step);
         }
         let failure = ending.failure.as_deref();
         let cause = match (failure, ending.outcome) {
@@ -210,16 +236,31 @@ impl Running {
         };
         let culprit = failure.and_then(|f| {
             let (rank, device) = (f.rank? as u32, f.device.clone().unwrap_or_default());
-            Some(Culprit { rank, host: f.host.clone(), device })
+            Some(Culprit {
+                rank,
+                host: f.host.clone(),
+                device,
+            })
         });
-        let why = generations::Ending { cause, class: failure.map(|f| f.class), culprit };
-        self.session.manifest.generations.end(Utc::now().rfc3339(), why);
+        let why = generations::Ending {
+            cause,
+            class: failure.map(|f| f.class),
+            culprit,
+        };
+        self.session
+            .manifest
+            .generations
+            .end(Utc::now().rfc3339(), why);
         for (i, entry) in self.session.manifest.ranks.iter_mut().enumerate() {
             entry.end = ending.ends.get(i).copied().flatten();
             entry.pid = ending.pids.get(i).copied().unwrap_or(0);
         }
         if !ending.again {
-            self.session.manifest.outcome = if ending.outcome == "saved" { "stopped" } else { ending.outcome };
+            self.session.manifest.outcome = if ending.outcome == "saved" {
+                "stopped"
+            } else {
+                ending.outcome
+            };
         }
         if let Some(failure) = failure {
             self.report(failure);
@@ -230,14 +271,18 @@ impl Running {
         if !ending.again && ending.failure.is_none() {
             let seconds = self.session.start.elapsed().as_secs_f64();
             let (outcome, code) = (ending.outcome, ending.code);
-            self.session.voice.notice(&format!("{outcome} after {seconds:.1} s, exit code {code}"));
+            self.session
+                .voice
+                .notice(&format!("{outcome} after {seconds:.1} s, exit code {code}"));
         }
     }
 
     fn report(&mut self, failure: &Failure) {
         self.session.voice.say(&failure.to_string());
         if let Err(e) = write_json(&self.session.folder.dir.failure(), failure) {
-            self.session.voice.notice(&format!("warning: failure.json is not written: {e}"));
+            self.session
+                .voice
+                .notice(&format!("warning: failure.json is not written: {e}"));
         }
     }
 
@@ -247,16 +292,22 @@ impl Running {
         if manifest.outcome == "running" {
             manifest.outcome = "failed";
         }
-        self.events.write("end", json!({"outcome": manifest.outcome, "exit_code": code}));
+        self.events.write(
+            "end",
+            json!({"outcome": manifest.outcome, "exit_code": code}),
+        );
         if let Some(described) = self.described.take()
             && let Ok(done) = described.recv_timeout(DESCRIBE)
         {
-            (manifest.machine, manifest.commit, manifest.binaries) = (done.machine, done.commit, done.binaries);
+            (manifest.machine, manifest.commit, manifest.binaries) =
+                (done.machine, done.commit, done.binaries);
         }
         manifest.goodput = Some(manifest.generations.goodput(self.session.start.elapsed()));
         (manifest.ended, manifest.exit_code) = (Some(Utc::now().rfc3339()), Some(code));
         if let Err(e) = manifest.write(&self.session.folder.dir) {
-            self.session.voice.notice(&format!("warning: the manifest is not written: {e}"));
+            self.session
+                .voice
+                .notice(&format!("warning: the manifest is not written: {e}"));
         }
     }
 }

@@ -237,7 +237,9 @@ pub fn decide(state: &mut State, events: &[Event], now: Duration) -> Vec<Action>
 fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Action>) {
     match (event, state.phase) {
         (_, Phase::Finished) => {}
-        (Event::Ended { end, .. }, Phase::Running) if state.saves && *end == End::Code(exit::REQUEUE) => {
+        (Event::Ended { end, .. }, Phase::Running)
+            if state.saves && *end == End::Code(exit::REQUEUE) =>
+        {
             // They agree on the step among themselves: the others follow.
             state.phase = Phase::Stopping {
                 deadline: now + state.grace,
@@ -271,7 +273,9 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
         (Event::Stop { signal, grace }, Phase::Running) => {
             state.stop(*signal, *grace, now, actions);
         }
-        (Event::Stop { signal, grace }, Phase::Stopping { .. }) if state.saving && *signal != libc::SIGUSR2 => {
+        (Event::Stop { signal, grace }, Phase::Stopping { .. })
+            if state.saving && *signal != libc::SIGUSR2 =>
+        {
             state.stop(*signal, *grace, now, actions);
         }
         (Event::Pass { signal }, _) => state.send(*signal, actions),

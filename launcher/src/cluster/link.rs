@@ -42,7 +42,11 @@ impl Outbox {
         match self {
             Outbox::Local { node, events } => {
                 let (node, local) = (*node, true);
-                let _ = events.send(Heard::Said { node, local, message });
+                let _ = events.send(Heard::Said {
+                    node,
+                    local,
+                    message,
+                });
             }
             Outbox::Remote { messages, waiting } => {
                 if let FromAgent::Output { batch } = &message {
@@ -65,7 +69,10 @@ impl Outbox {
 impl Link {
     /// The agent's end of a proven connection. Call inside the tokio runtime.
     pub fn over(connection: Connection) -> Link {
-        let Connection { mut sender, mut receiver } = connection;
+        let Connection {
+            mut sender,
+            mut receiver,
+        } = connection;
         let (messages, mut queue) = unbounded_channel::<FromAgent>();
         let (told, from) = unbounded_channel();
         let waiting = Arc::new(AtomicUsize::new(0));
@@ -115,7 +122,10 @@ pub enum Heard {
 pub struct Hub {
     heard: UnboundedReceiver<Heard>,
     events: UnboundedSender<Heard>,
-    arrivals: (mpsc::Sender<Result<Connection, Refusal>>, mpsc::Receiver<Result<Connection, Refusal>>),
+    arrivals: (
+        mpsc::Sender<Result<Connection, Refusal>>,
+        mpsc::Receiver<Result<Connection, Refusal>>,
+    ),
     nodes: HashMap<NodeId, UnboundedSender<ToAgent>>,
     next: NodeId,
 }
@@ -156,7 +166,10 @@ impl Hub {
     }
 
     /// Takes in an agent over a stream of its own, such as the stdin and stdout of ssh.
-    pub fn arrive(&self, connection: impl Future<Output = Result<Connection, Refusal>> + Send + 'static) {
+    pub fn arrive(
+        &self,
+        connection: impl Future<Output = Result<Connection, Refusal>> + Send + 'static,
+    ) {
         let arrivals = self.arrivals.0.clone();
         tokio::spawn(async move {
             let connection = connection.await;
@@ -166,7 +179,10 @@ impl Hub {
 
     fn attach(&mut self, connection: Connection) {
         let (node, mut from) = self.new_node();
-        let Connection { mut sender, mut receiver } = connection;
+        let Connection {
+            mut sender,
+            mut receiver,
+        } = connection;
         tokio::spawn(async move {
             while let Some(message) = from.recv().await {
                 // Several messages to one node often come together: one write for all.
@@ -186,7 +202,14 @@ impl Hub {
                 match receiver.recv().await {
                     Ok(Some(message)) => {
                         let local = false;
-                        if events.send(Heard::Said { node, local, message }).is_err() {
+                        if events
+                            .send(Heard::Said {
+                                node,
+                                local,
+                                message,
+                            })
+                            .is_err()
+                        {
                             return;
                         }
                     }

@@ -84,7 +84,9 @@ pub enum FromAgent {
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum ToAgent {
     /// Answer to [`FromAgent::Join`]. Without an acknowledged beat for `lease` the agent kills its ranks.
-    Welcome { lease: Duration },
+    Welcome {
+        lease: Duration,
+    },
     /// Answer to a [`FromAgent::Beat`]: renews the lease.
     Ack {
         seq: u64,

@@ -1,10 +1,10 @@
 //! One job over several nodes: one coordinator, one agent per node, one authenticated connection each.
 
+pub mod agent;
+pub mod coordinator;
 pub mod key;
 pub mod link;
 pub mod message;
-pub mod agent;
-pub mod coordinator;
 pub mod policy;
 pub mod tls;
 pub mod topology;

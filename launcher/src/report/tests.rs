@@ -8,7 +8,7 @@ fn place(rank: usize, stderr: &[&str]) -> Place {
         pid: 100 + rank as i32,
         stderr_file: format!("logs/gpu-01-{rank}.err").into(),
         error_file: "/nonexistent".into(),
-            exception: None,
+        exception: None,
         stderr: stderr.iter().map(|s| s.to_string()).collect(),
         stuck_in: None,
     }

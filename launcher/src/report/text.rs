@@ -56,7 +56,7 @@ impl fmt::Display for Failure {
 }
 
 impl Failure {
-    fn headline(&self) -> String {
+    pub fn headline(&self) -> String {
         match self.rank {
             None => format!("node {} was lost first: {}", self.host, self.evidence),
             Some(_) if self.late.len() > 1 => {

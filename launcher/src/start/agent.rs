@@ -14,8 +14,8 @@ use crate::cluster::key::Key;
 use crate::cluster::link::Link;
 use crate::cluster::message::{Facts, FromAgent, Join};
 use crate::cluster::wire::{self, Connection};
-use crate::plan::{self, Devices};
 use crate::logs::Shown;
+use crate::plan::{self, Devices};
 use crate::{gpus, manifest};
 
 /// First argument of an agent that was started by the coordinator: `__agent`.
@@ -68,7 +68,9 @@ impl Parts {
     /// # Errors
     /// When this program cannot be found.
     pub fn setup(self) -> anyhow::Result<Setup> {
-        let names = (0..self.devices.len()).map(|i| self.devices.name(i)).collect();
+        let names = (0..self.devices.len())
+            .map(|i| self.devices.name(i))
+            .collect();
         let gpus = match &self.devices {
             Devices::Gpus(gpus) => gpus.clone(),
             Devices::Cpu(_) => Vec::new(),
@@ -112,7 +114,11 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<i32> {
     // What keeps this node from taking part is said to the coordinator, whose words the user reads.
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, None, gpus::visible);
     super::run_here(async {
-        let connection = if args.stdio { over_stdio(&key).await? } else { dial_any(args, &key).await? };
+        let connection = if args.stdio {
+            over_stdio(&key).await?
+        } else {
+            dial_any(args, &key).await?
+        };
         let link = Link::over(connection);
         let devices = match devices {
             Ok(devices) => devices,
@@ -120,7 +126,16 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<i32> {
                 return Ok(unfit(link, host, &e).await);
             }
         };
-        let parts = Parts { start, host, devices, order, job: None, key: Some(key), local: false, shown: None };
+        let parts = Parts {
+            start,
+            host,
+            devices,
+            order,
+            job: None,
+            key: Some(key),
+            local: false,
+            shown: None,
+        };
         let leave = agent::run(parts.setup()?, link).await?;
         Ok(finish(leave))
     })
@@ -128,7 +143,11 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<i32> {
 
 /// Tells the coordinator why this node cannot take part, and waits for its leave.
 async fn unfit(mut link: Link, host: String, e: &Coded) -> i32 {
-    link.to.send(FromAgent::Unfit { host, code: e.code, message: e.message.clone() });
+    link.to.send(FromAgent::Unfit {
+        host,
+        code: e.code,
+        message: e.message.clone(),
+    });
     let told = tokio::time::timeout(Duration::from_secs(5), link.from.recv()).await;
     drop(told);
     e.code
@@ -147,7 +166,10 @@ async fn dial_any(args: &Args, key: &Key) -> anyhow::Result<Connection> {
     let mut last = None;
     while last.is_none() || Instant::now() < until {
         for point in &args.connect {
-            let Some((host, port)) = point.rsplit_once(':').and_then(|(h, p)| Some((h, p.parse().ok()?))) else {
+            let Some((host, port)) = point
+                .rsplit_once(':')
+                .and_then(|(h, p)| Some((h, p.parse().ok()?)))
+            else {
                 let text = format!("--connect is {point:?}\n  hint: write HOST:PORT");
                 return Err(Coded::new(exit::USAGE, text).into());
             };
@@ -171,21 +193,29 @@ async fn over_stdio(key: &Key) -> anyhow::Result<Connection> {
         out.flush()?;
     }
     let (mut to_us, mut from_us) = (theirs.try_clone()?, theirs);
-    std::thread::Builder::new().name("stdin".into()).spawn(move || {
-        let _ = copy_fd(rustix::stdio::stdin(), &mut to_us);
-        let _ = to_us.shutdown(std::net::Shutdown::Write);
-    })?;
-    std::thread::Builder::new().name("stdout".into()).spawn(move || {
-        let mut out = std::io::stdout().lock();
-        let mut buffer = vec![0; 64 << 10];
-        while let Ok(n) = std::io::Read::read(&mut from_us, &mut buffer)
-            && n > 0
-        {
-            if out.write_all(&buffer[..n]).and_then(|()| out.flush()).is_err() {
-                break;
+    std::thread::Builder::new()
+        .name("stdin".into())
+        .spawn(move || {
+            let _ = copy_fd(rustix::stdio::stdin(), &mut to_us);
+            let _ = to_us.shutdown(std::net::Shutdown::Write);
+        })?;
+    std::thread::Builder::new()
+        .name("stdout".into())
+        .spawn(move || {
+            let mut out = std::io::stdout().lock();
+            let mut buffer = vec![0; 64 << 10];
+            while let Ok(n) = std::io::Read::read(&mut from_us, &mut buffer)
+                && n > 0
+            {
+                if out
+                    .write_all(&buffer[..n])
+                    .and_then(|()| out.flush())
+                    .is_err()
+                {
+                    break;
+                }
             }
-        }
-    })?;
+        })?;
     ours.set_nonblocking(true)?;
     let stream = tokio::net::UnixStream::from_std(ours)?;
     let connection = wire::connect(stream, "the coordinator", key, PROOF).await;

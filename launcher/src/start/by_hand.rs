@@ -26,18 +26,27 @@ pub enum Part {
 /// # Errors
 /// [`exit::USAGE`] when it is not that, [`exit::PREFLIGHT`] when the name leads nowhere.
 pub fn resolve(point: &str) -> anyhow::Result<(String, u16, Vec<SocketAddr>)> {
-    let Some((host, port)) = point.rsplit_once(':').and_then(|(h, p)| Some((h, p.parse::<u16>().ok()?))) else {
-        let text = format!("--rendezvous is {point:?}\n  hint: write HOST:PORT, such as gpu-01:29400");
+    let Some((host, port)) = point
+        .rsplit_once(':')
+        .and_then(|(h, p)| Some((h, p.parse::<u16>().ok()?)))
+    else {
+        let text =
+            format!("--rendezvous is {point:?}\n  hint: write HOST:PORT, such as gpu-01:29400");
         bail!(Coded::new(exit::USAGE, text));
     };
     let host = host.trim_start_matches('[').trim_end_matches(']');
     if port == 0 {
-        bail!(Coded::new(exit::USAGE, "--rendezvous needs a port of its own, all nodes have to know it"));
+        bail!(Coded::new(
+            exit::USAGE,
+            "--rendezvous needs a port of its own, all nodes have to know it"
+        ));
     }
     match (host, port).to_socket_addrs() {
         Ok(found) => Ok((host.into(), port, found.collect())),
         Err(e) => {
-            let text = format!("--rendezvous: {host} cannot be found: {e}\n  hint: give the address of the first node");
+            let text = format!(
+                "--rendezvous: {host} cannot be found: {e}\n  hint: give the address of the first node"
+            );
             bail!(Coded::new(exit::PREFLIGHT, text))
         }
     }
@@ -49,7 +58,10 @@ pub fn resolve(point: &str) -> anyhow::Result<(String, u16, Vec<SocketAddr>)> {
 /// When the address is this node's, but cannot be used for another reason than that it is taken.
 pub fn part(at: &[SocketAddr]) -> anyhow::Result<Part> {
     let own: Vec<IpAddr> = addresses::list().into_iter().map(|(ip, _)| ip).collect();
-    for address in at.iter().filter(|a| a.ip().is_loopback() || own.contains(&a.ip())) {
+    for address in at
+        .iter()
+        .filter(|a| a.ip().is_loopback() || own.contains(&a.ip()))
+    {
         match wire::listen(*address) {
             Ok(listener) => return Ok(Part::Coordinator(listener)),
             // Another agent of this machine was first; the key tells whether it is one.
@@ -74,10 +86,16 @@ pub async fn dial(host: &str, port: u16, key: &Key, wait: Duration) -> anyhow::R
         match wire::dial(host, port, key, None, TRY).await {
             Ok(connection) => return Ok(connection),
             Err(refusal) => {
-                let passes = matches!(refusal.why, Why::Unreachable(_) | Why::TooSlow(_) | Why::Closed | Why::Io(_));
+                let passes = matches!(
+                    refusal.why,
+                    Why::Unreachable(_) | Why::TooSlow(_) | Why::Closed | Why::Io(_)
+                );
                 if !passes || tokio::time::Instant::now() + AGAIN >= until {
                     let coded: Coded = refusal.into();
-                    bail!(Coded::new(coded.code, format!("cannot join the job: {}", coded.message)));
+                    bail!(Coded::new(
+                        coded.code,
+                        format!("cannot join the job: {}", coded.message)
+                    ));
                 }
                 tokio::time::sleep(AGAIN).await;
             }
@@ -91,10 +109,17 @@ mod tests {
 
     #[test]
     fn a_meeting_point_is_a_host_and_a_port() {
-        assert_eq!(resolve("127.0.0.1:29400").unwrap().2, ["127.0.0.1:29400".parse().unwrap()]);
+        assert_eq!(
+            resolve("127.0.0.1:29400").unwrap().2,
+            ["127.0.0.1:29400".parse().unwrap()]
+        );
         assert_eq!(resolve("[::1]:1").unwrap().0, "::1");
         for bad in ["gpu-01", "gpu-01:", ":x", "127.0.0.1:0", "127.0.0.1:99999"] {
-            assert_eq!(exit::code_of(&resolve(bad).err().unwrap()), exit::USAGE, "{bad}");
+            assert_eq!(
+                exit::code_of(&resolve(bad).err().unwrap()),
+                exit::USAGE,
+                "{bad}"
+            );
         }
         let none = resolve("no-such-host.invalid:1").err().unwrap();
         assert_eq!(exit::code_of(&none), exit::PREFLIGHT);
@@ -102,11 +127,17 @@ mod tests {
 
     #[tokio::test]
     async fn the_first_listens_and_the_second_does_not() {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
         let first = part(&[port]).unwrap();
         assert!(matches!(first, Part::Coordinator(_)));
         assert!(matches!(part(&[port]).unwrap(), Part::Agent));
         // TEST-NET-1 is nobody's.
-        assert!(matches!(part(&["192.0.2.1:1".parse().unwrap()]).unwrap(), Part::Agent));
+        assert!(matches!(
+            part(&["192.0.2.1:1".parse().unwrap()]).unwrap(),
+            Part::Agent
+        ));
     }
 }

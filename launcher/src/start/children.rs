@@ -70,15 +70,36 @@ impl Children {
     ///
     /// # Errors
     /// [`exit::PREFLIGHT`] when the program is not there.
-    pub fn start(&mut self, shim_path: &Path, starter: Starter, hub: &Hub, key: &Key, voice: &Voice) -> anyhow::Result<()> {
+    pub fn start(
+        &mut self,
+        shim_path: &Path,
+        starter: Starter,
+        hub: &Hub,
+        key: &Key,
+        voice: &Voice,
+    ) -> anyhow::Result<()> {
         let program = starter.argv.first().cloned().unwrap_or_default();
         let mut command = Command::new(shim_path);
-        command.arg(shim::WORKER).arg(std::process::id().to_string()).arg("").args(&starter.argv);
-        let out = if starter.is_wire { Stdio::piped() } else { Stdio::null() };
-        command.stdin(Stdio::piped()).stdout(out).stderr(Stdio::piped());
-        let mut child = command
-            .spawn()
-            .with_context(|| Coded::new(exit::PREFLIGHT, format!("cannot start {}", program.display())))?;
+        command
+            .arg(shim::WORKER)
+            .arg(std::process::id().to_string())
+            .arg("")
+            .args(&starter.argv);
+        let out = if starter.is_wire {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        };
+        command
+            .stdin(Stdio::piped())
+            .stdout(out)
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().with_context(|| {
+            Coded::new(
+                exit::PREFLIGHT,
+                format!("cannot start {}", program.display()),
+            )
+        })?;
         let (Some(mut stdin), Some(stderr)) = (child.stdin.take(), child.stderr.take()) else {
             unreachable!("both streams were asked for")
         };
@@ -86,14 +107,26 @@ impl Children {
         if let Some(stdout) = child.stdout.take() {
             let (key, host) = (key.clone(), starter.host.clone());
             hub.arrive(async move {
-                let refusal = |why: Why| Refusal { peer: host.clone(), why };
-                stdin.write_all(line.as_bytes()).await.map_err(|e| refusal(Why::Io(e)))?;
+                let refusal = |why: Why| Refusal {
+                    peer: host.clone(),
+                    why,
+                };
+                stdin
+                    .write_all(line.as_bytes())
+                    .await
+                    .map_err(|e| refusal(Why::Io(e)))?;
                 let mut stdout = BufReader::new(stdout);
                 let found = tokio::time::timeout(LOGIN, skip_greeting(&mut stdout)).await;
                 if !matches!(found, Ok(Ok(true))) {
                     return Err(refusal(Why::Closed));
                 }
-                wire::accept(tokio::io::join(stdout, stdin), &host, &key, wire::PROOF_DEADLINE * 5).await
+                wire::accept(
+                    tokio::io::join(stdout, stdin),
+                    &host,
+                    &key,
+                    wire::PROOF_DEADLINE * 5,
+                )
+                .await
             });
         } else {
             tokio::spawn(async move {
@@ -106,16 +139,30 @@ impl Children {
         tokio::spawn(async move {
             let words = repeat_words(stderr, &starter.host, &voice).await;
             let status = child.wait().await;
-            let code = status.map_or(1, |s| s.code().unwrap_or_else(|| 128 + std::os::unix::process::ExitStatusExt::signal(&s).unwrap_or(0)));
+            let code = status.map_or(1, |s| {
+                s.code().unwrap_or_else(|| {
+                    128 + std::os::unix::process::ExitStatusExt::signal(&s).unwrap_or(0)
+                })
+            });
             *lock(&running) -= 1;
-            let name = Path::new(&program).file_name().unwrap_or(&program).to_string_lossy().into_owned();
-            let meaning = (starter.code_meaning)(code).map(|m| format!(": {m}")).unwrap_or_default();
+            let name = Path::new(&program)
+                .file_name()
+                .unwrap_or(&program)
+                .to_string_lossy()
+                .into_owned();
+            let meaning = (starter.code_meaning)(code)
+                .map(|m| format!(": {m}"))
+                .unwrap_or_default();
             let mut message = format!("{name} ended with exit code {code}{meaning}");
             if !words.is_empty() {
                 message = format!("{message}\n  {}", words.join("\n  "));
             }
             let host = starter.host;
-            let _ = events.send(Ended { host, code, message });
+            let _ = events.send(Ended {
+                host,
+                code,
+                message,
+            });
         });
         Ok(())
     }
@@ -198,7 +245,12 @@ mod tests {
     #[tokio::test]
     async fn what_a_shell_prints_before_the_agent_is_skipped() {
         assert_eq!(rest(b"\ntsm-launch agent\nwire").await.unwrap(), b"wire");
-        assert_eq!(rest(b"Welcome!\ntsm-launch\n\ntsm-launch agent\n\x00\x01").await.unwrap(), b"\x00\x01");
+        assert_eq!(
+            rest(b"Welcome!\ntsm-launch\n\ntsm-launch agent\n\x00\x01")
+                .await
+                .unwrap(),
+            b"\x00\x01"
+        );
         assert_eq!(rest(b"bash: tsm-launch: command not found\n").await, None);
         assert_eq!(rest(&vec![b'x'; GREETING + 1]).await, None);
     }

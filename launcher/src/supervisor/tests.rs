@@ -112,7 +112,10 @@ fn workers_that_save_are_waited_for() {
         decide(&mut state, order.as_slice(), at(1));
         assert!(decide(&mut state, &[saved(0)], at(9)).is_empty());
         assert!(decide(&mut state, &[saved(1)], at(10)).is_empty());
-        assert_eq!((state.phase, blamed(&state).is_some()), (Phase::Finished, true));
+        assert_eq!(
+            (state.phase, blamed(&state).is_some()),
+            (Phase::Finished, true)
+        );
     }
 }
 
@@ -123,8 +126,14 @@ fn a_rank_that_fails_while_the_others_save_is_a_failure() {
     decide(&mut state, &[ended(0, End::Code(exit::REQUEUE))], at(2));
     let actions = decide(&mut state, &[ended(1, End::Signal(11))], at(3));
     assert_eq!(signals(&actions), [(2, libc::SIGTERM)]);
-    assert!(matches!(actions.last(), Some(Action::Failing { rank: 1, .. })));
-    assert!(!state.ranks[1].after_stop, "it was not asked to end like this");
+    assert!(matches!(
+        actions.last(),
+        Some(Action::Failing { rank: 1, .. })
+    ));
+    assert!(
+        !state.ranks[1].after_stop,
+        "it was not asked to end like this"
+    );
 }
 
 #[test]

@@ -94,8 +94,14 @@ impl Generation {
             0 => Some(Port::reserve(false)?),
             _ => None,
         };
-        let ras = matches!(devices, plan::Devices::Gpus(_)).then(|| Port::reserve(false)).transpose()?;
-        let allowed = if start.affinity { cores::allowed() } else { Vec::new() };
+        let ras = matches!(devices, plan::Devices::Gpus(_))
+            .then(|| Port::reserve(false))
+            .transpose()?;
+        let allowed = if start.affinity {
+            cores::allowed()
+        } else {
+            Vec::new()
+        };
         let seat = Seat {
             node_rank: start.node_rank,
             first_rank: start.first_rank,
@@ -172,7 +178,10 @@ impl Generation {
         }
         self.guard.watch(&self.workers[from..]);
         if self.workers.len() == self.plans.len() {
-            self.logs = Some(Logs::start(std::mem::take(&mut self.sources), shown.clone())?);
+            self.logs = Some(Logs::start(
+                std::mem::take(&mut self.sources),
+                shown.clone(),
+            )?);
         }
         Ok(())
     }
@@ -200,8 +209,14 @@ impl Generation {
         self.watch.add_agent(ours)?;
         let (worker, streams) = process::spawn(&spec, theirs)?;
         let tail = Tail::default();
-        let shows = |rank: u32| self.start.show.as_ref().is_none_or(|ranks| ranks.contains(&rank));
-        let shown = |stderr, progress| shows(plan.rank).then(|| Lines::new(plan.rank, stderr, progress));
+        let shows = |rank: u32| {
+            self.start
+                .show
+                .as_ref()
+                .is_none_or(|ranks| ranks.contains(&rank))
+        };
+        let shown =
+            |stderr, progress| shows(plan.rank).then(|| Lines::new(plan.rank, stderr, progress));
         let first_shown = self.plans.iter().find(|w| shows(w.rank)).map(|w| w.rank);
         let progress = first_shown == Some(plan.rank) && std::io::stderr().is_terminal();
         let sink = |file, stderr: bool| Sink::Worker {
@@ -234,15 +249,26 @@ impl Generation {
         }
         let base = self.start.base_env.as_deref().unwrap_or_default();
         let inherited = |name: &str| {
-            let value = base.iter().find(|(n, _)| n == name).map(|(_, value)| value.clone());
-            Some(value.or_else(|| std::env::var_os(name))?.to_string_lossy().into_owned())
+            let value = base
+                .iter()
+                .find(|(n, _)| n == name)
+                .map(|(_, value)| value.clone());
+            Some(
+                value
+                    .or_else(|| std::env::var_os(name))?
+                    .to_string_lossy()
+                    .into_owned(),
+            )
         };
         let ranks: Vec<_> = self.plans.iter().map(|plan| plan.env.as_slice()).collect();
         environment::difference(inherited, &ranks, &REMOVED_VARIABLES)
     }
 
     pub fn pids(&self) -> Vec<i32> {
-        self.workers.iter().map(|w| w.pid.as_raw_nonzero().get()).collect()
+        self.workers
+            .iter()
+            .map(|w| w.pid.as_raw_nonzero().get())
+            .collect()
     }
 
     /// Waits until a worker did something; the supervisor's events about it.
@@ -256,7 +282,11 @@ impl Generation {
             events.push(match happening {
                 Happening::Ended(end) => Event::Ended { rank, end },
                 Happening::Left => Event::Left { rank },
-                Happening::Said(WorkerMessage::Step { step, epoch, work_ms }) => {
+                Happening::Said(WorkerMessage::Step {
+                    step,
+                    epoch,
+                    work_ms,
+                }) => {
                     let progress = self.progress_of(rank);
                     (progress.step, progress.epoch) = (Some(step), Some(epoch));
                     progress.work_ms.extend(work_ms.map(|ms| ms as f32));
@@ -294,7 +324,10 @@ impl Generation {
     /// What has changed since it was asked last.
     pub fn news(&mut self) -> (Vec<Progress>, Vec<(String, f64)>) {
         let progress = std::mem::take(&mut self.progress).into_values().collect();
-        (progress, std::mem::take(&mut self.metrics).into_iter().collect())
+        (
+            progress,
+            std::mem::take(&mut self.metrics).into_iter().collect(),
+        )
     }
 
     /// Takes in events and signals the workers as is decided; what is left is for others to do.
@@ -322,7 +355,10 @@ impl Generation {
     pub fn give_up_starting(&mut self, shown: &Shown) -> anyhow::Result<()> {
         self.plans.truncate(self.workers.len());
         self.state.ranks.truncate(self.workers.len());
-        self.logs = Some(Logs::start(std::mem::take(&mut self.sources), shown.clone())?);
+        self.logs = Some(Logs::start(
+            std::mem::take(&mut self.sources),
+            shown.clone(),
+        )?);
         Ok(())
     }
 
@@ -333,13 +369,22 @@ impl Generation {
 
     /// Ends what the workers started and left behind: SIGTERM, the grace, SIGKILL. Call again after
     /// a few milliseconds until it says true.
-    pub fn end_descendants(&mut self, now: Duration, at_once: bool, notice: impl FnOnce(String)) -> bool {
+    pub fn end_descendants(
+        &mut self,
+        now: Duration,
+        at_once: bool,
+        notice: impl FnOnce(String),
+    ) -> bool {
         let sessions = self.pids();
         match self.descendants {
             Descendants::Gone => return true,
             Descendants::NotLooked => {
                 let left = process::session_members(&sessions);
-                let killed = self.state.ranks.iter().any(|rank| rank.sent.contains(&libc::SIGKILL));
+                let killed = self
+                    .state
+                    .ranks
+                    .iter()
+                    .any(|rank| rank.sent.contains(&libc::SIGKILL));
                 if !left.is_empty() && !killed && !at_once {
                     let grace = self.start.grace;
                     let text = format!(
@@ -392,11 +437,17 @@ impl Generation {
                 error_file: error_file(self.dir.path(), &self.host, plan.rank),
                 exception: report::torch_error(&error_file(dir_path, &self.host, plan.rank)),
                 stderr: self.tails[i].lines(),
-                stuck_in: self.state.ranks[i].end.is_none().then(|| self.workers[i].stuck_in()),
+                stuck_in: self.state.ranks[i]
+                    .end
+                    .is_none()
+                    .then(|| self.workers[i].stuck_in()),
             }
         };
         if !self.stuck.is_empty() {
-            warnings.push(format!("processes that SIGKILL did not end: {}", self.stuck.join(", ")));
+            warnings.push(format!(
+                "processes that SIGKILL did not end: {}",
+                self.stuck.join(", ")
+            ));
         }
         let places: Vec<Place> = (0..self.workers.len()).map(place).collect();
         self.workers.iter().for_each(Worker::reap);
@@ -415,7 +466,10 @@ impl Generation {
 pub fn drain(logs: Logs) -> Vec<String> {
     let (mut warnings, drained) = logs.finish(DRAIN);
     if !drained {
-        warnings.push("a process that left its session still holds a worker's output open; it was left alone".into());
+        warnings.push(
+            "a process that left its session still holds a worker's output open; it was left alone"
+                .into(),
+        );
     }
     warnings
 }
@@ -426,4 +480,3 @@ fn oom_kills() -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
     line.and_then(|n| n.parse().ok()).unwrap_or(0)
 }
-

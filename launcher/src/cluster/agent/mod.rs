@@ -27,6 +27,9 @@ use generation::Generation;
 
 /// Bytes of output that may wait for the connection.
 const OUTPUT: usize = 1 << 20;
+/// How long a probe waits for the first answer, and after it for others.
+const PROBE: Duration = Duration::from_secs(5);
+const LINGER: Duration = Duration::from_millis(300);
 /// A coordinator that was told of a signal answers within this time, or the agent stops by itself.
 const ANSWER: Duration = Duration::from_secs(2);
 
@@ -100,7 +103,11 @@ enum Found {
 /// When signals cannot be handled.
 pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
     // The coordinator in the same process hears them itself.
-    let mut signals = if setup.local { None } else { Some(Signals::catch()?) };
+    let mut signals = if setup.local {
+        None
+    } else {
+        Some(Signals::catch()?)
+    };
     link.to.send(FromAgent::Join(Box::new(setup.join.clone())));
     let now = setup.start.elapsed();
     let shown = match &setup.shown {
@@ -151,7 +158,11 @@ fn ship(host: String, to: Outbox) -> Shown {
         }
     });
     let patience = Duration::from_secs(2);
-    Shown { host, feed, patience }
+    Shown {
+        host,
+        feed,
+        patience,
+    }
 }
 
 impl Agent {
@@ -164,8 +175,12 @@ impl Agent {
     }
 
     async fn wait(&mut self, signals: Option<&mut Signals>) -> Wake {
-        let deadline = self.deadline().map(|at| tokio::time::Instant::from_std(self.setup.start + at));
-        let starting = self.generation.as_ref().is_some_and(|g| !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running);
+        let deadline = self
+            .deadline()
+            .map(|at| tokio::time::Instant::from_std(self.setup.start + at));
+        let starting = self.generation.as_ref().is_some_and(|g| {
+            !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
+        });
         let connected = self.leaving.is_none();
         let is_draining = self.draining.is_some();
         let (generation, draining) = (&mut self.generation, &mut self.draining);
@@ -208,7 +223,10 @@ impl Agent {
         });
         let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease_until);
         let beat = self.leaving.is_none().then_some(self.next_beat);
-        [decided, lease, beat, self.unheard].into_iter().flatten().min()
+        [decided, lease, beat, self.unheard]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn handle(&mut self, wake: Wake) {
@@ -225,7 +243,9 @@ impl Agent {
                 }
             }
             Wake::Reached(generation, by) => self.say(FromAgent::Reached { generation, by }),
-            Wake::Inspected(generation, text) => self.say(FromAgent::Inspected { generation, text }),
+            Wake::Inspected(generation, text) => {
+                self.say(FromAgent::Inspected { generation, text })
+            }
             Wake::Drained(warnings) => self.conclude(warnings),
             Wake::StartMore => self.start_more(),
             Wake::Time => {}
@@ -258,16 +278,25 @@ impl Agent {
                 }
             }
             ToAgent::Reserve { generation } => match self.reserve(generation) {
-                Ok((master_port, probe_port)) => {
-                    self.say(FromAgent::Reserved { generation, master_port, probe_port })
-                }
+                Ok((master_port, probe_port)) => self.say(FromAgent::Reserved {
+                    generation,
+                    master_port,
+                    probe_port,
+                }),
                 Err(e) => self.cannot_start(generation, &e),
             },
-            ToAgent::Probe { generation, addresses, port } => self.probe(generation, addresses, port),
+            ToAgent::Probe {
+                generation,
+                addresses,
+                port,
+            } => self.probe(generation, addresses, port),
             ToAgent::Start(start) => {
                 let generation = start.generation;
                 if number.is_some() {
-                    let e = anyhow::anyhow!("the ranks of generation {} still run", number.unwrap_or(0));
+                    let e = anyhow::anyhow!(
+                        "the ranks of generation {} still run",
+                        number.unwrap_or(0)
+                    );
                     return self.cannot_start(generation, &e);
                 }
                 match Generation::prepare(&self.setup, *start, now) {
@@ -281,19 +310,33 @@ impl Agent {
                     Err(e) => self.cannot_start(generation, &e),
                 }
             }
-            ToAgent::Stop { generation, signal, grace } if number == Some(generation) => {
+            ToAgent::Stop {
+                generation,
+                signal,
+                grace,
+            } if number == Some(generation) => {
                 self.unheard = None;
                 self.decide(&[Event::Stop { signal, grace }]);
             }
-            ToAgent::Signal { generation, signal } if number == Some(generation) => self.decide(&[Event::Pass { signal }]),
-            ToAgent::Kill { generation } if number == Some(generation) => self.decide(&[Event::KillAll]),
-            ToAgent::Inspect { generation, local_ranks } if number == Some(generation) => self.inspect(generation, &local_ranks),
+            ToAgent::Signal { generation, signal } if number == Some(generation) => {
+                self.decide(&[Event::Pass { signal }])
+            }
+            ToAgent::Kill { generation } if number == Some(generation) => {
+                self.decide(&[Event::KillAll])
+            }
+            ToAgent::Inspect {
+                generation,
+                local_ranks,
+            } if number == Some(generation) => self.inspect(generation, &local_ranks),
             ToAgent::Exit { code, message } => {
                 self.decide(&[Event::KillAll]);
                 self.leaving = Some(Leave { code, message });
             }
             // Of a generation that is over.
-            ToAgent::Stop { .. } | ToAgent::Signal { .. } | ToAgent::Kill { .. } | ToAgent::Inspect { .. } => {}
+            ToAgent::Stop { .. }
+            | ToAgent::Signal { .. }
+            | ToAgent::Kill { .. }
+            | ToAgent::Inspect { .. } => {}
         }
     }
 
@@ -303,7 +346,10 @@ impl Agent {
             Some(key) => {
                 let key = key.clone();
                 let prove = move |nonce| super::wire::prove(&key, nonce, u64::from(generation));
-                Some(ProbeListener::start(prove).context("cannot listen for the other nodes' probes")?)
+                Some(
+                    ProbeListener::start(prove)
+                        .context("cannot listen for the other nodes' probes")?,
+                )
             }
             None => None,
         };
@@ -317,41 +363,75 @@ impl Agent {
         tokio::task::spawn_local(async move {
             let check = |nonce: [u8; 16], answer: [u8; 32]| {
                 let of = u64::from(generation);
-                key.as_ref().is_some_and(|key| super::wire::is_proof(key, nonce, of, &answer))
+                key.as_ref()
+                    .is_some_and(|key| super::wire::is_proof(key, nonce, of, &answer))
             };
-            let by = addresses::reach(&addresses, port, check, Duration::from_secs(3)).await;
+            let by = addresses::reach(&addresses, port, check, PROBE, LINGER).await;
             let _ = found.send(Found::Reached(generation, by));
         });
     }
 
     fn inspect(&mut self, generation: u32, local_ranks: &[u32]) {
-        let Some(current) = &self.generation else { return };
-        let (pids, first, host) = (current.pids(), current.start.first_rank, self.setup.host.clone());
-        let chosen: Vec<(u32, i32)> =
-            local_ranks.iter().filter_map(|&local| Some((first + local, *pids.get(local as usize)?))).collect();
+        let Some(current) = &self.generation else {
+            return;
+        };
+        let (pids, first, host) = (
+            current.pids(),
+            current.start.first_rank,
+            self.setup.host.clone(),
+        );
+        let chosen: Vec<(u32, i32)> = local_ranks
+            .iter()
+            .filter_map(|&local| Some((first + local, *pids.get(local as usize)?)))
+            .collect();
         let found = self.reach.0.clone();
         // It runs debuggers, which take their time.
         let look = move || {
             let text = |(rank, pid): &(u32, i32)| {
-                format!("rank {rank} on {host}, pid {pid}\n{}", crate::hang::stacks::describe(*pid))
+                format!(
+                    "rank {rank} on {host}, pid {pid}\n{}",
+                    crate::hang::stacks::describe(*pid)
+                )
             };
             let text = chosen.iter().map(text).collect::<Vec<_>>().join("\n");
             let _ = found.send(Found::Inspected(generation, text));
         };
-        if std::thread::Builder::new().name("inspect".into()).spawn(look).is_err() {
-            let _ = self.reach.0.send(Found::Inspected(generation, "no thread for a look at the ranks".into()));
+        if std::thread::Builder::new()
+            .name("inspect".into())
+            .spawn(look)
+            .is_err()
+        {
+            let _ = self.reach.0.send(Found::Inspected(
+                generation,
+                "no thread for a look at the ranks".into(),
+            ));
         }
     }
 
     fn start_more(&mut self) {
-        let Some(generation) = &mut self.generation else { return };
+        let Some(generation) = &mut self.generation else {
+            return;
+        };
         let result = generation.start_some(&self.shown);
-        let (number, pids, done) = (generation.start.generation, generation.pids(), generation.is_started());
+        let (number, pids, done) = (
+            generation.start.generation,
+            generation.pids(),
+            generation.is_started(),
+        );
         match result {
             Ok(()) if done => {
                 let at = self.now();
-                let environment = self.generation.as_ref().map(Generation::environment).unwrap_or_default();
-                self.say(FromAgent::Started { generation: number, pids, at, environment });
+                let environment = self
+                    .generation
+                    .as_ref()
+                    .map(Generation::environment)
+                    .unwrap_or_default();
+                self.say(FromAgent::Started {
+                    generation: number,
+                    pids,
+                    at,
+                    environment,
+                });
             }
             Ok(()) => {}
             Err(e) => {
@@ -370,26 +450,41 @@ impl Agent {
             1 => exit::PREFLIGHT,
             code => code,
         };
-        self.say(FromAgent::CannotStart { generation, code, message: format!("{e:#}") });
+        self.say(FromAgent::CannotStart {
+            generation,
+            code,
+            message: format!("{e:#}"),
+        });
     }
 
     fn decide(&mut self, events: &[Event]) {
         let now = self.now();
-        let Some(generation) = &mut self.generation else { return };
+        let Some(generation) = &mut self.generation else {
+            return;
+        };
         let (number, first) = (generation.start.generation, generation.start.first_rank);
         let actions = generation.decide(events, now);
-        if !generation.is_started() && generation.state.phase != Phase::Running && self.draining.is_none() {
+        if !generation.is_started()
+            && generation.state.phase != Phase::Running
+            && self.draining.is_none()
+        {
             let _ = generation.give_up_starting(&self.shown);
             // Those that were to be waited for may never have been started.
             generation.decide(&[], now);
         }
         for action in actions {
             match action {
-                Action::Failing { rank, end } => {
-                    self.say(FromAgent::Failing { generation: number, local_rank: rank as u32, end, at: now })
-                }
+                Action::Failing { rank, end } => self.say(FromAgent::Failing {
+                    generation: number,
+                    local_rank: rank as u32,
+                    end,
+                    at: now,
+                }),
                 Action::GraceOver { ranks } => {
-                    let ranks: Vec<String> = ranks.iter().map(|&r| (first + r as u32).to_string()).collect();
+                    let ranks: Vec<String> = ranks
+                        .iter()
+                        .map(|&r| (first + r as u32).to_string())
+                        .collect();
                     let text = format!("the grace is over: killing rank {}", ranks.join(", "));
                     self.say(FromAgent::Notice { text });
                 }
@@ -429,7 +524,11 @@ impl Agent {
         self.next_beat = now + self.lease / BEATS_PER_LEASE;
         self.unanswered.push_back((self.seq, now));
         let (load, mem_used_bytes) = self.load.read(now);
-        let (ranks, metrics) = self.generation.as_mut().map(Generation::news).unwrap_or_default();
+        let (ranks, metrics) = self
+            .generation
+            .as_mut()
+            .map(Generation::news)
+            .unwrap_or_default();
         let beat = Beat {
             seq: self.seq,
             generation: self.generation.as_ref().map_or(0, |g| g.start.generation),
@@ -446,7 +545,10 @@ impl Agent {
     /// The coordinator can no longer say anything: nothing may run on.
     fn cut_off(&mut self, why: &str) {
         if self.leaving.is_none() {
-            self.leaving = Some(Leave { code: exit::PEER, message: Some(why.into()) });
+            self.leaving = Some(Leave {
+                code: exit::PEER,
+                message: Some(why.into()),
+            });
             self.decide(&[Event::KillAll]);
         }
     }
@@ -455,7 +557,9 @@ impl Agent {
     fn finish(&mut self, now: Duration) {
         let to = self.link.to.clone();
         let at_once = self.leaving.is_some();
-        let Some(generation) = &mut self.generation else { return };
+        let Some(generation) = &mut self.generation else {
+            return;
+        };
         if generation.state.phase != Phase::Finished || self.draining.is_some() {
             return;
         }
@@ -475,7 +579,10 @@ impl Agent {
             let number = generation.start.generation;
             let report: NodeReport = generation.conclude(warnings);
             self.reserved = None;
-            self.say(FromAgent::Clean { generation: number, report: Box::new(report) });
+            self.say(FromAgent::Clean {
+                generation: number,
+                report: Box::new(report),
+            });
         }
     }
 }

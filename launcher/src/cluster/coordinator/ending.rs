@@ -7,7 +7,7 @@ use tsm_job::exit;
 use super::{Action, Cause, Phase, State, record};
 use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure_of_cluster};
 use crate::clock::Utc;
-use crate::cluster::policy::{self, Incident};
+use crate::cluster::policy;
 use crate::end::End;
 use crate::report::{self, Failure, Place, own_words};
 use crate::status::Restart;
@@ -41,7 +41,9 @@ impl State {
     pub(super) fn settle(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let (ranks, places) = self.merge();
         let ends: Vec<Option<End>> = ranks.iter().map(|rank| rank.end).collect();
-        let all = |good: fn(End) -> bool| !ends.is_empty() && ends.iter().all(|end| end.is_some_and(good));
+        let all = |good: fn(End) -> bool| {
+            !ends.is_empty() && ends.iter().all(|end| end.is_some_and(good))
+        };
         let saved = all(|end| end == End::Code(exit::REQUEUE));
         let done = all(|end| end.is_success() || end == End::Code(exit::REQUEUE));
         let whole = self.lost.is_empty();
@@ -62,15 +64,23 @@ impl State {
         };
         match self.cause.clone() {
             None | Some(Cause::Preempt | Cause::Grow) if whole && all(End::is_success) => {}
-            Some(Cause::Grow) if whole && done && !self.last => (ending.outcome, ending.again) = ("grown", true),
-            Some(Cause::Signal(_)) if whole && saved => (ending.outcome, ending.code) = ("saved", exit::REQUEUE),
+            Some(Cause::Grow) if whole && done && !self.last => {
+                (ending.outcome, ending.again) = ("grown", true)
+            }
+            Some(Cause::Signal(_)) if whole && saved => {
+                (ending.outcome, ending.code) = ("saved", exit::REQUEUE)
+            }
             None | Some(Cause::Preempt | Cause::Grow) if whole && done => {
                 (ending.outcome, ending.code) = ("saved", exit::REQUEUE);
             }
-            Some(Cause::Signal(signal)) => (ending.outcome, ending.code) = ("stopped", exit::SIGNAL_BASE + signal),
+            Some(Cause::Signal(signal)) => {
+                (ending.outcome, ending.code) = ("stopped", exit::SIGNAL_BASE + signal)
+            }
             _ => self.fail(ranks, places, &mut ending, now),
         }
-        let again = ending.again.then(|| (ending.outcome, ending.verdict.clone().unwrap_or_default()));
+        let again = ending
+            .again
+            .then(|| (ending.outcome, ending.verdict.clone().unwrap_or_default()));
         let (code, generation, outcome) = (ending.code, self.generation, ending.outcome);
         let fields = json!({"generation": generation, "outcome": outcome, "exit_code": code,
             "steps": ending.steps, "verdict": ending.verdict});
@@ -78,7 +88,11 @@ impl State {
         actions.push(Action::Ended(Box::new(ending)));
         match again {
             Some((outcome, why)) => {
-                let cause = if outcome == "grown" { "a node has joined".into() } else { why };
+                let cause = if outcome == "grown" {
+                    "a node has joined".into()
+                } else {
+                    why
+                };
                 self.generation += 1;
                 let world_size = 0;
                 self.restarts.push(Restart {
@@ -91,7 +105,9 @@ impl State {
                     self.pause = Duration::ZERO;
                 }
                 self.members.clear();
-                self.phase = Phase::Pause { until: now + self.pause };
+                self.phase = Phase::Pause {
+                    until: now + self.pause,
+                };
                 // At once, where there is nothing to wait for.
                 self.advance(now, actions);
             }
@@ -109,7 +125,8 @@ impl State {
             _ => (None, None),
         };
         let nodes = self.node_ends(&ranks);
-        let fault = first_failure_of_cluster(&nodes, hang.as_ref(), |rank| own_words(&places[rank]));
+        let fault =
+            first_failure_of_cluster(&nodes, hang.as_ref(), |rank| own_words(&places[rank]));
         drop(nodes);
         let Some(fault) = fault else {
             // The workers could not be started: that was said already.
@@ -122,7 +139,9 @@ impl State {
             Culprit::Node { host, .. } => host.clone(),
             Culprit::Late { ranks, .. } => places[ranks[0]].host.clone(),
         };
-        let of_host = |(id, _): &(&u64, &crate::cluster::message::NodeReport)| self.nodes.get(id).is_some_and(|n| n.join.host == host);
+        let of_host = |(id, _): &(&u64, &crate::cluster::message::NodeReport)| {
+            self.nodes.get(id).is_some_and(|n| n.join.host == host)
+        };
         let of_host = self.reports.iter().find(of_host).map(|(_, r)| r);
         let lost: Vec<String> = self.lost.iter().map(|l| l.host.clone()).collect();
         let mut run = report::Run {
@@ -139,14 +158,20 @@ impl State {
         let failure = report::failure(&run, &fault, &ranks, &places);
         let ran = now.saturating_sub(self.started_at);
         let step = self.steps.map(|(_, last)| last);
-        let saved = self.checkpoint_step.or(self.incidents.last().and_then(|i| i.checkpoint_step));
+        let saved = self
+            .checkpoint_step
+            .or(self.incidents.last().and_then(|i| i.checkpoint_step));
         let mut incident = failure.incident(ran, step, saved);
         incident.at = now;
         if self.last {
             ending.verdict = None;
         } else {
             match policy::decide(&self.settings.policy, &self.incidents, &incident) {
-                policy::Verdict::Restart { after, leave_out, why } => {
+                policy::Verdict::Restart {
+                    after,
+                    leave_out,
+                    why,
+                } => {
                     self.left_out = leave_out;
                     self.pause = after;
                     (ending.again, ending.verdict) = (true, Some(why));
@@ -165,13 +190,26 @@ impl State {
     /// What is known of the ends on each node. `ranks` are those of the whole job, by rank.
     fn node_ends<'a>(&'a self, ranks: &'a [Rank]) -> Vec<NodeEnds<'a>> {
         let node = |member: &'a super::Member| {
-            let seen = |number: u32| ranks.get(number as usize).map(|rank| Seen { number: number as usize, rank, at: rank.ended_at });
+            let seen = |number: u32| {
+                ranks.get(number as usize).map(|rank| Seen {
+                    number: number as usize,
+                    rank,
+                    at: rank.ended_at,
+                })
+            };
             let lost = self.lost.iter().find(|l| l.member.id == member.id);
             NodeEnds {
                 host: self.host(member.id),
                 ranks: member.ranks.clone().filter_map(seen).collect(),
-                uncertainty: self.nodes.get(&member.id).map_or(Duration::ZERO, |n| n.clock.error()),
-                lost: lost.map(|l| Lost { heard: l.heard, given_up: l.at, how: &l.how }),
+                uncertainty: self
+                    .nodes
+                    .get(&member.id)
+                    .map_or(Duration::ZERO, |n| n.clock.error()),
+                lost: lost.map(|l| Lost {
+                    heard: l.heard,
+                    given_up: l.at,
+                    how: &l.how,
+                }),
             }
         };
         self.members.iter().map(node).collect()
@@ -182,7 +220,11 @@ impl State {
         let mut all: Vec<(Rank, Place)> = Vec::new();
         for member in &self.members {
             let clock = self.nodes.get(&member.id).map(|n| n.clock);
-            let known = self.reports.get(&member.id).map(|r| r.ranks.as_slice()).unwrap_or_default();
+            let known = self
+                .reports
+                .get(&member.id)
+                .map(|r| r.ranks.as_slice())
+                .unwrap_or_default();
             for (number, i) in member.ranks.clone().zip(0..) {
                 all.push(match known.get(i) {
                     Some((rank, place)) => {
@@ -214,7 +256,10 @@ impl State {
         let host = lost.map_or("a lost node".into(), |l| l.host.clone());
         let dir = tsm_job::RunDir::new(&self.settings.job.run_dir);
         let place = Place {
-            device: lost.and_then(|l| l.devices.get(local)).cloned().unwrap_or_default(),
+            device: lost
+                .and_then(|l| l.devices.get(local))
+                .cloned()
+                .unwrap_or_default(),
             pid: 0,
             stderr_file: dir.log(&host, number, true),
             error_file: crate::plan::error_file(dir.path(), &host, number),
@@ -229,7 +274,9 @@ impl State {
 
 /// The code of the rank to blame; of one that announced its failure and hung, what it announced.
 fn exit_code(ranks: &[Rank], fault: &Fault) -> i32 {
-    let Culprit::Rank(number) = fault.culprit else { return exit::PEER };
+    let Culprit::Rank(number) = fault.culprit else {
+        return exit::PEER;
+    };
     let rank = &ranks[number];
     match (&rank.record, rank.end) {
         (Some(record), None) => record.code,

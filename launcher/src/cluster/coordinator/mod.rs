@@ -30,8 +30,8 @@ use super::policy;
 pub use super::topology::Member;
 use super::topology::NodeId;
 use crate::console::lines::Batch;
-use crate::manifest::environment::Change;
 use crate::hang::progress::{Limits, Tracker};
+use crate::manifest::environment::Change;
 use crate::status::Restart;
 
 /// An agent that reserves a port and probes has done so within this time.
@@ -113,11 +113,16 @@ pub enum Action {
         message: ToAgent,
     },
     /// Close the connection.
-    Drop { node: NodeId },
+    Drop {
+        node: NodeId,
+    },
     /// Tell the user.
     Notice(String),
     /// A line for events.jsonl.
-    Record { kind: &'static str, fields: Value },
+    Record {
+        kind: &'static str,
+        fields: Value,
+    },
     /// Lines of ranks to show.
     Show(Batch),
     /// A generation was started on these nodes.
@@ -461,4 +466,3 @@ fn nodes(number: usize) -> String {
 
 #[cfg(test)]
 mod tests;
-

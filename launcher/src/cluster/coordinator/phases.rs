@@ -7,32 +7,51 @@ use tsm_job::config::duration::format;
 use tsm_job::exit;
 
 use super::{
-    Action, Cause, Clock, FENCE, FORM, INSPECT, Inspection, LEAVE, LOOK, Launched, LostNode, Node, Phase, REPORT, State,
-    nodes, record, send,
+    Action, Cause, Clock, FENCE, FORM, INSPECT, Inspection, LEAVE, LOOK, Launched, LostNode, Node,
+    Phase, REPORT, State, nodes, record, send,
 };
 use crate::addresses;
-use crate::cluster::policy::LeftOut;
 use crate::cluster::message::{Beat, Join, NodeReport, Start, ToAgent};
+use crate::cluster::policy::LeftOut;
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
 use crate::end::{End, signal_name};
-use crate::manifest::environment::Change;
 use crate::hang::progress::{Event as Pace, Tracker};
+use crate::manifest::environment::Change;
 use crate::supervisor::count;
 
 impl State {
-    pub(super) fn join(&mut self, id: NodeId, local: bool, join: Join, now: Duration, actions: &mut Vec<Action>) {
+    pub(super) fn join(
+        &mut self,
+        id: NodeId,
+        local: bool,
+        join: Join,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
         let host = join.host.clone();
         let mut refuse = |message: String| {
             actions.push(Action::Notice(format!("{host} was sent away: {message}")));
             let message = Some(message);
-            actions.push(send(id, ToAgent::Exit { code: exit::PREFLIGHT, message }));
+            actions.push(send(
+                id,
+                ToAgent::Exit {
+                    code: exit::PREFLIGHT,
+                    message,
+                },
+            ));
         };
         if join.version != env!("CARGO_PKG_VERSION") {
             let text = "is tsm-launch {theirs}, the coordinator is {ours}: install the same version on all nodes";
-            let text = text.replace("{theirs}", &join.version).replace("{ours}", env!("CARGO_PKG_VERSION"));
+            let text = text
+                .replace("{theirs}", &join.version)
+                .replace("{ours}", env!("CARGO_PKG_VERSION"));
             return refuse(format!("{host} {text}"));
         }
-        if join.job.as_ref().is_some_and(|job| *job != self.settings.job.digest) {
+        if join
+            .job
+            .as_ref()
+            .is_some_and(|job| *job != self.settings.job.digest)
+        {
             return refuse(format!(
                 "{host} was started with another config or program than the first node: give the same command on every node"
             ));
@@ -40,9 +59,15 @@ impl State {
         if let Some(out) = self.left_out.iter().find(|l| l.host == host && l.must) {
             return refuse(format!("{host} is left out: {}", out.why));
         }
-        let fields = json!({"node": id, "host": join.host, "pid": join.pid, "devices": join.devices});
+        let fields =
+            json!({"node": id, "host": join.host, "pid": join.pid, "devices": join.devices});
         actions.push(record("join", fields));
-        actions.push(send(id, ToAgent::Welcome { lease: self.settings.lease }));
+        actions.push(send(
+            id,
+            ToAgent::Welcome {
+                lease: self.settings.lease,
+            },
+        ));
         let clock = if local { Clock::SAME } else { Clock::default() };
         let node = Node {
             local,
@@ -57,36 +82,83 @@ impl State {
         self.nodes.insert(id, node);
         if self.settings.max_nodes > 1 && matches!(self.phase, Phase::Gather { .. }) {
             let (min, max) = (self.settings.min_nodes, self.settings.max_nodes);
-            let of = if min == max { max.to_string() } else { format!("{min} to {max}") };
-            actions.push(Action::Notice(format!("{host} joined: {here} of {of} nodes")));
+            let of = if min == max {
+                max.to_string()
+            } else {
+                format!("{min} to {max}")
+            };
+            actions.push(Action::Notice(format!(
+                "{host} joined: {here} of {of} nodes"
+            )));
         } else if self.settings.max_nodes > 1 {
-            actions.push(Action::Notice(format!("{host} joined: a spare until it is needed")));
+            actions.push(Action::Notice(format!(
+                "{host} joined: a spare until it is needed"
+            )));
         }
         if let Phase::Leave { code, .. } = self.phase {
-            actions.push(send(id, ToAgent::Exit { code, message: None }));
+            actions.push(send(
+                id,
+                ToAgent::Exit {
+                    code,
+                    message: None,
+                },
+            ));
         }
     }
 
-    pub(super) fn unfit(&mut self, id: NodeId, host: &str, code: i32, message: &str, now: Duration, actions: &mut Vec<Action>) {
-        actions.push(record("unfit", json!({"host": host, "code": code, "message": message})));
-        actions.push(send(id, ToAgent::Exit { code, message: None }));
+    pub(super) fn unfit(
+        &mut self,
+        id: NodeId,
+        host: &str,
+        code: i32,
+        message: &str,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        actions.push(record(
+            "unfit",
+            json!({"host": host, "code": code, "message": message}),
+        ));
+        actions.push(send(
+            id,
+            ToAgent::Exit {
+                code,
+                message: None,
+            },
+        ));
         let exact = self.settings.min_nodes == self.settings.max_nodes && !self.settings.open;
-        let starting = matches!(self.phase, Phase::Gather { .. } | Phase::Form { .. }) && self.generation == 0;
+        let starting =
+            matches!(self.phase, Phase::Gather { .. } | Phase::Form { .. }) && self.generation == 0;
         if starting && (exact || self.settings.max_nodes == 1) {
-            actions.push(Action::Notice(format!("{host} cannot run the job: {message}")));
+            actions.push(Action::Notice(format!(
+                "{host} cannot run the job: {message}"
+            )));
             self.leave(code, now, actions);
         } else {
-            actions.push(Action::Notice(format!("{host} cannot take part: {message}")));
+            actions.push(Action::Notice(format!(
+                "{host} cannot take part: {message}"
+            )));
         }
     }
 
-    pub(super) fn lost_connection(&mut self, id: NodeId, how: &str, now: Duration, actions: &mut Vec<Action>) {
-        let Some(node) = self.nodes.remove(&id) else { return };
+    pub(super) fn lost_connection(
+        &mut self,
+        id: NodeId,
+        how: &str,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(node) = self.nodes.remove(&id) else {
+            return;
+        };
         let host = node.join.host.clone();
         if matches!(self.phase, Phase::Leave { .. }) {
             return;
         }
-        actions.push(record("lost", json!({"node": id, "host": host, "how": how})));
+        actions.push(record(
+            "lost",
+            json!({"node": id, "host": host, "how": how}),
+        ));
         let member = self.member(id).cloned();
         let busy = matches!(self.phase, Phase::Run | Phase::Stop { .. });
         match member {
@@ -95,7 +167,14 @@ impl State {
                 self.fence = self.fence.max(node.heard + self.settings.lease + FENCE);
                 actions.push(Action::Notice(format!("{host} is lost: {how}")));
                 let devices = node.join.devices.clone();
-                self.lost.push(LostNode { member, host, how: how.into(), heard: node.heard, at: now, devices });
+                self.lost.push(LostNode {
+                    member,
+                    host,
+                    how: how.into(),
+                    heard: node.heard,
+                    at: now,
+                    devices,
+                });
                 let ranks = self.lost[self.lost.len() - 1].member.ranks.clone();
                 ranks.for_each(|rank| self.watch.ended(rank, now));
                 if self.cause.is_none() {
@@ -115,18 +194,39 @@ impl State {
     }
 
     /// A signal to the coordinator, or to the agent `place` (` on gpu-02`).
-    pub(super) fn signal(&mut self, signal: i32, place: &str, now: Duration, actions: &mut Vec<Action>) {
+    pub(super) fn signal(
+        &mut self,
+        signal: i32,
+        place: &str,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
         let name = signal_name(signal);
-        actions.push(record("signal", json!({"signal": name, "place": place.trim_start_matches(" on ")})));
+        actions.push(record(
+            "signal",
+            json!({"signal": name, "place": place.trim_start_matches(" on ")}),
+        ));
         let ranks = count(self.world_size() as usize, "worker");
         match self.phase {
-            Phase::Run if signal == libc::SIGUSR1 => self.to_members(|generation| ToAgent::Signal { generation, signal }, actions),
-            Phase::Run if signal == libc::SIGUSR2 && self.settings.job.saves => self.preempt(&format!("{name}{place}"), now, actions),
-            Phase::Run if signal == libc::SIGUSR2 => self.to_members(|generation| ToAgent::Signal { generation, signal }, actions),
+            Phase::Run if signal == libc::SIGUSR1 => {
+                self.to_members(|generation| ToAgent::Signal { generation, signal }, actions)
+            }
+            Phase::Run if signal == libc::SIGUSR2 && self.settings.job.saves => {
+                self.preempt(&format!("{name}{place}"), now, actions)
+            }
+            Phase::Run if signal == libc::SIGUSR2 => {
+                self.to_members(|generation| ToAgent::Signal { generation, signal }, actions)
+            }
             Phase::Stop { .. } if matches!(signal, libc::SIGUSR1 | libc::SIGUSR2) => {}
             Phase::Run => {
-                let again = if signal == libc::SIGINT { "; Ctrl-C again kills them" } else { "" };
-                actions.push(Action::Notice(format!("{name}{place}: stopping {ranks}{again}")));
+                let again = if signal == libc::SIGINT {
+                    "; Ctrl-C again kills them"
+                } else {
+                    ""
+                };
+                actions.push(Action::Notice(format!(
+                    "{name}{place}: stopping {ranks}{again}"
+                )));
                 self.stop(Cause::Signal(signal), signal, now, actions);
             }
             Phase::Stop { .. } if signal == libc::SIGINT => {
@@ -140,10 +240,14 @@ impl State {
                 let code = match signal {
                     libc::SIGUSR1 => return,
                     // Nothing runs, so nothing is lost: it asks to be started again.
-                    libc::SIGUSR2 if self.settings.job.saves && self.generation > 0 => exit::REQUEUE,
+                    libc::SIGUSR2 if self.settings.job.saves && self.generation > 0 => {
+                        exit::REQUEUE
+                    }
                     _ => exit::SIGNAL_BASE + signal,
                 };
-                actions.push(Action::Notice(format!("{name}{place}: leaving, no worker runs")));
+                actions.push(Action::Notice(format!(
+                    "{name}{place}: leaving, no worker runs"
+                )));
                 self.leave(code, now, actions);
             }
             Phase::Leave { .. } | Phase::Finished { .. } => {}
@@ -160,13 +264,19 @@ impl State {
 
     fn preempt(&mut self, why: &str, now: Duration, actions: &mut Vec<Action>) {
         let grace = format(self.settings.job.grace);
-        actions.push(Action::Notice(format!("{why}: the workers save and end, grace {grace}")));
+        actions.push(Action::Notice(format!(
+            "{why}: the workers save and end, grace {grace}"
+        )));
         self.stop(Cause::Preempt, libc::SIGUSR2, now, actions);
     }
 
     pub(super) fn expired(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let silent: Vec<NodeId> =
-            self.nodes.iter().filter(|(_, n)| !n.local && now >= n.heard + self.settings.lease).map(|(id, _)| *id).collect();
+        let silent: Vec<NodeId> = self
+            .nodes
+            .iter()
+            .filter(|(_, n)| !n.local && now >= n.heard + self.settings.lease)
+            .map(|(id, _)| *id)
+            .collect();
         for id in silent {
             actions.push(Action::Drop { node: id });
             let how = format!("silent for {}", format(self.settings.lease));
@@ -184,20 +294,39 @@ impl State {
                 }
             }
             Phase::Form { deadline, .. } if now >= deadline => {
-                let late = self.members.iter().filter(|m| !self.has_formed(m.id)).map(|m| self.host(m.id).to_string());
+                let late = self
+                    .members
+                    .iter()
+                    .filter(|m| !self.has_formed(m.id))
+                    .map(|m| self.host(m.id).to_string());
                 let late = late.collect::<Vec<_>>().join(", ");
-                actions.push(Action::Notice(format!("no address of the first node was found within {}: no answer from {late}", format(FORM))));
+                actions.push(Action::Notice(format!(
+                    "no address of the first node was found within {}: no answer from {late}",
+                    format(FORM)
+                )));
                 self.leave(exit::PREFLIGHT, now, actions);
             }
             Phase::Stop { deadline } if now >= deadline => {
                 // An agent that lives but does not get its ranks to an end is cut off; its lease does the rest.
-                let late: Vec<NodeId> = self.members.iter().map(|m| m.id).filter(|id| self.is_awaited(*id)).collect();
+                let late: Vec<NodeId> = self
+                    .members
+                    .iter()
+                    .map(|m| m.id)
+                    .filter(|id| self.is_awaited(*id))
+                    .collect();
                 for id in late {
                     actions.push(Action::Drop { node: id });
-                    self.lost_connection(id, "its agent did not end the ranks in time", now, actions);
+                    self.lost_connection(
+                        id,
+                        "its agent did not end the ranks in time",
+                        now,
+                        actions,
+                    );
                 }
             }
-            Phase::Leave { code, deadline } if now >= deadline => self.phase = Phase::Finished { code },
+            Phase::Leave { code, deadline } if now >= deadline => {
+                self.phase = Phase::Finished { code }
+            }
             _ => {}
         }
     }
@@ -211,8 +340,14 @@ impl State {
                 self.try_to_form(now, actions);
             }
             Phase::Form { .. } => self.try_to_start(now, actions),
-            Phase::Run | Phase::Stop { .. } if self.members.iter().all(|m| !self.is_awaited(m.id)) => self.settle(now, actions),
-            Phase::Leave { code, .. } if self.nodes.values().all(|n| n.local) => self.phase = Phase::Finished { code },
+            Phase::Run | Phase::Stop { .. }
+                if self.members.iter().all(|m| !self.is_awaited(m.id)) =>
+            {
+                self.settle(now, actions)
+            }
+            Phase::Leave { code, .. } if self.nodes.values().all(|n| n.local) => {
+                self.phase = Phase::Finished { code }
+            }
             _ => {}
         }
     }
@@ -224,7 +359,10 @@ impl State {
 
     pub(super) fn gather(&mut self, now: Duration) {
         self.members.clear();
-        self.phase = Phase::Gather { deadline: now + self.settings.join, last_call: None };
+        self.phase = Phase::Gather {
+            deadline: now + self.settings.join,
+            last_call: None,
+        };
     }
 
     /// Nodes that can take ranks, in the order in which they joined; of those that are left out only as many as it
@@ -236,7 +374,8 @@ impl State {
             num_ranks: node.join.devices.len() as u32,
         };
         let out = |node: &Node| {
-            let is = |l: &&LeftOut| l.host == node.join.host && l.until.is_none_or(|until| now < until);
+            let is =
+                |l: &&LeftOut| l.host == node.join.host && l.until.is_none_or(|until| now < until);
             self.left_out.iter().find(is)
         };
         let (mut good, mut poor) = (Vec::new(), Vec::new());
@@ -254,7 +393,13 @@ impl State {
     }
 
     fn try_to_form(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let Phase::Gather { deadline, last_call } = &mut self.phase else { return };
+        let Phase::Gather {
+            deadline,
+            last_call,
+        } = &mut self.phase
+        else {
+            return;
+        };
         let (deadline, called) = (*deadline, *last_call);
         let candidates = self.candidates(now);
         let here = candidates.len() as u32;
@@ -262,20 +407,42 @@ impl State {
         // Whoever has survived does not wait for others: they are taken in later.
         let enough = if self.generation > 0 { min } else { max };
         if here >= min && called.is_none() {
-            let call = if here >= enough { now } else { (now + self.settings.last_call).min(deadline) };
-            self.phase = Phase::Gather { deadline, last_call: Some(call) };
+            let call = if here >= enough {
+                now
+            } else {
+                (now + self.settings.last_call).min(deadline)
+            };
+            self.phase = Phase::Gather {
+                deadline,
+                last_call: Some(call),
+            };
         }
-        let Phase::Gather { last_call, .. } = self.phase else { return };
+        let Phase::Gather { last_call, .. } = self.phase else {
+            return;
+        };
         if here < min {
             if now >= deadline || (!self.settings.open && self.generation > 0) {
                 let hosts: Vec<&str> = self.nodes.values().map(|n| n.join.host.as_str()).collect();
-                let hosts = if hosts.is_empty() { String::new() } else { format!(" ({})", hosts.join(", ")) };
+                let hosts = if hosts.is_empty() {
+                    String::new()
+                } else {
+                    format!(" ({})", hosts.join(", "))
+                };
                 let have = nodes(here as usize);
-                let why = if self.generation > 0 { "are left".into() } else { format!("joined within {}", format(self.settings.join)) };
-                actions.push(Action::Notice(format!("{have}{hosts} {why}, {min} are needed")));
+                let why = if self.generation > 0 {
+                    "are left".into()
+                } else {
+                    format!("joined within {}", format(self.settings.join))
+                };
+                actions.push(Action::Notice(format!(
+                    "{have}{hosts} {why}, {min} are needed"
+                )));
                 self.leave(exit::PREFLIGHT, now, actions);
             } else {
-                self.phase = Phase::Gather { deadline, last_call: None };
+                self.phase = Phase::Gather {
+                    deadline,
+                    last_call: None,
+                };
             }
             return;
         }
@@ -290,8 +457,15 @@ impl State {
         self.lost.clear();
         self.progress.clear();
         (self.checkpoint_step, self.steps) = (None, None);
-        let ports = if self.members.len() == 1 { Some((0, 0)) } else { None };
-        self.phase = Phase::Form { deadline: now + FORM, ports };
+        let ports = if self.members.len() == 1 {
+            Some((0, 0))
+        } else {
+            None
+        };
+        self.phase = Phase::Form {
+            deadline: now + FORM,
+            ports,
+        };
         if ports.is_none() {
             let generation = self.generation;
             actions.push(send(self.members[0].id, ToAgent::Reserve { generation }));
@@ -299,18 +473,37 @@ impl State {
         self.try_to_start(now, actions);
     }
 
-    pub(super) fn reserved(&mut self, id: NodeId, master_port: u16, probe_port: u16, actions: &mut Vec<Action>) {
-        let Phase::Form { ports, .. } = &mut self.phase else { return };
+    pub(super) fn reserved(
+        &mut self,
+        id: NodeId,
+        master_port: u16,
+        probe_port: u16,
+        actions: &mut Vec<Action>,
+    ) {
+        let Phase::Form { ports, .. } = &mut self.phase else {
+            return;
+        };
         if self.members.first().is_none_or(|m| m.id != id) || ports.is_some() {
             return;
         }
         *ports = Some((master_port, probe_port));
         let generation = self.generation;
-        let addresses: Vec<IpAddr> = self.first_addresses().into_iter().map(|(address, _)| address).collect();
+        let addresses: Vec<IpAddr> = self
+            .first_addresses()
+            .into_iter()
+            .map(|(address, _)| address)
+            .collect();
         for member in &self.members[1..] {
             if !self.reach.contains_key(&(id, member.id)) {
                 let (addresses, port) = (addresses.clone(), probe_port);
-                actions.push(send(member.id, ToAgent::Probe { generation, addresses, port }));
+                actions.push(send(
+                    member.id,
+                    ToAgent::Probe {
+                        generation,
+                        addresses,
+                        port,
+                    },
+                ));
             }
         }
     }
@@ -318,8 +511,11 @@ impl State {
     /// Where the first node may be reached. Loopback comes last: the probe tells whether it is the same machine.
     fn first_addresses(&self) -> Vec<(IpAddr, String)> {
         let first = self.members.first().and_then(|m| self.nodes.get(&m.id));
-        let own = first.into_iter().flat_map(|n| n.join.addresses.iter().cloned());
-        own.chain([(IpAddr::V4(Ipv4Addr::LOCALHOST), "lo".into())]).collect()
+        let own = first
+            .into_iter()
+            .flat_map(|n| n.join.addresses.iter().cloned());
+        own.chain([(IpAddr::V4(Ipv4Addr::LOCALHOST), "lo".into())])
+            .collect()
     }
 
     pub(super) fn reached(&mut self, id: NodeId, by: Vec<(IpAddr, String)>) {
@@ -329,7 +525,9 @@ impl State {
     }
 
     fn has_formed(&self, id: NodeId) -> bool {
-        let Phase::Form { ports, .. } = self.phase else { return true };
+        let Phase::Form { ports, .. } = self.phase else {
+            return true;
+        };
         match self.members.first() {
             Some(first) if first.id == id => ports.is_some(),
             Some(first) => self.reach.contains_key(&(first.id, id)),
@@ -339,7 +537,13 @@ impl State {
 
     /// Starts the ranks when port and addresses are known.
     fn try_to_start(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let Phase::Form { ports: Some((master_port, _)), .. } = self.phase else { return };
+        let Phase::Form {
+            ports: Some((master_port, _)),
+            ..
+        } = self.phase
+        else {
+            return;
+        };
         if !self.members.iter().all(|m| self.has_formed(m.id)) {
             return;
         }
@@ -353,7 +557,11 @@ impl State {
             }
         };
         let job = &self.settings.job;
-        let resume_from = if self.generation > 0 && job.saves { Some(job.run_dir.clone()) } else { job.resume_from.clone() };
+        let resume_from = if self.generation > 0 && job.saves {
+            Some(job.run_dir.clone())
+        } else {
+            job.resume_from.clone()
+        };
         let common = Start {
             generation: self.generation,
             run_id: job.run_id.clone(),
@@ -412,14 +620,21 @@ impl State {
 
     /// The first node's address that all reach, and the interface to it on every node.
     fn choose_address(&self) -> Result<(IpAddr, Vec<String>), String> {
-        let Some(first) = self.members.first() else { return Err("no node".into()) };
+        let Some(first) = self.members.first() else {
+            return Err("no node".into());
+        };
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
         if self.members.len() == 1 {
             return Ok((loopback, vec!["lo".into()]));
         }
         let others: Vec<(String, Vec<(IpAddr, String)>)> = self.members[1..]
             .iter()
-            .map(|m| (self.host(m.id).to_string(), self.reach[&(first.id, m.id)].clone()))
+            .map(|m| {
+                (
+                    self.host(m.id).to_string(),
+                    self.reach[&(first.id, m.id)].clone(),
+                )
+            })
             .collect();
         let choice = addresses::choose(self.host(first.id), &self.first_addresses(), &others)?;
         Ok((choice.address, choice.interfaces))
@@ -433,8 +648,12 @@ impl State {
         environment: Vec<Change>,
         actions: &mut Vec<Action>,
     ) {
-        let Some(member) = self.member(id).cloned() else { return };
-        let Some(node) = self.nodes.get_mut(&id) else { return };
+        let Some(member) = self.member(id).cloned() else {
+            return;
+        };
+        let Some(node) = self.nodes.get_mut(&id) else {
+            return;
+        };
         node.pids = pids.to_vec();
         let (host, at) = (node.join.host.clone(), node.clock.map(at));
         for (rank, pid) in member.ranks.zip(pids) {
@@ -447,10 +666,28 @@ impl State {
         }
     }
 
-    pub(super) fn cannot_start(&mut self, id: NodeId, code: i32, message: &str, now: Duration, actions: &mut Vec<Action>) {
+    pub(super) fn cannot_start(
+        &mut self,
+        id: NodeId,
+        code: i32,
+        message: &str,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
         let host = self.host(id).to_string();
-        actions.push(Action::Notice(format!("the workers on {host} cannot be started: {message}")));
-        self.reports.insert(id, NodeReport { ranks: Vec::new(), started_at: Duration::ZERO, oom_kills: 0, xids: Vec::new(), warnings: Vec::new() });
+        actions.push(Action::Notice(format!(
+            "the workers on {host} cannot be started: {message}"
+        )));
+        self.reports.insert(
+            id,
+            NodeReport {
+                ranks: Vec::new(),
+                started_at: Duration::ZERO,
+                oom_kills: 0,
+                xids: Vec::new(),
+                warnings: Vec::new(),
+            },
+        );
         // It would fail again, here and elsewhere.
         self.last = true;
         self.refusal.get_or_insert(code);
@@ -459,23 +696,48 @@ impl State {
         }
     }
 
-    pub(super) fn failing(&mut self, id: NodeId, local_rank: u32, end: Option<End>, now: Duration, actions: &mut Vec<Action>) {
+    pub(super) fn failing(
+        &mut self,
+        id: NodeId,
+        local_rank: u32,
+        end: Option<End>,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
         if self.cause.is_some() {
             return;
         }
-        let Some(rank) = self.member(id).map(|m| m.ranks.start + local_rank) else { return };
+        let Some(rank) = self.member(id).map(|m| m.ranks.start + local_rank) else {
+            return;
+        };
         let others = self.world_size().saturating_sub(1) as usize;
         if others > 0 {
-            let end = end.map_or("says that it fails".into(), |end| format!("ended with {end}"));
-            let at = if self.members.len() > 1 { format!(" on {}", self.host(id)) } else { String::new() };
+            let end = end.map_or("says that it fails".into(), |end| {
+                format!("ended with {end}")
+            });
+            let at = if self.members.len() > 1 {
+                format!(" on {}", self.host(id))
+            } else {
+                String::new()
+            };
             let (others, grace) = (count(others, "other"), format(self.settings.job.grace));
-            actions.push(Action::Notice(format!("rank {rank}{at} {end}: stopping {others}, grace {grace}")));
+            actions.push(Action::Notice(format!(
+                "rank {rank}{at} {end}: stopping {others}, grace {grace}"
+            )));
         }
         self.stop(Cause::Failure, libc::SIGTERM, now, actions);
     }
 
-    pub(super) fn clean(&mut self, id: NodeId, report: NodeReport, now: Duration, actions: &mut Vec<Action>) {
-        let Some(member) = self.member(id).cloned() else { return };
+    pub(super) fn clean(
+        &mut self,
+        id: NodeId,
+        report: NodeReport,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(member) = self.member(id).cloned() else {
+            return;
+        };
         let host = self.host(id).to_string();
         for (i, (rank, _)) in report.ranks.iter().enumerate() {
             let fields = json!({"generation": self.generation, "rank": member.ranks.start + i as u32, "host": host,
@@ -483,23 +745,39 @@ impl State {
             actions.push(record("exit", fields));
         }
         for warning in &report.warnings {
-            let at = if self.members.len() > 1 { format!("{host}: ") } else { String::new() };
+            let at = if self.members.len() > 1 {
+                format!("{host}: ")
+            } else {
+                String::new()
+            };
             actions.push(Action::Notice(format!("warning: {at}{warning}")));
         }
         self.reports.insert(id, report);
         member.ranks.for_each(|rank| self.watch.ended(rank, now));
     }
 
-    pub(super) fn beat(&mut self, id: NodeId, beat: Beat, now: Duration, actions: &mut Vec<Action>) {
-        let Some(node) = self.nodes.get_mut(&id) else { return };
+    pub(super) fn beat(
+        &mut self,
+        id: NodeId,
+        beat: Beat,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(node) = self.nodes.get_mut(&id) else {
+            return;
+        };
         if !node.local {
             node.clock.learn(beat.at, beat.rtt, now);
         }
         (node.load, node.mem_used_bytes) = (beat.load, beat.mem_used_bytes);
-        if beat.generation != self.generation || !matches!(self.phase, Phase::Run | Phase::Stop { .. }) {
+        if beat.generation != self.generation
+            || !matches!(self.phase, Phase::Run | Phase::Stop { .. })
+        {
             return;
         }
-        let Some(first) = self.member(id).map(|m| m.ranks.start) else { return };
+        let Some(first) = self.member(id).map(|m| m.ranks.start) else {
+            return;
+        };
         for progress in beat.ranks {
             let number = first + progress.local_rank;
             let rank = self.progress.entry(number).or_default();
@@ -508,7 +786,13 @@ impl State {
                 let (low, high) = self.steps.unwrap_or((step, step));
                 self.steps = Some((low.min(step), high.max(step)));
             }
-            self.watch.feed(number, rank.step, &progress.work_ms, rank.section.as_deref(), now);
+            self.watch.feed(
+                number,
+                rank.step,
+                &progress.work_ms,
+                rank.section.as_deref(),
+                now,
+            );
             if progress.checkpoint.is_some() {
                 self.checkpoint_step = progress.checkpoint;
                 self.grow(now, actions);
@@ -519,13 +803,21 @@ impl State {
 
     /// Takes in a waiting node, now that little is lost by a new start.
     fn grow(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let spare = self.candidates(now).into_iter().find(|c| self.member(c.id).is_none());
+        let spare = self
+            .candidates(now)
+            .into_iter()
+            .find(|c| self.member(c.id).is_none());
         let Some(spare) = spare else { return };
-        if self.cause.is_some() || self.members.len() as u32 >= self.settings.max_nodes || !self.settings.job.saves {
+        if self.cause.is_some()
+            || self.members.len() as u32 >= self.settings.max_nodes
+            || !self.settings.job.saves
+        {
             return;
         }
         let host = self.host(spare.id);
-        actions.push(Action::Notice(format!("{host} is taken in: the workers save and start again")));
+        actions.push(Action::Notice(format!(
+            "{host} is taken in: the workers save and start again"
+        )));
         self.stop(Cause::Grow, libc::SIGUSR2, now, actions);
     }
 
@@ -533,7 +825,11 @@ impl State {
         if let Some(inspection) = &self.inspection {
             if now >= inspection.deadline || inspection.waiting.is_empty() {
                 let inspection = self.inspection.take().unwrap_or_default();
-                let cause = Cause::Hang { late: inspection.late, text: inspection.texts.join("\n"), at: inspection.found };
+                let cause = Cause::Hang {
+                    late: inspection.late,
+                    text: inspection.texts.join("\n"),
+                    at: inspection.found,
+                };
                 self.stop(cause, libc::SIGTERM, now, actions);
             }
             return;
@@ -547,7 +843,11 @@ impl State {
             actions.push(record("pace", json!({"text": text})));
             actions.push(Action::Notice(text));
             if let Pace::Hang(hang) = event {
-                let late = if hang.late.is_empty() { (0..self.world_size()).collect() } else { hang.late };
+                let late = if hang.late.is_empty() {
+                    (0..self.world_size()).collect()
+                } else {
+                    hang.late
+                };
                 self.inspect(late, now, actions);
             }
         }
@@ -557,7 +857,9 @@ impl State {
     fn name(&self, rank: u32) -> String {
         let member = self.members.iter().find(|m| m.ranks.contains(&rank));
         match member {
-            Some(member) if self.members.len() > 1 => format!("rank {rank} on {}", self.host(member.id)),
+            Some(member) if self.members.len() > 1 => {
+                format!("rank {rank} on {}", self.host(member.id))
+            }
             _ => format!("rank {rank}"),
         }
     }
@@ -566,13 +868,29 @@ impl State {
     fn inspect(&mut self, late: Vec<u32>, now: Duration, actions: &mut Vec<Action>) {
         let mut waiting = Vec::new();
         for member in &self.members {
-            let local_ranks: Vec<u32> = late.iter().filter(|r| member.ranks.contains(r)).map(|r| r - member.ranks.start).collect();
+            let local_ranks: Vec<u32> = late
+                .iter()
+                .filter(|r| member.ranks.contains(r))
+                .map(|r| r - member.ranks.start)
+                .collect();
             if !local_ranks.is_empty() && self.nodes.contains_key(&member.id) {
                 waiting.push(member.id);
-                actions.push(send(member.id, ToAgent::Inspect { generation: self.generation, local_ranks }));
+                actions.push(send(
+                    member.id,
+                    ToAgent::Inspect {
+                        generation: self.generation,
+                        local_ranks,
+                    },
+                ));
             }
         }
-        self.inspection = Some(Inspection { late, texts: Vec::new(), waiting, found: now, deadline: now + INSPECT });
+        self.inspection = Some(Inspection {
+            late,
+            texts: Vec::new(),
+            waiting,
+            found: now,
+            deadline: now + INSPECT,
+        });
     }
 
     pub(super) fn inspected(&mut self, id: NodeId, text: String) {
@@ -587,12 +905,27 @@ impl State {
     }
 
     /// Stops all ranks that still run.
-    pub(super) fn stop(&mut self, cause: Cause, signal: i32, now: Duration, actions: &mut Vec<Action>) {
+    pub(super) fn stop(
+        &mut self,
+        cause: Cause,
+        signal: i32,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
         self.cause = Some(cause);
         self.inspection = None;
         let grace = self.settings.job.grace;
-        self.phase = Phase::Stop { deadline: now + 2 * grace + REPORT };
-        self.to_members(|generation| ToAgent::Stop { generation, signal, grace }, actions);
+        self.phase = Phase::Stop {
+            deadline: now + 2 * grace + REPORT,
+        };
+        self.to_members(
+            |generation| ToAgent::Stop {
+                generation,
+                signal,
+                grace,
+            },
+            actions,
+        );
     }
 
     fn to_members(&self, message: impl Fn(u32) -> ToAgent, actions: &mut Vec<Action>) {
@@ -604,16 +937,29 @@ impl State {
     /// Tells everybody to go.
     pub(super) fn leave(&mut self, code: i32, now: Duration, actions: &mut Vec<Action>) {
         for id in self.nodes.keys() {
-            actions.push(send(*id, ToAgent::Exit { code, message: None }));
+            actions.push(send(
+                *id,
+                ToAgent::Exit {
+                    code,
+                    message: None,
+                },
+            ));
         }
-        self.phase = Phase::Leave { code, deadline: now + LEAVE };
+        self.phase = Phase::Leave {
+            code,
+            deadline: now + LEAVE,
+        };
         self.advance(now, actions);
     }
 
     pub(super) fn host(&self, id: NodeId) -> &str {
         match self.nodes.get(&id) {
             Some(node) => &node.join.host,
-            None => self.lost.iter().find(|l| l.member.id == id).map_or("a lost node", |l| &l.host),
+            None => self
+                .lost
+                .iter()
+                .find(|l| l.member.id == id)
+                .map_or("a lost node", |l| &l.host),
         }
     }
 }

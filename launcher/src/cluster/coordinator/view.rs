@@ -71,7 +71,9 @@ impl State {
         let node = |id: &u64, node: &super::Node| {
             let member = self.member(*id);
             let state = match member {
-                _ if member.is_none() && self.left_out.iter().any(|l| l.host == node.join.host) => "left out",
+                _ if member.is_none() && self.left_out.iter().any(|l| l.host == node.join.host) => {
+                    "left out"
+                }
                 Some(_) => "running",
                 None => "spare",
             };
@@ -99,10 +101,18 @@ impl State {
 
     fn rank_statuses(&self, now: Duration) -> Vec<RankStatus> {
         let none = Rank::default();
-        let late = self.inspection.as_ref().map(|i| i.late.as_slice()).unwrap_or_default();
+        let late = self
+            .inspection
+            .as_ref()
+            .map(|i| i.late.as_slice())
+            .unwrap_or_default();
         let ranks = self.members.iter().flat_map(|member| {
             let node = self.nodes.get(&member.id);
-            member.ranks.clone().enumerate().map(move |(i, rank)| (member, node, i, rank))
+            member
+                .ranks
+                .clone()
+                .enumerate()
+                .map(move |(i, rank)| (member, node, i, rank))
         });
         ranks
             .map(|(member, node, i, rank)| {
@@ -118,13 +128,18 @@ impl State {
                 RankStatus {
                     rank,
                     host: self.host(member.id).into(),
-                    device: node.and_then(|n| n.join.devices.get(i)).cloned().unwrap_or_default(),
+                    device: node
+                        .and_then(|n| n.join.devices.get(i))
+                        .cloned()
+                        .unwrap_or_default(),
                     pid: node.and_then(|n| n.pids.get(i)).copied().unwrap_or(0),
                     state: state.into(),
                     step: progress.step,
                     epoch: progress.epoch,
                     section: progress.section.clone(),
-                    step_age_s: progress.stepped.map(|at| now.saturating_sub(at).as_secs_f64()),
+                    step_age_s: progress
+                        .stepped
+                        .map(|at| now.saturating_sub(at).as_secs_f64()),
                     work_ms: progress.median_ms(),
                 }
             })
