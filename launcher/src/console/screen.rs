@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::str::FromStr;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 use tsm_job::RunDir;
 
@@ -17,7 +17,9 @@ use super::{Console, fit};
 use crate::status::view::View;
 
 /// How long a line may wait for equal ones of other ranks.
-const WINDOW: Duration = Duration::from_millis(100);
+const WINDOW: Duration = Duration::from_millis(80);
+/// How long lines may wait so that the bottom of the terminal is not written anew for each.
+const PACE: Duration = Duration::from_millis(20);
 /// The bottom of the terminal is drawn anew no more often.
 const REDRAW: Duration = Duration::from_millis(200);
 
@@ -63,6 +65,8 @@ pub struct Outputs {
     err: Console,
     /// Stdout and stderr are one terminal, so what comes first has to be written first.
     together: bool,
+    /// Something may stand at the bottom, below the lines.
+    bottom: bool,
     /// Cells and rows of the terminal behind stderr, where it is one.
     size: Box<dyn Fn() -> Option<(usize, usize)> + Send>,
 }
@@ -83,7 +87,11 @@ impl Outputs {
             let or = |n: u16, default| if n == 0 { default } else { usize::from(n) };
             Some((or(size.ws_col, 80), or(size.ws_row, 24)))
         };
+        // What reads a pipe may write to the same terminal, as `| tee log` does, and not know of the bottom.
+        let kind = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&out)?.st_mode);
+        let is_pipe = kind.is_fifo() || kind.is_socket();
         Ok(Outputs {
+            bottom: err.is_terminal() && !is_pipe,
             together: out.is_terminal() && err.is_terminal(),
             out: Console::new(out),
             err: Console::new(err),
@@ -97,6 +105,7 @@ impl Outputs {
             out,
             err,
             together: false,
+            bottom: false,
             size: Box::new(|| None),
         }
     }
@@ -120,7 +129,7 @@ pub struct Screen {
 }
 
 impl Screen {
-    /// Starts the thread; `view` stands at the bottom where stderr is a terminal.
+    /// Starts the thread; `view` stands at the bottom where stderr is a terminal, and stdout is no pipe.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -160,53 +169,69 @@ impl Screen {
         self.feed.offer(Batch::own(&self.host, text));
     }
 
-    /// Waits until all is shown, but not longer than `wait`. Returns whether it is.
+    /// Waits until all is shown, but not longer than `wait` for a reader that takes nothing. Returns whether
+    /// all is shown.
     pub fn finish(self, wait: Duration) -> bool {
         self.feed.close();
-        self.finished.recv_timeout(wait).is_ok()
+        let mut taken = self.feed.taken();
+        loop {
+            match self.finished.recv_timeout(wait) {
+                Ok(()) => return true,
+                Err(RecvTimeoutError::Disconnected) => return false,
+                Err(RecvTimeoutError::Timeout) => {
+                    let before = std::mem::replace(&mut taken, self.feed.taken());
+                    if before == taken {
+                        return false;
+                    }
+                }
+            }
+        }
     }
 }
 
 fn show(mut tap: Tap, mut to: Outputs, painter: &mut Painter, view: &mut Option<View>) {
     let start = Instant::now();
-    let is_terminal = (to.size)().is_some();
-    let mut view = view.as_mut().filter(|_| is_terminal);
-    let mut drawn: Option<Duration> = None;
+    let mut view = view.as_mut().filter(|_| to.bottom);
     let (mut view_lines, mut shown) = (Vec::new(), (Vec::new(), 0));
+    let (mut next_redraw, mut next_write) = (Duration::ZERO, Duration::ZERO);
     loop {
-        let redraw = drawn.map_or(Duration::ZERO, |at| at + REDRAW);
-        let changes = view.is_some() || (is_terminal && painter.bar_changed);
-        let wake = match (painter.fold.deadline(), changes) {
-            (Some(fold), true) => Some(fold.min(redraw)),
-            (None, true) => Some(redraw),
-            (fold, false) => fold,
-        };
+        let changes = view.is_some() || (to.bottom && painter.bar_changed);
+        let waits = !painter.frame.is_empty();
+        let wake = painter.fold.deadline().into_iter();
+        let wake = wake.chain(changes.then_some(next_redraw));
+        let wake = wake.chain(waits.then_some(next_write)).min();
         let taken = tap.wait(wake.map(|at| at.saturating_sub(start.elapsed())));
         let now = start.elapsed();
         let closed = taken == Taken::Closed;
         if let Taken::Batch(batch) = &taken {
             painter.take(batch, now);
         }
-        painter.due(closed.then_some(Duration::MAX).unwrap_or(now));
+        painter.due(if closed { Duration::MAX } else { now });
+        if now < next_write && !closed && painter.frame.bytes() < LIMIT {
+            continue;
+        }
         let (width, rows) = (to.size)().unwrap_or((80, 24));
-        let redraw = now >= redraw && is_terminal && !closed;
+        let redraw = to.bottom && now >= next_redraw;
         if redraw {
-            if let Some(view) = &mut view {
-                view_lines = view.lines(width);
-            }
+            view_lines = view.as_mut().map_or(Vec::new(), |view| view.lines(width));
             painter.bar_changed = false;
-            drawn = Some(now);
+            next_redraw = now + REDRAW;
         }
         let mut bottom: Vec<String> = Vec::new();
-        if is_terminal && !closed {
+        if to.bottom && !closed {
             bottom.extend(painter.bar(width));
             bottom.extend(view_lines.iter().cloned());
             bottom.truncate((rows / 2).max(1));
         }
-        let redraw = redraw && shown != (bottom.clone(), width);
-        if redraw || closed || !painter.frame.is_empty() {
-            write(painter, &mut to, &bottom, width);
-            shown = (bottom, width);
+        let bottom = (bottom, width);
+        if closed || !painter.frame.is_empty() || (redraw && shown != bottom) {
+            write(painter, &mut to, &bottom.0, width);
+            let pace = if bottom.0.is_empty() {
+                Duration::ZERO
+            } else {
+                PACE
+            };
+            (shown, next_write) = (bottom, now + pace);
         }
         if closed {
             return;
@@ -245,6 +270,10 @@ struct Frame(Vec<(bool, Vec<u8>)>);
 impl Frame {
     fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.iter().map(|(_, text)| text.len()).sum()
     }
 
     fn to(&mut self, stderr: bool) -> &mut Vec<u8> {
@@ -596,6 +625,7 @@ mod tests {
             out: Console::new(Writer(Arc::clone(&written))),
             err: Console::new(Writer(Arc::clone(&written))),
             together: true,
+            bottom: true,
             size: Box::new(|| Some((80, 24))),
         };
         let snapshot = |step| {
