@@ -336,16 +336,12 @@ impl Painter {
 
     fn take(&mut self, batch: &Batch, now: Duration) {
         for missed in &batch.missed {
-            self.flush();
             let text = self.missed(missed);
-            self.own(batch, &text);
+            self.own(batch, &text, now);
         }
         for line in batch.lines() {
             match (line.rank, self.style.format) {
-                (None, _) => {
-                    self.flush();
-                    self.own(batch, &String::from_utf8_lossy(line.text));
-                }
+                (None, _) => self.own(batch, &String::from_utf8_lossy(line.text), now),
                 (Some(_), Format::Json) => {
                     let stream = if line.stderr { "stderr" } else { "stdout" };
                     let text = String::from_utf8_lossy(line.text);
@@ -376,12 +372,6 @@ impl Painter {
         }
     }
 
-    fn flush(&mut self) {
-        while let Some(group) = self.fold.pop() {
-            self.group(group);
-        }
-    }
-
     fn group(&mut self, group: Group) {
         self.show(&group.ranks, group.stderr, &group.text);
     }
@@ -394,13 +384,14 @@ impl Painter {
         to.push(b'\n');
     }
 
-    fn own(&mut self, batch: &Batch, text: &str) {
-        if self.style.format == Format::Json {
-            return self.record(batch, None, "launcher", text);
+    fn own(&mut self, batch: &Batch, text: &str, now: Duration) {
+        match self.style.format {
+            Format::Json => self.record(batch, None, "launcher", text),
+            Format::Text => {
+                self.fold.own(now, text);
+                self.due(now);
+            }
         }
-        let to = self.frame.to(true);
-        to.extend_from_slice(text.as_bytes());
-        to.push(b'\n');
     }
 
     fn record(&mut self, batch: &Batch, rank: Option<u32>, stream: &str, line: &str) {
@@ -417,10 +408,11 @@ impl Painter {
         to.push(b'\n');
     }
 
-    /// `12 | `, `gpu-02 12 | ` or `[0-7,12] | `.
+    /// `12 | `, `gpu-02 12 | ` or `[0-7,12] | `; nothing for the launcher's own words.
     fn label(&self, ranks: &[u32]) -> String {
         let digits = self.digits;
         match ranks {
+            [] => String::new(),
             [rank] => match self.hosts.get(rank) {
                 Some(host) => {
                     let width = self.host_width;
@@ -499,7 +491,7 @@ mod tests {
         for batch in batches {
             painter.take(batch, Duration::ZERO);
         }
-        painter.flush();
+        painter.due(Duration::MAX);
         let mut text = [String::new(), String::new()];
         for (stderr, piece) in std::mem::take(&mut painter.frame).pieces(false) {
             text[usize::from(stderr)] += &String::from_utf8(piece).unwrap();
@@ -648,16 +640,71 @@ mod tests {
             lines.bar = Some((3, format!(" {step}%").into_bytes()));
             screen.feed().offer(lines);
         }
+        let so_far = || String::from_utf8(written.lock().unwrap().clone()).unwrap();
+        // The bar and the view below it are drawn at the latest when nothing else happens.
+        let start = Instant::now();
+        while !so_far().contains(" 199%\ndemo  0 s\nstep 199  ") {
+            assert!(start.elapsed() < Duration::from_secs(60), "{}", so_far());
+            std::thread::yield_now();
+        }
         assert!(screen.finish(Duration::from_secs(60)));
-        let text = String::from_utf8(written.lock().unwrap().clone()).unwrap();
-        assert!(
-            text.contains("demo  0 s\n") && text.contains("%\ndemo"),
-            "{text}"
-        );
+        let text = so_far();
         let mut rows = on_terminal(&text);
         assert_eq!(rows.pop().unwrap(), "");
         let expected = [" 0 | out", " 3 | err"].repeat(199);
         assert_eq!(rows, expected);
+    }
+
+    /// Two agents, each with a queue of its own, and the screen of the coordinator.
+    #[test]
+    fn the_lines_of_two_nodes_come_over_the_network_in_order() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let outputs = Outputs::plain(Console::new(writer), Console::new(std::io::sink()));
+        let screen = Screen::start(outputs, style(Format::Text, true), None).unwrap();
+        let read = std::thread::spawn(move || {
+            let mut text = String::new();
+            reader.read_to_string(&mut text).map(|_| text).unwrap()
+        });
+        let node = |host: &'static str, ranks: [u32; 2]| {
+            let (feed, mut tap) = queue(LIMIT);
+            let (screen, patience) = (screen.feed(), screen.patience());
+            let agent = std::thread::spawn(move || {
+                for i in 0..500 {
+                    let own = format!("{host} {i}");
+                    let lines = [(ranks[0], "same"), (ranks[1], "same"), (ranks[0], &own)];
+                    feed.send(batch(host, &lines), Duration::from_secs(60));
+                }
+            });
+            let wire = std::thread::spawn(move || {
+                while let Taken::Batch(batch) = tap.wait(None) {
+                    let message = serde_json::to_vec(&batch).unwrap();
+                    screen.send(serde_json::from_slice(&message).unwrap(), patience);
+                }
+            });
+            [agent, wire]
+        };
+        let threads = [node("gpu-01", [0, 1]), node("gpu-02", [8, 9])];
+        for thread in threads.into_iter().flatten() {
+            thread.join().unwrap();
+        }
+        assert!(screen.finish(Duration::from_secs(60)));
+        let text = read.join().unwrap();
+        for (host, rank) in [("gpu-01", 0), ("gpu-02", 8)] {
+            let label = format!("{host} {rank:>2} | ");
+            let own = text.lines().filter_map(|line| line.strip_prefix(&label));
+            let own: Vec<&str> = own.filter(|line| *line != "same").collect();
+            let expected: Vec<String> = (0..500).map(|i| format!("{host} {i}")).collect();
+            assert_eq!(own, expected);
+        }
+        let same: usize = text
+            .lines()
+            .filter_map(|line| line.strip_suffix(" | same"))
+            .map(|label| match label.strip_prefix('[') {
+                Some(list) => list.matches([',', '-']).count() + 1,
+                None => 1,
+            })
+            .sum();
+        assert_eq!(same, 4 * 500);
     }
 
     /// As a terminal stopped with Ctrl-S: nobody reads, so the thread hangs in its write.
@@ -683,11 +730,10 @@ mod tests {
         reader.read_to_string(&mut text).unwrap();
         let shown = text.matches(&format!(" 3 | {line}\n")).count();
         let missed = text.lines().filter_map(|line| {
-            line.strip_prefix("tsm-launch: ")?
-                .split_once(" lines of rank 3 not shown: see runs/a/logs/a-3.err")?
-                .0
-                .parse::<usize>()
-                .ok()
+            let (number, rest) = line.strip_prefix("tsm-launch: ")?.split_once(" line")?;
+            let file = " of rank 3 not shown: see runs/a/logs/a-3.err";
+            assert_eq!(rest.trim_start_matches('s'), file);
+            number.parse::<usize>().ok()
         });
         assert_eq!(shown + missed.sum::<usize>(), 200_000);
         assert!(shown < 100_000, "{shown} lines were held in memory");
