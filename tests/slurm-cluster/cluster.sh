@@ -12,14 +12,21 @@
 set -euo pipefail
 
 verb=${1:-} dir=${2:-} nodes=${3:-4}
+PATH=$PATH:/usr/sbin:/sbin
 skip() { echo "skipped: $*"; exit 77; }
 die() { echo "error: $*" >&2; exit 1; }
 case $verb in start | hold | env | stop) ;; *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 64 ;; esac
 [ -n "$dir" ] || die "no folder given"
+case $verb in
+  start | hold)
+    command -v slurmctld slurmd munged sbatch > /dev/null || skip "SLURM and munge are not installed"
+    [ "$(id -u)" = 0 ] || skip "needs root"
+    [ ! -e "$dir/run/pids" ] || die "$dir holds a cluster already; stop it, or give another folder"
+    ;;
+esac
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd -P)
 export SLURM_CONF=$dir/slurm.conf
-PATH=$PATH:/usr/sbin:/sbin
 
 listening() { # is PORT taken? (column 2 of /proc/net/tcp is address:port in hex)
   local hex; hex=$(printf ':%04X' "$1")
@@ -42,7 +49,7 @@ SlurmdLogFile=$dir/log/slurmd.%n
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits as long as a credential lives, 120 s unless told otherwise.
+# A requeued job waits as long as a credential lives: 120 s, unless it is told another time of 5 s or more.
 AuthInfo=socket=$dir/munge/socket,cred_expire=5
 CredType=cred/munge
 MpiDefault=none
@@ -91,9 +98,6 @@ up_or_dead() { idle || ! alive; }
 
 start() {
   local attempt n
-  command -v slurmctld slurmd munged sbatch > /dev/null || skip "SLURM and munge are not installed"
-  [ "$(id -u)" = 0 ] || skip "needs root"
-  [ ! -e "$dir/run/pids" ] || die "$dir holds a cluster already; stop it, or give another folder"
   for attempt in 1 2 3 4 5; do
     mkdir -p "$dir"/{run,state,log,munge,gpu}
     for n in $(seq "$nodes"); do mkdir -p "$dir/spool/n$n"; done

@@ -7,7 +7,10 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 use tsm_launch::start::slurm::{Job, JobId, Slurm};
 
-pub const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/slurm-cluster/cluster.sh");
+pub const SCRIPT: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../tests/slurm-cluster/cluster.sh"
+);
 
 /// Far longer than anything takes, so that only a hang reaches it, also on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(120);
@@ -57,13 +60,21 @@ impl Cluster {
         }
         let _ = said.read_to_string(&mut line);
         let status = keeper.wait().expect("waitable");
-        assert_eq!(status.code(), Some(77), "the cluster does not start: {line}");
+        assert_eq!(
+            status.code(),
+            Some(77),
+            "the cluster does not start: {line}"
+        );
         eprintln!("{}", line.trim());
         None
     }
 
     fn conf(&self) -> String {
-        self.dir.path().join("slurm/slurm.conf").to_string_lossy().into_owned()
+        self.dir
+            .path()
+            .join("slurm/slurm.conf")
+            .to_string_lossy()
+            .into_owned()
     }
 
     /// SLURM's commands, for this cluster.
@@ -81,11 +92,17 @@ impl Cluster {
         let mut command = self.slurm().command(program);
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
-            if name.starts_with("SLURM_") || name.starts_with("SBATCH_") || name.starts_with("SRUN_") {
+            if name.starts_with("SLURM_")
+                || name.starts_with("SBATCH_")
+                || name.starts_with("SRUN_")
+            {
                 command.env_remove(&*name);
             }
         }
-        command.env("SLURM_CONF", self.conf()).current_dir(self.path()).stdin(Stdio::null());
+        command
+            .env("SLURM_CONF", self.conf())
+            .current_dir(self.path())
+            .stdin(Stdio::null());
         command
     }
 
@@ -94,9 +111,17 @@ impl Cluster {
     /// # Panics
     /// When it fails.
     pub fn output(&self, program: &str, args: &[&str]) -> String {
-        let output = self.command(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+        let output = self
+            .command(program)
+            .args(args)
+            .output()
+            .unwrap_or_else(|e| panic!("{program}: {e}"));
         let err = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{program} {args:?}: {}\n{err}", output.status);
+        assert!(
+            output.status.success(),
+            "{program} {args:?}: {}\n{err}",
+            output.status
+        );
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
@@ -108,7 +133,11 @@ impl Cluster {
         let mut args = vec!["--parsable", "--output=%j.out"];
         args.extend(options);
         args.push(&path);
-        let id = self.output("sbatch", &args).trim().parse().expect("a job's number");
+        let id = self
+            .output("sbatch", &args)
+            .trim()
+            .parse()
+            .expect("a job's number");
         JobId { id, array: None }
     }
 
@@ -122,8 +151,17 @@ impl Cluster {
 
     /// Waits until the job is over; its state and exit code.
     pub fn wait(&self, job: JobId) -> Job {
-        let over = ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"];
-        self.until(&format!("the end of job {job}"), || Some(self.job(job)).filter(|j| over.contains(&j.state.as_str())))
+        let over = [
+            "COMPLETED",
+            "FAILED",
+            "CANCELLED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "PREEMPTED",
+        ];
+        self.until(&format!("the end of job {job}"), || {
+            Some(self.job(job)).filter(|j| over.contains(&j.state.as_str()))
+        })
     }
 
     /// Looks again and again until `look` finds something.
@@ -152,7 +190,10 @@ impl Drop for Cluster {
         self.hold = None;
         let status = self.keeper.wait();
         if !std::thread::panicking() {
-            assert!(status.is_ok_and(|s| s.success()), "the cluster does not stop");
+            assert!(
+                status.is_ok_and(|s| s.success()),
+                "the cluster does not stop"
+            );
         }
     }
 }

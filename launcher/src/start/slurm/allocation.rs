@@ -24,8 +24,6 @@ pub struct Allocation {
     /// How often the job was queued again.
     pub restart_count: u32,
     pub place: Place,
-    /// GPUs were asked for by task: a step of one task per node would get one task's share.
-    pub gpus_by_task: bool,
 }
 
 /// Where in a job a process runs.
@@ -158,13 +156,6 @@ impl Allocation {
             end,
             restart_count: number("SLURM_RESTART_COUNT")?.unwrap_or(0),
             place,
-            gpus_by_task: [
-                "SLURM_GPUS_PER_TASK",
-                "SLURM_NTASKS_PER_GPU",
-                "SLURM_TRES_PER_TASK",
-            ]
-            .iter()
-            .any(|name| get(name).is_some()),
         }))
     }
 
@@ -277,8 +268,8 @@ mod tests {
         );
         assert_eq!((found.gpus_per_node, found.cpus), (Some(4), vec![48, 48]));
         assert_eq!(
-            (found.restart_count, found.end, found.gpus_by_task),
-            (0, None, false)
+            (found.restart_count, found.end),
+            (0, None)
         );
         let newer = with(&[("SLURM_STEP_ID", "4294967291")]);
         assert_eq!(read(&newer).unwrap().unwrap().place, Place::Batch);
@@ -334,7 +325,6 @@ mod tests {
             ("SLURM_ARRAY_TASK_ID", "3"),
             ("SLURM_RESTART_COUNT", "2"),
             ("SLURM_JOB_END_TIME", "1800000000"),
-            ("SLURM_GPUS_PER_TASK", "1"),
         ]));
         let found = found.unwrap().unwrap();
         assert_eq!(
@@ -345,7 +335,6 @@ mod tests {
             found.end,
             Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000))
         );
-        assert!(found.gpus_by_task);
     }
 
     #[test]

@@ -40,6 +40,9 @@ pub struct Job {
     pub restarts: u32,
     /// Exit code, and the signal that ended the batch shell.
     pub exit: (i32, i32),
+    pub start: Option<SystemTime>,
+    /// `None` without a limit.
+    pub limit: Option<Duration>,
     /// When it ends by its time limit, or by the grace of its pre-emption; or when it ended.
     pub end: Option<SystemTime>,
     /// Since when it is being pre-empted.
@@ -100,26 +103,66 @@ impl Job {
             requeue: field("Requeue") == "1",
             restarts: field("Restarts").parse().unwrap_or(0),
             exit: (code.parse().unwrap_or(0), signal.parse().unwrap_or(0)),
+            start: time("StartTime"),
+            limit: time_limit(field("TimeLimit")),
             end: time("EndTime"),
             preempted: time("PreemptTime"),
             nodes: field("NodeList").into(),
         }
     }
 
-    /// Why a process of this job got SIGTERM at `now`, if `restart_count` is what the job started with.
-    pub fn stop_cause(&self, restart_count: u32, now: SystemTime) -> StopCause {
+    /// Why a process of this job got SIGTERM, if `restart_count` is what the job started with.
+    pub fn stop_cause(&self, restart_count: u32) -> StopCause {
+        let in_time = || {
+            let limit = self
+                .start
+                .zip(self.limit)
+                .and_then(|(start, limit)| start.checked_add(limit));
+            limit.zip(self.end).is_none_or(|(limit, end)| end < limit)
+        };
         match self.state.as_str() {
             "CANCELLED" => StopCause::Cancelled,
             "TIMEOUT" | "DEADLINE" => StopCause::TimeLimit,
             _ if self.restarts > restart_count => StopCause::Requeued,
             "PREEMPTED" | "REQUEUED" | "NODE_FAIL" => StopCause::Requeued,
-            _ if self.preempted.is_some() => StopCause::Preempted { until: self.end },
-            "RUNNING" | "COMPLETING" if self.end.is_some_and(|end| end <= now) => {
-                StopCause::TimeLimit
-            }
+            "RUNNING" if self.preempted.is_some() => StopCause::Preempted { until: self.end },
+            // Its end is the moment in which SLURM began to end it.
+            "COMPLETING" if in_time() => StopCause::Cancelled,
+            "COMPLETING" => StopCause::TimeLimit,
             _ => StopCause::Other,
         }
     }
+}
+
+/// A time limit as sbatch reads it and SLURM shows it; `None` for none, and for what is no limit.
+pub(super) fn time_limit(text: &str) -> Option<Duration> {
+    let (days, rest) = match text.split_once('-') {
+        Some((days, rest)) => (Some(days), rest),
+        None => (None, text),
+    };
+    let parts: Vec<u64> = rest
+        .split(':')
+        .map(|part| part.parse().ok())
+        .collect::<Option<_>>()?;
+    let parts = match (days.is_some(), parts.as_slice()) {
+        (false, &[m]) => [0, m, 0],
+        (false, &[m, s]) => [0, m, s],
+        (true, &[h]) => [h, 0, 0],
+        (true, &[h, m]) => [h, m, 0],
+        (_, &[h, m, s]) => [h, m, s],
+        _ => return None,
+    };
+    let days: u64 = days.unwrap_or("0").parse().ok()?;
+    let units = [
+        (days, 86_400),
+        (parts[0], 3600),
+        (parts[1], 60),
+        (parts[2], 1),
+    ];
+    let seconds = units.iter().try_fold(0u64, |sum, (n, unit)| {
+        sum.checked_add(n.checked_mul(*unit)?)
+    })?;
+    Some(Duration::from_secs(seconds))
 }
 
 /// How a start of a job ended.
@@ -320,7 +363,7 @@ JobId=4 JobName=a JobState=FAILED Requeue=0
    UserId=root(0) GroupId=root(0) MCS_label=N/A
    JobState=RUNNING Reason=None Dependency=(null)
    Requeue=1 Restarts=2 BatchFlag=1 Reboot=0 ExitCode=3:9
-   RunTime=00:00:04 TimeLimit=UNLIMITED TimeMin=N/A
+   RunTime=00:00:04 TimeLimit=00:10:00 TimeMin=N/A
    StartTime=1795307999 EndTime=1795308015 Deadline=N/A
    PreemptEligibleTime=1795307999 PreemptTime=1795308005
    ReqNodeList=(null) ExcNodeList=(null)
@@ -341,6 +384,8 @@ JobId=4 JobName=a JobState=FAILED Requeue=0
             requeue: true,
             restarts: 2,
             exit: (3, 9),
+            start: Some(at(1_795_307_999)),
+            limit: Some(Duration::from_secs(600)),
             end: Some(at(1_795_308_015)),
             preempted: Some(at(1_795_308_005)),
             nodes: "n[1-4]".into(),
@@ -359,37 +404,65 @@ JobId=4 JobName=a JobState=FAILED Requeue=0
     fn the_cause_of_a_stop_is_told_apart() {
         let running = Job {
             state: "RUNNING".into(),
+            start: Some(at(0)),
+            limit: Some(Duration::from_secs(100)),
             end: Some(at(100)),
             ..Job::default()
         };
-        let cause = |job: &Job, now| job.stop_cause(0, at(now));
-        assert_eq!(cause(&running, 50), StopCause::Other);
-        assert_eq!(cause(&running, 100), StopCause::TimeLimit);
+        let cause = |job: &Job| job.stop_cause(0);
+        assert_eq!(cause(&running), StopCause::Other);
+        let ending = Job {
+            state: "COMPLETING".into(),
+            ..running.clone()
+        };
+        assert_eq!(cause(&ending), StopCause::TimeLimit);
+        assert_eq!(
+            cause(&Job {
+                end: Some(at(130)),
+                ..ending.clone()
+            }),
+            StopCause::TimeLimit
+        );
+        assert_eq!(
+            cause(&Job {
+                end: Some(at(99)),
+                ..ending.clone()
+            }),
+            StopCause::Cancelled
+        );
+        assert_eq!(
+            cause(&Job {
+                limit: None,
+                ..ending.clone()
+            }),
+            StopCause::Cancelled
+        );
         let preempted = Job {
-            preempted: Some(at(90)),
+            preempted: Some(at(30)),
+            end: Some(at(40)),
             ..running.clone()
         };
         assert_eq!(
-            cause(&preempted, 91),
+            cause(&preempted),
             StopCause::Preempted {
-                until: Some(at(100))
+                until: Some(at(40))
             }
         );
         let again = Job {
             restarts: 1,
-            state: "COMPLETING".into(),
-            ..running.clone()
+            ..ending.clone()
         };
-        assert_eq!(cause(&again, 50), StopCause::Requeued);
-        assert_eq!(again.stop_cause(1, at(50)), StopCause::Other);
+        assert_eq!(cause(&again), StopCause::Requeued);
+        assert_eq!(
+            again.stop_cause(1),
+            StopCause::TimeLimit,
+            "queued again before, not now"
+        );
         let state = |state: &str| {
-            cause(
-                &Job {
-                    state: state.into(),
-                    ..running.clone()
-                },
-                50,
-            )
+            cause(&Job {
+                state: state.into(),
+                ..running.clone()
+            })
         };
         assert_eq!(
             (state("CANCELLED"), state("TIMEOUT"), state("NODE_FAIL")),
@@ -399,6 +472,20 @@ JobId=4 JobName=a JobState=FAILED Requeue=0
                 StopCause::Requeued
             )
         );
+    }
+
+    #[test]
+    fn time_limits_are_read_as_sbatch_reads_them() {
+        let seconds = |text| time_limit(text).map(|t| t.as_secs());
+        assert_eq!(seconds("5"), Some(300));
+        assert_eq!(seconds("5:30"), Some(330));
+        assert_eq!(seconds("1:00:01"), Some(3601));
+        assert_eq!(seconds("2-1"), Some(176_400));
+        assert_eq!(seconds("1-0:10"), Some(87_000));
+        assert_eq!(seconds("1-00:00:10"), Some(86_410));
+        for none in ["UNLIMITED", "1:2:3:4", "", "18446744073709551615", "1-"] {
+            assert_eq!(seconds(none), None, "{none}");
+        }
     }
 
     #[test]

@@ -7,8 +7,9 @@ use super::nodelist::compress;
 
 /// Variables of the job, or of the site, by which srun would start something else than what is asked
 /// for here; srun has no option that takes precedence over each.
-const REMOVED: [&str; 19] = [
+const REMOVED: [&str; 20] = [
     // They come from the sbatch options of a script that was meant for one task per GPU.
+    "SLURM_GPUS",
     "SLURM_GPUS_PER_TASK",
     "SLURM_GPU_BIND",
     "SLURM_NTASKS_PER_GPU",
@@ -41,12 +42,12 @@ pub struct Srun {
     pub env_remove: &'static [&'static str],
 }
 
-/// Starts `agent` once on each of `nodes`, which are nodes of `job`.
+/// Starts `agent` once on each of `nodes`, which are nodes of `job`, with `gpus` of each node (`None`: all).
 ///
 /// What is written to srun's stdin goes to every agent. An agent gets SIGKILL when srun gets SIGTERM or
 /// is killed; SIGINT is passed on. So srun belongs in a process group that a Ctrl-C does not reach, and
 /// agents are asked to end over their connection.
-pub fn srun(job: &Allocation, nodes: &[String], agent: &[OsString]) -> Srun {
+pub fn srun(job: &Allocation, nodes: &[String], gpus: Option<u32>, agent: &[OsString]) -> Srun {
     let count = nodes.len();
     let mut argv: Vec<OsString> = vec!["srun".into()];
     let mut flag = |text: String| argv.push(text.into());
@@ -60,10 +61,10 @@ pub fn srun(job: &Allocation, nodes: &[String], agent: &[OsString]) -> Srun {
     // All memory and, without --exact, all cores of the job on a node; an agent binds its ranks itself.
     flag("--mem=0".into());
     flag("--cpu-bind=none".into());
-    // No --gpu-bind: NCCL needs every GPU of the node visible to every rank for peer access.
-    if let (true, Some(gpus @ 1..)) = (job.gpus_by_task, job.gpus_per_node) {
-        // The job's own request by task would leave one task's share to the agent.
-        flag(format!("--gpus-per-task={gpus}"));
+    // By node: a job that asked for GPUs by task or in all would give a step one task's share, or refuse
+    // it. No --gpu-bind: NCCL needs every GPU of the node visible to every rank for peer access.
+    if let Some(all @ 1..) = job.gpus_per_node {
+        flag(format!("--gpus-per-node={}", gpus.unwrap_or(all)));
     }
     // An agent that ends, well or not, is the coordinator's business, and so is a node that is lost.
     flag("--kill-on-bad-exit=0".into());
@@ -98,16 +99,15 @@ mod tests {
             end: None,
             restart_count: 0,
             place: Place::Batch,
-            gpus_by_task: false,
         };
         let agent: Vec<OsString> = vec!["/opt/my apps/tsm-launch".into(), "__agent".into()];
-        let words = |job: &Allocation| {
-            let argv = srun(job, &nodes, &agent).argv;
+        let words = |job: &Allocation, gpus| {
+            let argv = srun(job, &nodes, gpus, &agent).argv;
             argv.into_iter()
                 .map(|w| w.into_string().unwrap())
                 .collect::<Vec<_>>()
         };
-        let argv = words(&job);
+        let argv = words(&job, None);
         assert_eq!(
             argv[..5],
             [
@@ -122,10 +122,14 @@ mod tests {
             argv[argv.len() - 2..],
             ["/opt/my apps/tsm-launch", "__agent"]
         );
-        assert!(!argv.iter().any(|w| w.starts_with("--gpu")), "{argv:?}");
-        job.gpus_by_task = true;
-        assert!(words(&job).contains(&"--gpus-per-task=8".into()));
-        job.gpus_per_node = Some(0);
-        assert!(!words(&job).iter().any(|w| w.starts_with("--gpu")));
+        assert!(argv.contains(&"--gpus-per-node=8".into()), "{argv:?}");
+        assert!(words(&job, Some(4)).contains(&"--gpus-per-node=4".into()));
+        for without in [None, Some(0)] {
+            job.gpus_per_node = without;
+            assert!(
+                !words(&job, Some(4)).iter().any(|w| w.starts_with("--gpu")),
+                "SLURM knows of no GPU"
+            );
+        }
     }
 }

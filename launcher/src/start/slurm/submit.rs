@@ -10,7 +10,7 @@ use tsm_job::Config;
 use tsm_job::config::{DeviceKind, duration};
 use tsm_job::exit::{self, Coded};
 
-use super::job::Slurm;
+use super::job::{Slurm, time_limit};
 use crate::plan::shell;
 
 /// SLURM tells a job of its time limit up to this much earlier than it was asked to.
@@ -241,6 +241,14 @@ impl Submit {
         // The one sign that sbatch replaces in a file name.
         let output = |path: &Path| path.to_string_lossy().replace('%', "%%");
         let output = format!("{}/{name}-slurm-%j.out", output(&root));
+        if output.contains('\\') {
+            let text = format!(
+                "{output:?} cannot be the job's output: SLURM replaces no %j in a path with a backslash"
+            );
+            return Err(refuse(format!(
+                "{text}\n  hint: give another run.dir, or work in another folder"
+            )));
+        }
         let mut sbatch = Vec::new();
         let mut set = |name, value: Option<String>| sbatch.push(Sbatch { name, value });
         set("job-name", Some(self.job_name.clone().unwrap_or(name)));
@@ -354,28 +362,6 @@ fn quote(value: &str) -> String {
         return value.into();
     }
     format!("\"{}\"", value.replace('\\', r"\\").replace('"', "\\\""))
-}
-
-/// A time limit as sbatch reads it; `None` for none, and for what sbatch will refuse.
-fn time_limit(text: &str) -> Option<Duration> {
-    let (days, rest) = match text.split_once('-') {
-        Some((days, rest)) => (Some(days), rest),
-        None => (None, text),
-    };
-    let parts: Vec<u64> = rest
-        .split(':')
-        .map(|part| part.parse().ok())
-        .collect::<Option<_>>()?;
-    let seconds = match (days.is_some(), parts.as_slice()) {
-        (false, [m]) => m * 60,
-        (false, [m, s]) => m * 60 + s,
-        (true, [h]) => h * 3600,
-        (true, [h, m]) => h * 3600 + m * 60,
-        (_, [h, m, s]) => h * 3600 + m * 60 + s,
-        _ => return None,
-    };
-    let days: u64 = days.unwrap_or("0").parse().ok()?;
-    Some(Duration::from_secs(days * 86_400 + seconds))
 }
 
 impl Slurm {
@@ -559,21 +545,10 @@ exec /opt/tsm/bin/tsm-launch --nodes 1 --cpus 4 --show-ranks=all configs/ucf101.
         assert!(error(&["--signal-lead", "24h"]).contains("65535s"));
         assert!(error(&["--partition", "a\n#SBATCH --exclusive"]).contains("fit into a line"));
         assert!(error(&["--extra", "exclusive"]).contains("no option of sbatch"));
+        let backslash = options(&["--gpus", "1"], &[r"run.dir=a\b"])
+            .unwrap_err()
+            .to_string();
+        assert!(backslash.contains("with a backslash"), "{backslash}");
         assert!(error(&["--cpus", "1"]).contains("cannot be used with"));
-    }
-
-    #[test]
-    fn time_limits_are_read_as_sbatch_reads_them() {
-        let seconds = |text| time_limit(text).map(|t| t.as_secs());
-        assert_eq!(seconds("5"), Some(300));
-        assert_eq!(seconds("5:30"), Some(330));
-        assert_eq!(seconds("1:00:01"), Some(3601));
-        assert_eq!(seconds("2-1"), Some(176_400));
-        assert_eq!(seconds("1-0:10"), Some(87_000));
-        assert_eq!(seconds("1-0:0:10"), Some(86_410));
-        assert_eq!(
-            (seconds("UNLIMITED"), seconds("1:2:3:4"), seconds("")),
-            (None, None, None)
-        );
     }
 }
