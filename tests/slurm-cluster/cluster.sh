@@ -5,7 +5,7 @@
 #   cluster.sh start DIR [NODES]   start it (4 nodes), wait until every node is idle
 #   cluster.sh hold DIR [NODES]    start it, print "ready", stop it when stdin ends
 #   cluster.sh env DIR             print the line that makes sbatch, srun and scontrol use it
-#   cluster.sh stop DIR            cancel the jobs, end every process of it; DIR stays, for its logs
+#   cluster.sh stop DIR            end every process of it, its jobs' too; DIR stays, for its logs
 #
 # Partitions: `low` (default; its jobs are pre-empted and requeued, GraceTime 10 s) and `high`.
 # Each node has 4 CPUs and 8 GPUs, which are copies of /dev/null. Exits with 77 where it cannot run here.
@@ -19,7 +19,7 @@ case $verb in start | hold | env | stop) ;; *) sed -n '2,12s/^# \{0,1\}//p' "$0"
 [ -n "$dir" ] || die "no folder given"
 case $verb in
   start | hold)
-    command -v slurmctld slurmd munged sbatch > /dev/null || skip "SLURM and munge are not installed"
+    for tool in slurmctld slurmd munged sbatch srun; do command -v $tool > /dev/null || skip "there is no $tool here"; done
     [ "$(id -u)" = 0 ] || skip "needs root"
     [ ! -e "$dir/run/pids" ] || die "$dir holds a cluster already; stop it, or give another folder"
     ;;
@@ -122,30 +122,34 @@ start() {
   die "the cluster did not start; its logs are in $dir/log"
 }
 
-ours() { # pids that belong to this cluster: its daemons, and whatever runs in a job of it
-  local proc environ
-  for proc in /proc/[0-9]*; do
-    { environ=$(tr '\0' '\n' < "$proc/environ"); } 2>/dev/null || continue
-    case $'\n'$environ$'\n' in *$'\n'"SLURM_CONF=$SLURM_CONF"$'\n'*) ;; *) continue ;; esac
-    case $'\n'$environ$'\n'$(cat "$proc/comm" 2>/dev/null) in
-      *$'\n'SLURM_JOB_ID=* | *$'\n'munged | *$'\n'slurmctld | *$'\n'slurmd | *$'\n'slurmstepd) echo "${proc#/proc/}" ;;
+members() { # members jobs|daemons: pids that belong to this cluster
+  local file comm
+  # An unreadable or vanished process is none of ours.
+  for file in $(grep -lzxF "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ 2>/dev/null); do
+    comm=$(cat "${file%environ}comm" 2>/dev/null) || continue
+    case $1:$comm in
+      daemons:munged | daemons:slurmctld | daemons:slurmscriptd | daemons:slurmd | jobs:slurmstepd) ;;
+      *:munged | *:slurmctld | *:slurmscriptd | *:slurmd | *:slurmstepd | daemons:*) continue ;;
+      # Not a shell in which somebody set SLURM_CONF to use the cluster.
+      *) grep -qzs '^SLURM_JOB_ID=' "$file" || continue ;;
     esac
+    echo "$file" | tr -cd '0-9\n'
   done
 }
-gone() { [ -z "$(ours)" ]; }
-jobless() { [ -z "$(squeue -h 2>/dev/null)" ]; }
+gone() { [ -z "$(members jobs)$(members daemons)" ]; }
 
 stop() {
   [ -e "$dir/run/pids" ] || return 0
-  local pids
-  if scancel --full --signal=KILL --state=RUNNING 2>/dev/null; then :; fi
-  if scancel --user=root 2>/dev/null; then wait_for 5 jobless || true; fi
-  pids=$(ours)
-  [ -z "$pids" ] || kill $pids 2>/dev/null || true
-  if ! wait_for 10 gone; then
-    kill -KILL $(ours) 2>/dev/null || true
-    wait_for 10 gone || die "these processes of the cluster do not end: $(ours | tr '\n' ' ')"
-  fi
+  local signal pids
+  for signal in TERM KILL; do
+    # The daemons first: none may start anything while its jobs are killed.
+    pids=$(members daemons)
+    [ -z "$pids" ] || kill -$signal $pids 2>/dev/null || true
+    pids=$(members jobs)
+    [ -z "$pids" ] || kill -KILL $pids 2>/dev/null || true
+    if wait_for 5 gone; then break; fi
+  done
+  gone || die "these processes of the cluster do not end: $(members jobs) $(members daemons)"
   rm -f "$dir/run/pids"
 }
 

@@ -79,7 +79,7 @@ impl Cluster {
 
     /// SLURM's commands, for this cluster.
     pub fn slurm(&self) -> Slurm {
-        Slurm::with_env("SLURM_CONF", &self.conf())
+        Slurm::default().env("SLURM_CONF", &self.conf())
     }
 
     /// A folder for files of the tests that all nodes see.

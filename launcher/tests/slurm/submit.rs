@@ -221,6 +221,59 @@ fn the_scripts_of_the_repository_are_accepted() {
 }
 
 #[test]
+fn the_sweep_makes_a_table_of_what_rank_0_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("tsm-launch");
+    // On 1, 2 and 4 nodes a step takes 100, 125 and 200 ms; the first step is slow.
+    let fake = r#"#!/bin/bash
+echo "$@" >> calls
+mkdir -p "$6/logs"
+case $2 in 1) ms=100 ;; 2) ms=125 ;; 4) ms=200 ;; esac
+echo "{\"step_ms\":[900.5,$ms.0,$ms.0],\"peak_bytes\":1,\"gpu\":null}" > "$6/logs/n1-0.out"
+echo no > "$6/logs/n1-10.out"
+"#;
+    fs_err::write(&program, fake).unwrap();
+    fs_err::set_permissions(
+        &program,
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../slurm/bench-sweep.sbatch");
+    let output = std::process::Command::new("bash")
+        .arg(script)
+        .args(["--clips", "4", "--device", "gpu"])
+        .current_dir(dir.path())
+        .env("TSM_BIN", dir.path())
+        .env("SLURM_JOB_ID", "7")
+        .env("SLURM_JOB_NUM_NODES", "5")
+        .env("SLURM_GPUS_ON_NODE", "8")
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let table = fs_err::read_to_string(dir.path().join("runs/bench-slurm-7/sweep.md")).unwrap();
+    assert_eq!(
+        table,
+        "| nodes | GPUs | step, median | clips/s | of linear |\n|---|---|---|---|---|\n\
+         | 1 | 8 | 100.0 ms | 320 | 100.0 % |\n\
+         | 2 | 16 | 125.0 ms | 512 | 80.0 % |\n\
+         | 4 | 32 | 200.0 ms | 640 | 50.0 % |\n"
+    );
+    let calls = fs_err::read_to_string(dir.path().join("calls")).unwrap();
+    assert!(
+        calls
+            .lines()
+            .nth(1)
+            .unwrap()
+            .ends_with("tsm-bench __step --clips 4 --device gpu"),
+        "{calls}"
+    );
+}
+
+#[test]
 fn a_cluster_leaves_no_process_behind() {
     let Some(_here) = cluster() else { return };
     let other = Cluster::start().expect("a second cluster beside the first");

@@ -267,10 +267,7 @@ mod tests {
             ("123".into(), vec!["n1".into(), "n2".into()])
         );
         assert_eq!((found.gpus_per_node, found.cpus), (Some(4), vec![48, 48]));
-        assert_eq!(
-            (found.restart_count, found.end),
-            (0, None)
-        );
+        assert_eq!((found.restart_count, found.end), (0, None));
         let newer = with(&[("SLURM_STEP_ID", "4294967291")]);
         assert_eq!(read(&newer).unwrap().unwrap().place, Place::Batch);
         assert_eq!(read(&[]).unwrap(), None);

@@ -32,7 +32,7 @@ pub fn run_folder_name(run: &str, job: JobId) -> String {
 /// What `scontrol show job` tells of a job.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Job {
-    /// `PENDING`, `RUNNING`, `COMPLETING`, `CANCELLED`, ...
+    /// `PENDING`, `RUNNING`, `SIGNALING`, `COMPLETING`, `CANCELLED`, ...
     pub state: String,
     pub reason: String,
     /// SLURM may queue it again (`--requeue`).
@@ -125,7 +125,8 @@ impl Job {
             "TIMEOUT" | "DEADLINE" => StopCause::TimeLimit,
             _ if self.restarts > restart_count => StopCause::Requeued,
             "PREEMPTED" | "REQUEUED" | "NODE_FAIL" => StopCause::Requeued,
-            "RUNNING" if self.preempted.is_some() => StopCause::Preempted { until: self.end },
+            // RUNNING, for a moment SIGNALING, and COMPLETING where pre-emption cancels.
+            _ if self.preempted.is_some() => StopCause::Preempted { until: self.end },
             // Its end is the moment in which SLURM began to end it.
             "COMPLETING" if in_time() => StopCause::Cancelled,
             "COMPLETING" => StopCause::TimeLimit,
@@ -256,11 +257,10 @@ pub struct Slurm {
 }
 
 impl Slurm {
-    /// With more variables in the environment of its commands, such as `SLURM_CONF`.
-    pub fn with_env(name: &str, value: &str) -> Slurm {
-        Slurm {
-            env: vec![(name.into(), value.into())],
-        }
+    /// Sets a variable for its commands, such as `SLURM_CONF`.
+    pub fn env(mut self, name: &str, value: &str) -> Slurm {
+        self.env.push((name.into(), value.into()));
+        self
     }
 
     pub fn command(&self, program: &str) -> Command {
@@ -448,6 +448,11 @@ JobId=4 JobName=a JobState=FAILED Requeue=0
                 until: Some(at(40))
             }
         );
+        let told = Job {
+            state: "SIGNALING".into(),
+            ..preempted.clone()
+        };
+        assert_eq!(cause(&told), cause(&preempted));
         let again = Job {
             restarts: 1,
             ..ending.clone()
@@ -621,7 +626,7 @@ JobId=4 JobName=a JobState=FAILED Requeue=0
 
     #[test]
     fn a_missing_command_is_an_error_with_a_remedy() {
-        let slurm = Slurm::with_env("PATH", "/nonexistent");
+        let slurm = Slurm::default().env("PATH", "/nonexistent");
         let error = slurm.job(JobId { id: 1, array: None }).unwrap_err();
         assert_eq!(error.code, exit::PREFLIGHT);
         assert!(

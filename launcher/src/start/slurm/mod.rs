@@ -13,7 +13,7 @@
 //! | `--signal=B:USR2@lead` | USR2, CONT; up to 60 s early | nothing | goes on |
 //! | time limit, `scancel` | CONT, TERM; KILL after `KillWait` | the same, at once | TIMEOUT, CANCELLED |
 //! | pre-emption, `GraceTime` > 0 | nothing | CONT, TERM at once | `PreemptTime` is set |
-//! | the end of that grace | CONT, TERM; KILL after `KillWait` | the same | queued again |
+//! | the end of that grace, or no grace | CONT, TERM; KILL after `KillWait` | the same | queued again |
 //! | the job ends by itself in that grace | | | FAILED or COMPLETED, not queued again |
 //! | `scontrol requeue` | CONT, TERM; KILL after `KillWait` | the same | queued again |
 //! | `scancel --signal=S` | nothing | S | goes on |

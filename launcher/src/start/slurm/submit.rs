@@ -377,11 +377,14 @@ impl Slurm {
             let variable = match *name {
                 "time" => "TIMELIMIT".into(),
                 "mem" => "MEM_PER_NODE".into(),
-                "gpus-per-node" => "GPUS_PER_NODE".into(),
                 name => name.replace('-', "_").to_uppercase(),
             };
             command.env_remove(format!("SBATCH_{variable}"));
         }
+        // One of the two was asked for, the other would win.
+        command
+            .env_remove("SBATCH_REQUEUE")
+            .env_remove("SBATCH_NO_REQUEUE");
         let said = self.run(command, Some(&render(options)), "submit the job")?;
         // `123`, or `123;cluster`.
         let job = said
@@ -550,5 +553,31 @@ exec /opt/tsm/bin/tsm-launch --nodes 1 --cpus 4 --show-ranks=all configs/ucf101.
             .to_string();
         assert!(backslash.contains("with a backslash"), "{backslash}");
         assert!(error(&["--cpus", "1"]).contains("cannot be used with"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_known_before_anything_is_submitted() {
+        let runs = tempfile::tempdir().unwrap();
+        let root = format!("run.dir={}", runs.path().join("new").display());
+        let no_slurm = Slurm::default().env("PATH", "/nonexistent");
+        let code = |config: &str, words: &[&str]| {
+            let words = [&["tsm-launch slurm", "--gpus", "1", config, &root], words].concat();
+            let error = Submit::try_parse_from(words)
+                .unwrap()
+                .execute(&no_slurm)
+                .unwrap_err();
+            (exit::code_of(&error), error.to_string())
+        };
+        assert_eq!(code("no-such.yaml", &[]).0, exit::CONFIG);
+        assert_eq!(code(CONFIG, &["optim.lr=fast"]).0, exit::CONFIG);
+        assert!(!runs.path().join("new").exists());
+        let (number, text) = code(CONFIG, &[]);
+        assert!(
+            number == exit::PREFLIGHT && text.contains("there is no sbatch here"),
+            "{text}"
+        );
+        fs_err::write(runs.path().join("new/file"), "").unwrap();
+        let below_a_file = format!("run.dir={}", runs.path().join("new/file/runs").display());
+        assert_eq!(code(CONFIG, &[&below_a_file]).0, exit::CANNOT_WRITE);
     }
 }
