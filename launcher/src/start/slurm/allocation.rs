@@ -8,6 +8,7 @@ use super::nodelist::{counts, expand};
 
 /// Step ids from here on are SLURM's own (batch, extern, interactive), not those of an srun.
 const FIRST_SPECIAL_STEP: u32 = 0xffff_fff0;
+const BATCH_STEP: u32 = 0xffff_fffb;
 
 /// The part of a cluster that this process may use.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,21 +86,17 @@ impl Allocation {
             array: number("SLURM_ARRAY_JOB_ID")?.zip(number("SLURM_ARRAY_TASK_ID")?),
         };
 
-        let step = number("SLURM_STEP_ID")?.filter(|&id| id < FIRST_SPECIAL_STEP);
-        let place = match step {
-            Some(id) => Place::Step {
+        let place = match number("SLURM_STEP_ID")? {
+            Some(id) if id < FIRST_SPECIAL_STEP => Place::Step {
                 id,
                 node: required("SLURM_NODEID")?,
             },
-            // The batch shell, but not that of salloc, is a task of its own.
-            None if get("SLURM_TASK_PID").is_some()
-                && number("SLURM_STEP_ID")?.is_none_or(is_batch) =>
-            {
-                Place::Batch
-            }
-            None => Place::Shell,
+            Some(BATCH_STEP) => Place::Batch,
+            // Older versions give a batch shell no step, but it is a task, which a shell of salloc is not.
+            None if get("SLURM_TASK_PID").is_some() => Place::Batch,
+            _ => Place::Shell,
         };
-        if let Some(id) = step
+        if let Place::Step { id, .. } = place
             && let Some(tasks) = get("SLURM_STEP_TASKS_PER_NODE")
         {
             let each = counts(&tasks)
@@ -118,13 +115,13 @@ impl Allocation {
                 .iter()
                 .find_map(|&name| get(name).map(|value| (name, value)))
         };
-        let names: &[&str] = match step {
-            Some(_) => &[
+        let names: &[&str] = match place {
+            Place::Step { .. } => &[
                 "SLURM_STEP_NODELIST",
                 "SLURM_JOB_NODELIST",
                 "SLURM_NODELIST",
             ],
-            None => &["SLURM_JOB_NODELIST", "SLURM_NODELIST"],
+            _ => &["SLURM_JOB_NODELIST", "SLURM_NODELIST"],
         };
         let (name, value) =
             list(names).ok_or_else(|| unreadable("SLURM_JOB_NODELIST", "", "it is not set"))?;
@@ -164,9 +161,10 @@ impl Allocation {
     /// # Errors
     /// [`exit::PREFLIGHT`].
     pub fn check(&self, request: Request) -> Result<(), Coded> {
-        let (what, have) = match self.place {
-            Place::Step { id, .. } => (format!("step {}.{id}", self.job), self.nodes.len() as u32),
-            _ => (format!("job {}", self.job), self.nodes.len() as u32),
+        let have = self.nodes.len() as u32;
+        let what = match self.place {
+            Place::Step { id, .. } => format!("step {}.{id}", self.job),
+            Place::Batch | Place::Shell => format!("job {}", self.job),
         };
         let option = |flag: &str| match self.place {
             Place::Step { .. } => format!("start it with srun {flag}"),
@@ -197,11 +195,6 @@ impl Allocation {
         }
         Ok(())
     }
-}
-
-/// The batch step's number; the shell of salloc may be a step, too.
-fn is_batch(step: u32) -> bool {
-    step == 0xffff_fffb
 }
 
 fn plural(n: u32, what: &str) -> String {
