@@ -115,6 +115,16 @@ impl State {
         }
     }
 
+    /// Whether a rank ended otherwise than it was told to.
+    fn failed_by_itself(&self, ranks: &[Rank]) -> bool {
+        let told = |rank: &Rank| match rank.end {
+            Some(End::Signal(signal)) => rank.sent.contains(&signal),
+            Some(End::Code(code)) => code == exit::OK || code == exit::REQUEUE,
+            None => true,
+        };
+        !ranks.iter().all(told)
+    }
+
     fn fail(&mut self, ranks: Vec<Rank>, places: Vec<Place>, ending: &mut Ending, now: Duration) {
         ending.outcome = "failed";
         let (hang, stacks) = match &self.cause {
