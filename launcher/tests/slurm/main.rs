@@ -5,10 +5,12 @@
 
 mod cluster;
 mod contract;
+mod launcher;
 mod submit;
 
 use cluster::Cluster;
 use std::sync::Arc;
+use tsm_launch::start::slurm::JobId;
 
 /// The cluster, or `None` where the test cannot run.
 fn cluster() -> Option<Arc<Cluster>> {
