@@ -478,6 +478,9 @@ impl<'a> Training<'a> {
             if due && inside {
                 self.sync_buffers()?;
                 self.save(false, None)?;
+                if !stop {
+                    self.section("train");
+                }
             }
             if stop {
                 return Ok(true);
@@ -565,7 +568,6 @@ impl<'a> Training<'a> {
             own_buffers,
         )?;
         checkpoints.save(&snapshot, best)?;
-        self.section("train");
         Ok(())
     }
 }

@@ -362,7 +362,7 @@ pub fn agree(stepper: &Stepper, device: Device, at: &Position, asked: bool) -> R
         let position: Vec<i64> = Vec::try_from(&position.to_device(Device::Cpu))?;
         any_asked |= position[3] != 0;
         let (step, zero) = (position[0], *first.get_or_insert(position[0]));
-        let same = &position[1..3] == [i64::from(at.epoch), at.clips_in_epoch as i64];
+        let same = position[1..3] == [i64::from(at.epoch), at.clips_in_epoch as i64];
         if step != zero || !same {
             let message = format!(
                 "rank {rank} starts from step {step}, rank 0 from step {zero}\n  hint: all ranks must see the same checkpoints: the run folder has to be on a file system that all nodes share"
