@@ -237,7 +237,7 @@ fn a_straggler_s_own_work_is_longer() {
     let mut job = Job::new(&scene, 2, &JOB);
     let mut fast = job.start(&scene, "run", 0);
     // Larger pictures for one rank alone: the same network, more work.
-    job = job.with("data.train.size=96");
+    job = job.with("data.train.size=160");
     let mut slow = job.start(&scene, "run", 1);
     for rank in [&mut fast, &mut slow] {
         rank.until_step(2 * STEPS_PER_EPOCH);
