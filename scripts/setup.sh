@@ -37,6 +37,7 @@ if [ "$want" = test ]; then
   # The launcher's test of an unmodified PyTorch script needs any Python that has torch.
   need python3-torch sh -c '"${TSM_PYTHON:-/usr/bin/python3}" -c "import importlib.util as u, sys; sys.exit(u.find_spec(\"torch\") is None)"'
   need ffmpeg command -v ffmpeg
+  need openmpi-bin command -v mpirun; need libopenmpi-dev command -v mpicc; need libclang-dev sh -c 'ls /usr/lib*/llvm-*/lib/clang/*/include/stddef.h /usr/lib*/clang/*/include/stddef.h 2>/dev/null | grep -q .'
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   line="apt-get install -y --no-install-recommends ${missing[*]}"

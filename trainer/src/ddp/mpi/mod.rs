@@ -419,3 +419,53 @@ fn wire_kind(kind: Kind) -> Kind {
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env(master_addr: &str) -> WorkerEnv {
+        let get = |name: &str| {
+            let value = match name {
+                "RANK" | "LOCAL_RANK" => "1",
+                "WORLD_SIZE" => "4",
+                "MASTER_ADDR" => master_addr,
+                "MASTER_PORT" => "0",
+                _ => return None,
+            };
+            Some(value.to_owned())
+        };
+        WorkerEnv::from_lookup(get).unwrap()
+    }
+
+    #[test]
+    fn the_store_is_where_all_ranks_can_reach_it() {
+        let hosts = |list: [&str; 2]| list.map(String::from);
+        let (one, two) = (hosts(["n1", "n1"]), hosts(["n1", "n2"]));
+        assert_eq!(store_host(&env("127.0.0.1"), &one), "127.0.0.1");
+        assert_eq!(store_host(&env("127.0.0.1"), &two), "n1");
+        assert_eq!(store_host(&env("10.0.0.7"), &two), "10.0.0.7");
+    }
+
+    #[test]
+    fn mpi_s_numbers_must_be_the_environment_s() {
+        let check = |vars: &[(&str, &str)]| {
+            let find = |name: &str| vars.iter().find(|(n, _)| *n == name);
+            check_starter(&env("127.0.0.1"), |name| {
+                find(name).map(|(_, v)| v.to_string())
+            })
+        };
+        let open_mpi = |rank, size| {
+            check(&[
+                ("OMPI_COMM_WORLD_RANK", rank),
+                ("OMPI_COMM_WORLD_SIZE", size),
+            ])
+        };
+        assert!(open_mpi("1", "4").is_ok());
+        // Of others, MPI itself is asked later.
+        assert!(check(&[("PMI_RANK", "7")]).is_ok());
+        for refused in [open_mpi("1", "2"), open_mpi("0", "4"), check(&[])] {
+            assert_eq!(refused.unwrap_err().code, exit::USAGE);
+        }
+    }
+}
