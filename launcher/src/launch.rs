@@ -232,6 +232,7 @@ async fn in_slurm(
     session
         .children
         .start(&shim, starter, &session.hub, &key, &voice)?;
+    session.settings.job.shielded = session.settings.job.saves;
     session.turn = Some(turn);
     prepared.run(None).await
 }
@@ -278,6 +279,7 @@ async fn alone_in(
             let save_in = turn.save_in(std::time::SystemTime::now());
             prepared.session.settings.save_at = save_in.map(|d| start.elapsed() + d);
         }
+        prepared.session.settings.job.shielded = prepared.session.settings.job.saves;
         prepared.session.turn = Some(turn);
     }
     let link = prepared.session.hub.local();
@@ -493,6 +495,7 @@ fn prepare(
         affinity: !args.no_affinity,
         resume: is_trainer.then(|| resume_command(args, &dir)),
         saves: is_trainer,
+        shielded: false,
     };
     let nodes = args.nodes.unwrap_or(Nodes::ONE);
     let settings = Settings {

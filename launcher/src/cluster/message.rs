@@ -262,6 +262,10 @@ pub struct Start {
     pub affinity: bool,
     /// The worker is ours: SIGUSR2 makes it save and end with code 75.
     pub saves: bool,
+    /// The workers ignore SIGTERM, and SIGINT stops them instead: the scheduler sends SIGTERM to every process of
+    /// the job when it is time to save.
+    #[serde(default)]
+    pub shielded: bool,
 }
 
 /// What became of one generation on one node.

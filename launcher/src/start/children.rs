@@ -84,7 +84,7 @@ impl Children {
         command
             .arg(shim::WORKER)
             .arg(std::process::id().to_string())
-            .arg("")
+            .args(["", ""])
             .args(&starter.argv);
         for name in starter.env_remove {
             command.env_remove(name);

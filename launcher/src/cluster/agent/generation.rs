@@ -139,7 +139,7 @@ impl Generation {
         }
         process::allow_open_files(FILES + FILES_PER_RANK * num_ranks as u64);
         Ok(Generation {
-            state: State::new(num_ranks, start.grace, start.saves),
+            state: State::new(num_ranks, start.grace, start.saves, start.shielded),
             plans,
             dir,
             host: setup.host.clone(),
@@ -202,6 +202,7 @@ impl Generation {
             env: &plan.env,
             remove: &REMOVED_VARIABLES,
             cores: &plan.cores,
+            shielded: self.start.shielded,
         };
         let log = |stderr: bool| {
             let path = self.dir.log(&self.host, plan.rank, stderr);
@@ -340,7 +341,7 @@ impl Generation {
                 Happening::Said(WorkerMessage::Hello { .. }) => {
                     // That it talks is news too.
                     self.progress_of(rank);
-                    continue;
+                    Event::Hello { rank }
                 }
             });
         }

@@ -77,9 +77,14 @@ impl State {
             Some(Cause::Preempt) if whole && !failed_by_itself(&ranks) => {
                 ending.outcome = "stopped";
                 ending.code = exit::SIGNAL_BASE + libc::SIGUSR2;
-                if let Some(step) = self.checkpoint_step {
+                if self.steps.is_none() {
+                    // Nothing was trained yet, so nothing is lost.
                     ending.code = exit::REQUEUE;
-                    ending.verdict = Some(format!("not all workers could save within the grace: it goes on from step {step}"));
+                } else if let Some(step) = self.checkpoint_step {
+                    ending.code = exit::REQUEUE;
+                    ending.verdict = Some(format!(
+                        "not all workers could save within the grace: it goes on from step {step}"
+                    ));
                 }
             }
             Some(Cause::Signal(signal)) => {

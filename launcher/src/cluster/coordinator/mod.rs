@@ -86,6 +86,8 @@ pub struct Job {
     pub resume: Option<String>,
     /// The workers save and end with code 75 on SIGUSR2, and find their own checkpoints.
     pub saves: bool,
+    /// See [`super::message::Start::shielded`].
+    pub shielded: bool,
 }
 
 /// Something that happened.

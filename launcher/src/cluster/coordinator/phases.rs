@@ -637,6 +637,7 @@ impl State {
             show: job.show.clone(),
             affinity: job.affinity,
             saves: job.saves,
+            shielded: job.shielded,
         };
         for (node_rank, (member, interface)) in self.members.iter().zip(interfaces).enumerate() {
             let start = Start {
