@@ -574,10 +574,13 @@ impl Agent {
             let number = generation.start.generation;
             let report: NodeReport = generation.conclude(warnings);
             self.reserved = None;
-            self.say(FromAgent::Clean {
-                generation: number,
-                report: Box::new(report),
-            });
+            // Ranks that were killed since this node was cut off did not fail: the node is lost.
+            if self.leaving.is_none() {
+                self.say(FromAgent::Clean {
+                    generation: number,
+                    report: Box::new(report),
+                });
+            }
         }
     }
 }
