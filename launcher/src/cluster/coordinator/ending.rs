@@ -199,7 +199,7 @@ impl State {
                 ranks.get(number as usize).map(|rank| Seen {
                     number: number as usize,
                     rank,
-                    at: rank.ended_at,
+                    at: rank.first_at,
                 })
             };
             let lost = self.lost.iter().find(|l| l.member.id == member.id);
@@ -235,6 +235,7 @@ impl State {
                         let mut rank = rank.clone();
                         let map = |at| clock.map_or(at, |c| c.map(at));
                         rank.ended_at = map(rank.ended_at);
+                        rank.first_at = map(rank.first_at);
                         rank.left = rank.left.map(|(order, at, after)| (order, map(at), after));
                         (rank, place.clone())
                     }
@@ -252,6 +253,7 @@ impl State {
         let progress = self.progress.get(&number);
         let rank = Rank {
             ended_at: at,
+            first_at: at,
             step: progress.and_then(|p| p.step),
             section: progress.and_then(|p| p.section.clone()),
             ..Rank::default()

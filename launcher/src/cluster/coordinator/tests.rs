@@ -81,6 +81,7 @@ fn rank(end: End, ms: u64) -> Rank {
     Rank {
         end: Some(end),
         ended_at: MS(ms),
+        first_at: MS(ms),
         order: ms as usize,
         ..Rank::default()
     }

@@ -50,8 +50,17 @@ fn whatever_goes_wrong_the_rules_hold() {
             broken.push(format!("TSM_SEED={seed}: {text}"));
         }
     }
-    let shown = broken.iter().take(40).cloned().collect::<Vec<_>>().join("\n");
-    assert!(broken.is_empty(), "{} of {runs} runs:\n{shown}", broken.len());
+    let shown = broken
+        .iter()
+        .take(40)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join("\n");
+    assert!(
+        broken.is_empty(),
+        "{} of {runs} runs:\n{shown}",
+        broken.len()
+    );
 }
 
 #[test]

@@ -161,10 +161,11 @@ impl Fault {
             11 => Fault::Cut(pick),
             12 => Fault::Slow(pick, random.ms(10, 1200)),
             13 => Fault::CoordinatorStopped(time / 2),
-            14 => random.pick(&[Some(()), None]).map_or(
-                Fault::CoordinatorStopped(time),
-                |()| Fault::CoordinatorKilled,
-            ),
+            14 => random
+                .pick(&[Some(()), None])
+                .map_or(Fault::CoordinatorStopped(time), |()| {
+                    Fault::CoordinatorKilled
+                }),
             15 => Fault::Signal(random.pick(&[2, 15, 10, 12])),
             16 => Fault::NodeSignal(pick, random.pick(&[2, 15, 10, 12])),
             17 => Fault::Arrives(random.chance(50).then_some(pick)),
