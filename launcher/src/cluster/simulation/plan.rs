@@ -101,6 +101,10 @@ impl Plan {
             stubborn: random.chance(40),
             faults: Vec::new(),
         };
+        if random.chance(8) {
+            plan.is_cancelled(&mut random);
+            return plan;
+        }
         let num_faults = random.pick(&[0, 1, 1, 1, 1, 2, 3, 4, 6]);
         let mut last = Duration::ZERO;
         for _ in 0..num_faults {
@@ -115,6 +119,30 @@ impl Plan {
             plan.faults.push((at, Fault::any(&mut random)));
         }
         plan
+    }
+
+    /// A scheduler sends SIGTERM to everybody, in any order.
+    fn is_cancelled(&mut self, random: &mut Random) {
+        self.stubborn = false;
+        self.grace += Duration::from_secs(3);
+        let at = random.ms(500, 4000);
+        let near = |random: &mut Random| at + random.ms(0, 60);
+        self.faults = vec![(near(random), Fault::Signal(libc::SIGTERM))];
+        for pick in 0..self.num_nodes {
+            let signal = Fault::NodeSignal(pick, libc::SIGTERM);
+            self.faults.push((near(random), signal));
+        }
+    }
+
+    /// Nobody has a reason to kill a rank.
+    pub fn is_polite(&self) -> bool {
+        let ends = |f: &Fault| {
+            matches!(
+                f,
+                Fault::Signal(libc::SIGTERM) | Fault::NodeSignal(_, libc::SIGTERM)
+            )
+        };
+        !self.stubborn && self.faults.iter().all(|(_, fault)| ends(fault))
     }
 
     pub fn settings(&self) -> Settings {
@@ -190,6 +218,8 @@ impl How {
         match random.below(4) {
             0 | 1 => How::Plain(end),
             2 => How::Announced(code, random.chance(70).then_some(after)),
+            // Ours would look like it.
+            _ if end == End::Signal(libc::SIGKILL) => How::Left(after / 5, end),
             _ => How::Left(after, end),
         }
     }

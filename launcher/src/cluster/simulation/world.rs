@@ -294,7 +294,11 @@ impl World {
             Event::Said { node, message, .. } => self.tell(format!("{node} says {message:?}")),
             other => self.tell(format!("coordinator: {other:?}")),
         }
-        let ends = |s: i32| matches!(s, libc::SIGINT | libc::SIGTERM | libc::SIGHUP);
+        let preempts = self.plan.saves && self.state.phase == coordinator::Phase::Run;
+        let ends = |s: i32| {
+            matches!(s, libc::SIGINT | libc::SIGTERM | libc::SIGHUP)
+                || (preempts && s == libc::SIGUSR2)
+        };
         match event {
             Event::Signal(signal)
             | Event::Said {
@@ -478,6 +482,9 @@ impl World {
                 Effect::Spawn(start) => self.spawn(n, &start),
                 Effect::Signal { local, signal } => self.signal_rank(n, local, signal),
                 Effect::Kill { local } => {
+                    if self.plan.is_polite() {
+                        self.fault(format!("node {n} kills a rank within its grace"));
+                    }
                     if let Some(r) = self.rank_of(n, local) {
                         let at = self.now + self.random.ms(0, 1);
                         self.at(at, What::Rank(r, Do::End(End::Signal(libc::SIGKILL))));
