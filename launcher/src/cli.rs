@@ -15,13 +15,15 @@ const EXAMPLES: &str = "Examples:
   tsm-launch --cpus 2 configs/demo.yaml
   tsm-launch --gpus auto -- python train.py --epochs 10
   tsm-launch --gpus 8 --resume runs/demo-20260131-120000
+  tsm-launch --hosts gpu-01:8,gpu-02:8 configs/ucf101.yaml
+  mpirun -N 1 --bind-to none tsm-launch --gpus 8 configs/ucf101.yaml
   tsm-launch --nodes 2 --rendezvous gpu-01:29400 --key-file job.key --gpus 8 configs/ucf101.yaml   (on every node)
 
 Exit codes: 0; the first failing rank's own code, or 128 + its signal; 128 + the signal that stopped
 the launcher; 64 usage, 65 input data, 69 the machine cannot run the job, 70 a bug, 78 configuration.";
 
 /// Starts one worker per GPU (or CPU share), watches them, and ends them all when one fails.
-#[derive(Parser, Debug)]
+#[derive(Parser, Clone, Debug)]
 #[command(
     name = "tsm-launch",
     version,
@@ -39,9 +41,26 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub cpus: Option<u32>,
 
-    /// Nodes of the job; with MIN:MAX it starts with MIN and goes on with as few, and more join up to MAX.
-    #[arg(long, value_name = "N|MIN:MAX", default_value = "1")]
-    pub nodes: Nodes,
+    /// Nodes of the job; with MIN:MAX it starts with MIN and goes on with as few, and more join up to MAX
+    /// [default: all that --hosts, mpirun or srun gives, or else 1].
+    #[arg(long, value_name = "N|MIN:MAX")]
+    pub nodes: Option<Nodes>,
+
+    /// Start the workers on these hosts by ssh; N: how many, of the kind that --gpus or --cpus says.
+    #[arg(long, value_name = "HOST[:N],...", conflicts_with_all = ["hostfile", "rendezvous"])]
+    pub hosts: Option<String>,
+
+    /// The same, with one host a line: `gpu-01 slots=8`, or `gpu-01:8`.
+    #[arg(long, value_name = "FILE", conflicts_with = "rendezvous")]
+    pub hostfile: Option<PathBuf>,
+
+    /// The ssh to use for --hosts, and options of its own, separated by spaces.
+    #[arg(long, value_name = "COMMAND", default_value = "ssh")]
+    pub ssh: String,
+
+    /// Where tsm-launch is on the other hosts [default: where it is here].
+    #[arg(long, value_name = "PATH")]
+    pub remote_launcher: Option<PathBuf>,
 
     /// Where the nodes meet, for the same command on every node: whoever can listen there coordinates.
     #[arg(long, value_name = "HOST:PORT", requires = "key_file")]
@@ -126,6 +145,13 @@ pub struct Args {
     /// A program that reads torch's environment variables, and its arguments.
     #[arg(last = true, value_name = "PROGRAM")]
     pub program: Vec<OsString>,
+}
+
+impl Args {
+    /// How many nodes, where nothing else says it.
+    pub fn num_nodes(&self) -> Nodes {
+        self.nodes.unwrap_or(Nodes { min: 1, max: 1 })
+    }
 }
 
 /// How many nodes.
@@ -224,6 +250,8 @@ impl std::fmt::Display for Gpus {
         match self {
             Gpus::Auto => f.write_str("auto"),
             Gpus::Count(n) => write!(f, "{n}"),
+            // A number alone would be a count.
+            Gpus::List(list) if list.len() == 1 => write!(f, "{},", list[0]),
             Gpus::List(list) => {
                 let list: Vec<_> = list.iter().map(u32::to_string).collect();
                 f.write_str(&list.join(","))
@@ -288,6 +316,9 @@ mod tests {
         assert_eq!("auto".parse(), Ok(Gpus::Auto));
         assert_eq!("0,1,3".parse(), Ok(Gpus::List(vec![0, 1, 3])));
         assert_eq!("2,".parse(), Ok(Gpus::List(vec![2])));
+        for text in ["8", "auto", "0,1,3", "2,"] {
+            assert_eq!(text.parse::<Gpus>().unwrap().to_string(), text);
+        }
         for bad in ["0", "", ",", "1,1", "x", "-1", "1,x"] {
             assert!(bad.parse::<Gpus>().is_err(), "{bad}");
         }

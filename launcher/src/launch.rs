@@ -28,7 +28,7 @@ use crate::session::{Session, Voice};
 use crate::start::agent::Parts;
 use crate::start::by_hand::{self, Part};
 use crate::start::children::Children;
-use crate::start::{agent as start_agent, run_here};
+use crate::start::{agent as start_agent, run_here, ssh};
 use crate::status::Snapshot;
 use crate::status::http::Server;
 use crate::status::view::{View, wants_colour};
@@ -54,18 +54,24 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         );
         bail!(Coded::new(exit::USAGE, text));
     }
-    let target = Target::resolve(args)?;
+    let mut target = Target::resolve(args)?;
+    if let Some(plan) = ssh::Plan::new(args, &mut target)? {
+        if args.dry_run {
+            return show(&plan.describe(&target, &run_dir(args, &target)?));
+        }
+        return run_here(over_ssh(args, target, plan, start));
+    }
     let launch = target.config().map(|config| &config.launch);
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
     if args.dry_run {
         return dry_run(args, target, &devices);
     }
     let Some(point) = &args.rendezvous else {
-        if args.nodes.max > 1 {
-            let hint = "give --rendezvous HOST:PORT and --key-file FILE on every node";
+        let nodes = args.num_nodes().max;
+        if nodes > 1 {
+            let hint = "name them with --hosts, or give --rendezvous HOST:PORT and --key-file FILE on every node";
             let text = format!(
-                "--nodes is {}, and nothing says how the nodes find each other\n  hint: {hint}",
-                args.nodes.max
+                "--nodes is {nodes}, and nothing says how the nodes find each other\n  hint: {hint}"
             );
             bail!(Coded::new(exit::USAGE, text));
         }
@@ -152,6 +158,29 @@ async fn together(
         shown,
     };
     prepared.run(Some((parts, link))).await
+}
+
+/// Nodes that are started from here; this one has no ranks of its own.
+async fn over_ssh(
+    args: &Args,
+    target: Target,
+    plan: ssh::Plan,
+    start: Instant,
+) -> anyhow::Result<i32> {
+    let args = Args {
+        nodes: Some(plan.nodes),
+        ..args.clone()
+    };
+    let mut prepared = prepare(&args, target, None, start)?;
+    let session = &mut prepared.session;
+    session.settings.job.base_env = Some(ssh::environment(std::env::vars_os()));
+    let (shim, key) = (std::env::current_exe()?, Key::random());
+    for starter in plan.starters() {
+        session
+            .children
+            .start(&shim, starter, &session.hub, &key, &session.voice);
+    }
+    prepared.run(None).await
 }
 
 /// A session that is ready to run.
@@ -299,8 +328,8 @@ fn prepare(
         saves: is_trainer,
     };
     let settings = Settings {
-        min_nodes: args.nodes.min,
-        max_nodes: args.nodes.max,
+        min_nodes: args.num_nodes().min,
+        max_nodes: args.num_nodes().max,
         join: args.join_timeout,
         last_call: LAST_CALL,
         lease: args.node_timeout,
@@ -317,7 +346,8 @@ fn prepare(
         },
         save_at: None,
     };
-    let here = devices.map_or(1, Devices::len) as u32;
+    // Nodes that are not there yet say later how many ranks they have; this is for the width of the labels.
+    let here = devices.map_or(8, Devices::len) as u32;
     let world_size = here * settings.max_nodes;
     let style = Style {
         format: args.log_format,
@@ -359,19 +389,13 @@ fn prepare(
 
 fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result<i32> {
     target.settle(devices);
-    let (root, name) = target.place();
-    let dir = match (&args.run_dir, &target.resume) {
-        (Some(dir), _) | (None, Some(Resume::Run(dir))) => std::path::absolute(dir)?,
-        (None, _) => {
-            std::path::absolute(folder::name(&root, &name, &clock::Utc::now().compact(), 1))?
-        }
-    };
+    let dir = run_dir(args, &target)?;
     let cores = if args.no_affinity {
         Vec::new()
     } else {
         cores::allowed()
     };
-    let mut seat = Seat::alone(devices.len() * args.nodes.max as usize);
+    let mut seat = Seat::alone(devices.len() * args.num_nodes().max as usize);
     seat.max_restarts = args.max_restarts;
     let shape = Shape {
         devices,
@@ -387,7 +411,25 @@ fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result
     };
     let inherited = |name: &str| std::env::var_os(name).is_some();
     let command = target.command(&tsm_job::RunDir::new(&dir).config());
-    let text = plan::describe(&shape, &plan::workers(&shape, inherited), &command);
+    show(&plan::describe(
+        &shape,
+        &plan::workers(&shape, inherited),
+        &command,
+    ))
+}
+
+/// Where a dry run would have its folder.
+fn run_dir(args: &Args, target: &Target) -> std::io::Result<PathBuf> {
+    let (root, name) = target.place();
+    match (&args.run_dir, &target.resume) {
+        (Some(dir), _) | (None, Some(Resume::Run(dir))) => std::path::absolute(dir),
+        (None, _) => {
+            std::path::absolute(folder::name(&root, &name, &clock::Utc::now().compact(), 1))
+        }
+    }
+}
+
+fn show(text: &str) -> anyhow::Result<i32> {
     std::io::stdout()
         .write_all(text.as_bytes())
         .context("cannot print the plan")?;

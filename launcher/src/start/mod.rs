@@ -3,7 +3,9 @@
 pub mod agent;
 pub mod by_hand;
 pub mod children;
+pub mod hosts;
 pub mod slurm;
+pub mod ssh;
 
 use std::future::Future;
 use tokio::task::LocalSet;
