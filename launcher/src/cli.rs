@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 use tsm_job::config::duration;
+use tsm_job::exit::{self, Coded};
 
+use crate::cluster::key::Key;
 use crate::console::screen::Format;
 use crate::status::http::Port;
 
@@ -65,6 +67,15 @@ pub struct Args {
     /// Where the nodes meet, for the same command on every node: whoever can listen there coordinates.
     #[arg(long, value_name = "HOST:PORT", requires = "key_file")]
     pub rendezvous: Option<String>,
+
+    /// Where processes that mpirun or srun started on several nodes find each other: a folder that all nodes share
+    /// [default: the one of run folders].
+    #[arg(long, value_name = "PATH")]
+    pub rendezvous_dir: Option<PathBuf>,
+
+    /// Take several processes that mpirun started on one machine for nodes, as tests do.
+    #[arg(long)]
+    pub share_host: bool,
 
     /// The job's key, in a file that is yours alone; `tsm-launch key FILE` makes one.
     #[arg(long, value_name = "FILE")]
@@ -126,7 +137,8 @@ pub struct Args {
     #[arg(long)]
     pub no_affinity: bool,
 
-    /// Replace RANK, WORLD_SIZE, MASTER_ADDR and the like found in the environment instead of refusing them.
+    /// Replace RANK, WORLD_SIZE, MASTER_ADDR and the like found in the environment instead of refusing them, and
+    /// start a job of its own in a process of mpirun, srun or Kubeflow.
     #[arg(long)]
     pub ignore_env: bool,
 
@@ -151,6 +163,20 @@ impl Args {
     /// How many nodes, where nothing else says it.
     pub fn num_nodes(&self) -> Nodes {
         self.nodes.unwrap_or(Nodes { min: 1, max: 1 })
+    }
+
+    /// The key of a job whose nodes are not started from here.
+    ///
+    /// # Errors
+    /// [`exit::USAGE`] without `--key-file`, or when it cannot be used.
+    pub fn key(&self) -> Result<Key, Coded> {
+        let Some(file) = &self.key_file else {
+            let hint = "make one with tsm-launch key FILE, and give --key-file FILE on every node";
+            let text =
+                format!("the nodes of this job need a key to know each other\n  hint: {hint}");
+            return Err(Coded::new(exit::USAGE, text));
+        };
+        Key::read_file(file)
     }
 }
 

@@ -13,11 +13,12 @@ use tsm_job::Config;
 use tsm_job::exit::{self, Coded};
 
 use crate::cli::{Args, Show};
-use crate::cluster::agent;
+use crate::cluster::agent::{self, Leave};
 use crate::cluster::coordinator::{Job, Settings};
 use crate::cluster::key::Key;
 use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
+use crate::cluster::wire::Connection;
 use crate::console::screen::{Outputs, Screen, Style};
 use crate::folder::{self, Folder};
 use crate::hang::progress::Limits;
@@ -25,15 +26,16 @@ use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Devices, Seat, Shape};
 use crate::session::{Session, Voice};
+use crate::start::adopt::{self, Kind};
 use crate::start::agent::Parts;
 use crate::start::by_hand::{self, Part};
 use crate::start::children::Children;
-use crate::start::{agent as start_agent, run_here, ssh};
+use crate::start::{agent as start_agent, meet, run_here, ssh};
 use crate::status::Snapshot;
 use crate::status::http::Server;
 use crate::status::view::{View, wants_colour};
 use crate::target::{Resume, Target, What};
-use crate::{clock, cores, gpus};
+use crate::{addresses, clock, cores, gpus};
 
 /// How long to wait for more nodes when there are enough.
 const LAST_CALL: Duration = Duration::from_secs(5);
@@ -45,8 +47,17 @@ const FLUSH: Duration = Duration::from_secs(2);
 /// # Errors
 /// With an exit code for whatever is wrong with the command line, the config, or the machine.
 pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
+    let lookup = |name: &str| std::env::var(name).ok();
+    let is_told = args.rendezvous.is_some() || args.hosts.is_some() || args.hostfile.is_some();
+    let adopted = if args.ignore_env || is_told {
+        None
+    } else {
+        adopt::adopt(lookup, args.share_host)?
+    };
+    // Kubeflow sets torch's variables too, for nodes instead of ranks.
+    let is_meant = matches!(&adopted, Some(a) if matches!(a.kind, Kind::Point { .. }));
     if let Some((name, value)) =
-        plan::stale_variable(|name| std::env::var(name).ok()).filter(|_| !args.ignore_env)
+        plan::stale_variable(lookup).filter(|_| !args.ignore_env && !is_meant)
     {
         let hint = format!("unset {name}, or give --ignore-env to replace it");
         let text = format!(
@@ -62,102 +73,165 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         return run_here(over_ssh(args, target, plan, start));
     }
     let launch = target.config().map(|config| &config.launch);
+    let args = &match &adopted {
+        Some(adopted) => adopted.applied_to(args, launch, || gpus::visible().len())?,
+        None => args.clone(),
+    };
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
     if args.dry_run {
         return dry_run(args, target, &devices);
     }
-    let Some(point) = &args.rendezvous else {
-        let nodes = args.num_nodes().max;
-        if nodes > 1 {
-            let hint = "name them with --hosts, or give --rendezvous HOST:PORT and --key-file FILE on every node";
-            let text = format!(
-                "--nodes is {nodes}, and nothing says how the nodes find each other\n  hint: {hint}"
-            );
-            bail!(Coded::new(exit::USAGE, text));
-        }
-        return run_here(alone(args, target, devices, start));
+    let nodes = args.num_nodes().max;
+    if nodes > 1 && adopted.is_none() && args.rendezvous.is_none() {
+        let hint = "name them with --hosts, or give --rendezvous HOST:PORT and --key-file FILE on every node";
+        let text = format!(
+            "--nodes is {nodes}, and nothing says how the nodes find each other\n  hint: {hint}"
+        );
+        bail!(Coded::new(exit::USAGE, text));
+    }
+    let order = adopted
+        .as_ref()
+        .map(|a| a.order)
+        .or(adopt::completion_index(lookup));
+    let node = Node {
+        args,
+        target,
+        devices,
+        start,
+        order,
     };
-    let Some(key_file) = &args.key_file else {
-        unreachable!("clap asks for both")
-    };
-    let key = Key::read_file(key_file)?;
-    let (host, port, addresses) = by_hand::resolve(point)?;
-    run_here(async {
-        match by_hand::part(&addresses)? {
-            Part::Coordinator(listener) => {
-                together(args, target, devices, start, key, listener).await
-            }
-            Part::Agent => {
-                let digest = digest(&target);
+    match adopted.map(|a| a.kind).filter(|_| nodes > 1) {
+        Some(Kind::File { by, id }) => run_here(node.meet_by_file(by, &id)),
+        Some(Kind::Point { host, port, .. }) => {
+            let key = args.key()?;
+            run_here(async {
+                if order == Some(0) {
+                    return node.coordinate(key, by_hand::listen(port)?).await;
+                }
                 let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
-                let (host, job, key) = (manifest::host(), Some(digest), Some(key));
-                let parts = Parts {
-                    start,
-                    host,
-                    devices,
-                    order: None,
-                    job,
-                    key,
-                    local: false,
-                    shown: None,
-                };
-                let leave = agent::run(parts.setup()?, Link::over(connection)).await?;
-                Ok(start_agent::finish(leave))
-            }
+                Ok(start_agent::finish(node.attend(key, connection).await?))
+            })
         }
-    })
+        None => match &args.rendezvous {
+            Some(point) => node.meet_by_hand(point),
+            None => run_here(node.alone()),
+        },
+    }
 }
 
-/// A job of one node: coordinator and agent in one process, and nothing listens.
-async fn alone(
-    args: &Args,
+/// This node of a job.
+struct Node<'a> {
+    args: &'a Args,
     target: Target,
     devices: Devices,
     start: Instant,
-) -> anyhow::Result<i32> {
-    let mut prepared = prepare(args, target, Some(&devices), start)?;
-    let link = prepared.session.hub.local();
-    let shown = Some(prepared.shown());
-    let parts = Parts {
-        start,
-        host: manifest::host(),
-        devices,
-        order: None,
-        job: None,
-        key: None,
-        local: true,
-        shown,
-    };
-    prepared.run(Some((parts, link))).await
+    /// Its place, where something gave it one.
+    order: Option<u32>,
 }
 
-/// The first of several nodes.
-async fn together(
-    args: &Args,
-    target: Target,
-    devices: Devices,
-    start: Instant,
-    key: Key,
-    listener: TcpListener,
-) -> anyhow::Result<i32> {
-    let digest = digest(&target);
-    let mut prepared = prepare(args, target, Some(&devices), start)?;
-    prepared.session.settings.open = true;
-    prepared.session.settings.job.digest = digest;
-    prepared.session.hub.listen(listener, key.clone(), None);
-    let link = prepared.session.hub.local();
-    let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
-    let parts = Parts {
-        start,
-        host,
-        devices,
-        order: Some(0),
-        job: None,
-        key,
-        local: true,
-        shown,
-    };
-    prepared.run(Some((parts, link))).await
+impl Node<'_> {
+    /// At a point that everybody was told, whoever can listen there coordinates.
+    fn meet_by_hand(self, point: &str) -> anyhow::Result<i32> {
+        let (args, key) = (self.args, self.args.key()?);
+        let late = adopt::names_come_late(|name| std::env::var(name).ok());
+        let patience = if late {
+            args.join_timeout
+        } else {
+            Duration::ZERO
+        };
+        let (host, port, addresses) = by_hand::resolve(point, patience)?;
+        run_here(async {
+            match by_hand::part(&addresses)? {
+                Part::Coordinator(listener) => self.coordinate(key, listener).await,
+                Part::Agent => {
+                    let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
+                    Ok(start_agent::finish(self.attend(key, connection).await?))
+                }
+            }
+        })
+    }
+
+    /// By a file in a folder that all nodes share; `id` is the same on all, and `by` has started them.
+    async fn meet_by_file(self, by: &str, id: &str) -> anyhow::Result<i32> {
+        if let Some(text) = adopt::too_few_cores(by, &cores::allowed(), cores::online()) {
+            eprintln!("tsm-launch: warning: {text}");
+        }
+        let run_dir = run_dir(self.args, &self.target)?;
+        let dir = match (&self.args.rendezvous_dir, run_dir.parent()) {
+            (Some(dir), _) => dir,
+            (None, Some(root)) => root,
+            (None, None) => &run_dir,
+        };
+        if self.order == Some(0) {
+            let listener = TcpListener::from_std(addresses::listen_on_all()?)?;
+            let (port, key) = (listener.local_addr()?.port(), Key::random());
+            let _announced = meet::announce(dir, id, port, &key)?;
+            return self.coordinate(key, listener).await;
+        }
+        let say = |text: &str| eprintln!("tsm-launch: {text}");
+        let (connection, key) = meet::join(dir, id, self.args.join_timeout, say).await?;
+        let leave = self.attend(key, connection).await?;
+        // mpirun and srun end all others at once for a code that is not 0. So only the first node, which is
+        // still writing down what happened, ends with the code of the job.
+        let is_told = leave.message.is_none();
+        let code = start_agent::finish(leave);
+        Ok(if is_told { exit::OK } else { code })
+    }
+
+    /// A job of one node: coordinator and agent in one process, and nothing listens.
+    async fn alone(self) -> anyhow::Result<i32> {
+        let mut prepared = prepare(self.args, self.target, Some(&self.devices), self.start)?;
+        let link = prepared.session.hub.local();
+        let shown = Some(prepared.shown());
+        let parts = Parts {
+            start: self.start,
+            host: manifest::host(),
+            devices: self.devices,
+            order: None,
+            job: None,
+            key: None,
+            local: true,
+            shown,
+        };
+        prepared.run(Some((parts, link))).await
+    }
+
+    /// The first of several nodes.
+    async fn coordinate(self, key: Key, listener: TcpListener) -> anyhow::Result<i32> {
+        let digest = digest(&self.target);
+        let mut prepared = prepare(self.args, self.target, Some(&self.devices), self.start)?;
+        prepared.session.settings.open = true;
+        prepared.session.settings.job.digest = digest;
+        prepared.session.hub.listen(listener, key.clone(), None);
+        let link = prepared.session.hub.local();
+        let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
+        let parts = Parts {
+            start: self.start,
+            host,
+            devices: self.devices,
+            order: self.order.or(Some(0)),
+            job: None,
+            key,
+            local: true,
+            shown,
+        };
+        prepared.run(Some((parts, link))).await
+    }
+
+    /// One of the others.
+    async fn attend(self, key: Key, connection: Connection) -> anyhow::Result<Leave> {
+        let parts = Parts {
+            start: self.start,
+            host: manifest::host(),
+            order: self.order,
+            job: Some(digest(&self.target)),
+            devices: self.devices,
+            key: Some(key),
+            local: false,
+            shown: None,
+        };
+        agent::run(parts.setup()?, Link::over(connection)).await
+    }
 }
 
 /// Nodes that are started from here; this one has no ranks of its own.

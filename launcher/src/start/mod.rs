@@ -1,9 +1,11 @@
 //! How the nodes of a job are found: SLURM, ssh, MPI, Kubernetes, or by hand.
 
+pub mod adopt;
 pub mod agent;
 pub mod by_hand;
 pub mod children;
 pub mod hosts;
+pub mod meet;
 pub mod slurm;
 pub mod ssh;
 
