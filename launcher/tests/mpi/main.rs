@@ -22,6 +22,10 @@ fn mpirun(scene: &Scene, options: &str, words: &str, actions: &str) -> Option<Co
     fs_err::copy(env!("CARGO_BIN_EXE_tsm-launch"), &copy).unwrap();
     let mut command = scene.command_of("/usr/bin/mpirun");
     command.args(["--oversubscribe", "--bind-to", "none"]);
+    // Two that make their folder in the same place at the same time fail, and a killed one leaves it there.
+    let own = scene.path("mpi");
+    fs_err::create_dir(&own).unwrap();
+    command.env("TMPDIR", own);
     if rustix::process::geteuid().is_root() {
         command.arg("--allow-run-as-root");
     }
