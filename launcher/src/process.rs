@@ -34,7 +34,7 @@ pub struct Spec<'a> {
     pub directory: Option<&'a Path>,
     /// Set on top of the environment, after `remove`.
     pub env: &'a [(String, String)],
-    pub remove: &'a [&'a str],
+    pub remove: &'a [String],
     /// Cores to bind to; empty: no binding.
     pub cores: &'a [usize],
     /// It ignores SIGTERM.
