@@ -1,7 +1,7 @@
 //! The same command on every node: whoever can listen at the meeting point coordinates.
 
 use anyhow::bail;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tsm_job::exit::{self, Coded};
@@ -41,8 +41,17 @@ pub fn resolve(point: &str) -> anyhow::Result<(String, u16, Vec<SocketAddr>)> {
             "--rendezvous needs a port of its own, all nodes have to know it"
         ));
     }
+    if host.parse().is_ok_and(|ip: IpAddr| ip.is_unspecified()) {
+        let hint = "give the address of the first node, as the others reach it";
+        let text = format!("--rendezvous is {point:?}, which is on every node\n  hint: {hint}");
+        bail!(Coded::new(exit::USAGE, text));
+    }
     match (host, port).to_socket_addrs() {
-        Ok(found) => Ok((host.into(), port, found.collect())),
+        Ok(found) => Ok((
+            host.into(),
+            port,
+            found.map(|a| reachable(host, a)).collect(),
+        )),
         Err(e) => {
             let text = format!(
                 "--rendezvous: {host} cannot be found: {e}\n  hint: give the address of the first node"
@@ -52,16 +61,29 @@ pub fn resolve(point: &str) -> anyhow::Result<(String, u16, Vec<SocketAddr>)> {
     }
 }
 
+/// Where to listen so that the other nodes can come: a host often has its own name for a loopback address (127.0.1.1
+/// in Debian's /etc/hosts), while the others know its real one.
+fn reachable(host: &str, address: SocketAddr) -> SocketAddr {
+    let is_meant = host == "localhost" || host.parse::<IpAddr>().is_ok();
+    match address {
+        SocketAddr::V4(a) if a.ip().is_loopback() && !is_meant => {
+            (Ipv4Addr::UNSPECIFIED, a.port()).into()
+        }
+        SocketAddr::V6(a) if a.ip().is_loopback() && !is_meant => {
+            (Ipv6Addr::UNSPECIFIED, a.port()).into()
+        }
+        address => address,
+    }
+}
+
 /// Listens at the meeting point if it is here and nobody else does. Call inside the tokio runtime.
 ///
 /// # Errors
 /// When the address is this node's, but cannot be used for another reason than that it is taken.
 pub fn part(at: &[SocketAddr]) -> anyhow::Result<Part> {
-    let own: Vec<IpAddr> = addresses::list().into_iter().map(|(ip, _)| ip).collect();
-    for address in at
-        .iter()
-        .filter(|a| a.ip().is_loopback() || own.contains(&a.ip()))
-    {
+    let own = addresses::own();
+    let is_here = |ip: IpAddr| ip.is_loopback() || ip.is_unspecified() || own.contains(&ip);
+    for address in at.iter().filter(|a| is_here(a.ip())) {
         match wire::listen(*address) {
             Ok(listener) => return Ok(Part::Coordinator(listener)),
             // Another agent of this machine was first; the key tells whether it is one.
@@ -114,7 +136,15 @@ mod tests {
             ["127.0.0.1:29400".parse().unwrap()]
         );
         assert_eq!(resolve("[::1]:1").unwrap().0, "::1");
-        for bad in ["gpu-01", "gpu-01:", ":x", "127.0.0.1:0", "127.0.0.1:99999"] {
+        for bad in [
+            "gpu-01",
+            "gpu-01:",
+            ":x",
+            "127.0.0.1:0",
+            "127.0.0.1:99999",
+            "0.0.0.0:1",
+            "[::]:1",
+        ] {
             assert_eq!(
                 exit::code_of(&resolve(bad).err().unwrap()),
                 exit::USAGE,
@@ -123,6 +153,18 @@ mod tests {
         }
         let none = resolve("no-such-host.invalid:1").err().unwrap();
         assert_eq!(exit::code_of(&none), exit::PREFLIGHT);
+    }
+
+    #[test]
+    fn a_host_s_own_name_for_loopback_is_all_its_addresses() {
+        let debian = "127.0.1.1:7".parse().unwrap();
+        assert_eq!(reachable("gpu-01", debian), "0.0.0.0:7".parse().unwrap());
+        assert_eq!(reachable("127.0.1.1", debian), debian);
+        assert_eq!(reachable("localhost", debian), debian);
+        let v6 = "[::1]:7".parse().unwrap();
+        assert_eq!(reachable("gpu-01", v6), "[::]:7".parse().unwrap());
+        let real = "10.0.0.1:7".parse().unwrap();
+        assert_eq!(reachable("gpu-01", real), real);
     }
 
     #[tokio::test]
