@@ -86,9 +86,15 @@ impl<'a> Job<'a> {
         let scene = &self.cluster.scene;
         let point = format!("10.77.0.1:{}", self.port);
         let key = format!("{}.key", self.name);
-        let common = ["--run-dir", self.name, "--join-timeout", "60s"];
-        let common = [&common[..], &["--rendezvous", &point, "--key-file", &key]];
-        let mut command = scene.command(&common.concat());
+        let common = [
+            "--run-dir",
+            self.name,
+            "--rendezvous",
+            &point,
+            "--key-file",
+            &key,
+        ];
+        let mut command = scene.command(&common);
         let stream = |kind| fs_err::File::create(self.stream(n, kind)).expect("a file");
         command.args(words);
         command.stdout(stream("out").into_parts().0);

@@ -12,4 +12,7 @@ mod nodes;
 
 mod failures;
 mod losses;
+mod membership;
+mod refusals;
+mod signals;
 mod success;
