@@ -21,7 +21,7 @@ Exit codes: 0; the first failing rank's own code, or 128 + its signal; 128 + the
 the launcher; 64 usage, 65 input data, 69 the machine cannot run the job, 70 a bug, 78 configuration.";
 
 /// Starts one worker per GPU (or CPU share), watches them, and ends them all when one fails.
-#[derive(Parser, Debug)]
+#[derive(Parser, Clone, Debug)]
 #[command(
     name = "tsm-launch",
     version,
@@ -39,9 +39,10 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub cpus: Option<u32>,
 
-    /// Nodes of the job; with MIN:MAX it starts with MIN and goes on with as few, and more join up to MAX.
-    #[arg(long, value_name = "N|MIN:MAX", default_value = "1")]
-    pub nodes: Nodes,
+    /// Nodes of the job; with MIN:MAX it starts with MIN and goes on with as few, and more join up to MAX
+    /// [default: those of the SLURM job, else 1].
+    #[arg(long, value_name = "N|MIN:MAX")]
+    pub nodes: Option<Nodes>,
 
     /// Where the nodes meet, for the same command on every node: whoever can listen there coordinates.
     #[arg(long, value_name = "HOST:PORT", requires = "key_file")]
@@ -66,6 +67,10 @@ pub struct Args {
     /// Name the late ranks and stop when no rank has made a step for this long.
     #[arg(long, value_name = "TIME|off", default_value = "10m")]
     pub hang_timeout: Limit,
+
+    /// Look at every node before the first rank is started.
+    #[arg(long, value_name = "HOW", value_enum, default_value = "quick")]
+    pub preflight: Preflight,
 
     /// A variable for the workers: with its value, or as it is here.
     #[arg(long = "env", value_name = "NAME[=VALUE]")]
@@ -128,11 +133,23 @@ pub struct Args {
     pub program: Vec<OsString>,
 }
 
+/// What is looked at before the first rank is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Preflight {
+    Off,
+    /// GPUs, driver, disks, limits: less than a second.
+    Quick,
+}
+
 /// How many nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Nodes {
     pub min: u32,
     pub max: u32,
+}
+
+impl Nodes {
+    pub const ONE: Nodes = Nodes { min: 1, max: 1 };
 }
 
 impl FromStr for Nodes {
@@ -185,6 +202,17 @@ pub enum Gpus {
     Count(u32),
     /// Positions in the list of visible GPUs.
     List(Vec<u32>),
+}
+
+impl Gpus {
+    /// How many, where that is said.
+    pub fn count(&self) -> Option<u32> {
+        match self {
+            Gpus::Auto => None,
+            Gpus::Count(n) => Some(*n),
+            Gpus::List(list) => Some(list.len() as u32),
+        }
+    }
 }
 
 impl FromStr for Gpus {

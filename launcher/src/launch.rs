@@ -1,6 +1,6 @@
 //! From the command line to a job: everything that can be refused is refused here, before anything starts.
 
-use anyhow::{Context, bail};
+use anyhow::{Context as _, bail};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::io::Write;
@@ -10,30 +10,34 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tsm_job::Config;
+use tsm_job::config::DeviceKind;
 use tsm_job::exit::{self, Coded};
 
-use crate::cli::{Args, Show};
+use crate::cli::{Args, Gpus, Nodes, Preflight, Show};
 use crate::cluster::agent;
 use crate::cluster::coordinator::{Job, Settings};
 use crate::cluster::key::Key;
 use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
+use crate::cluster::wire;
 use crate::console::screen::{Outputs, Screen, Style};
+use crate::doctor::Context;
 use crate::folder::{self, Folder};
 use crate::hang::progress::Limits;
 use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Devices, Seat, Shape};
-use crate::session::{Session, Voice};
+use crate::session::{End, Session, Voice};
 use crate::start::agent::Parts;
 use crate::start::by_hand::{self, Part};
-use crate::start::children::Children;
+use crate::start::children::{Children, Starter};
+use crate::start::slurm::{self, Allocation, Entry, Place, Request, Turn};
 use crate::start::{agent as start_agent, run_here};
 use crate::status::Snapshot;
 use crate::status::http::Server;
 use crate::status::view::{View, wants_colour};
 use crate::target::{Resume, Target, What};
-use crate::{clock, cores, gpus};
+use crate::{addresses, clock, cores, gpus};
 
 /// How long to wait for more nodes when there are enough.
 const LAST_CALL: Duration = Duration::from_secs(5);
@@ -45,6 +49,7 @@ const FLUSH: Duration = Duration::from_secs(2);
 /// # Errors
 /// With an exit code for whatever is wrong with the command line, the config, or the machine.
 pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
+    let mut args = args.clone();
     if let Some((name, value)) =
         plan::stale_variable(|name| std::env::var(name).ok()).filter(|_| !args.ignore_env)
     {
@@ -54,18 +59,36 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         );
         bail!(Coded::new(exit::USAGE, text));
     }
-    let target = Target::resolve(args)?;
+    let mut target = Target::resolve(&args)?;
+    let allocation = Allocation::from_env(|name| std::env::var(name).ok())?;
+    if let Some(allocation) = allocation.filter(|a| !matches!(a.place, Place::Step { .. }))
+        && !args.dry_run
+        && args.rendezvous.is_none()
+    {
+        let request = Request {
+            nodes: args.nodes.map(|n| n.max),
+            gpus: args.gpus.as_ref().and_then(Gpus::count),
+        };
+        allocation.check(request)?;
+        let turn = Turn::begin(allocation);
+        if let Some(code) = take_up(&turn, &mut args, &mut target) {
+            return Ok(code);
+        }
+        return run_here(in_slurm(&args, target, turn, start));
+    }
+    let args = &args;
+    let nodes = args.nodes.unwrap_or(Nodes::ONE);
     let launch = target.config().map(|config| &config.launch);
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
     if args.dry_run {
         return dry_run(args, target, &devices);
     }
     let Some(point) = &args.rendezvous else {
-        if args.nodes.max > 1 {
+        if nodes.max > 1 {
             let hint = "give --rendezvous HOST:PORT and --key-file FILE on every node";
             let text = format!(
                 "--nodes is {}, and nothing says how the nodes find each other\n  hint: {hint}",
-                args.nodes.max
+                nodes.max
             );
             bail!(Coded::new(exit::USAGE, text));
         }
@@ -85,7 +108,10 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
                 let digest = digest(&target);
                 let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
                 let (host, job, key) = (manifest::host(), Some(digest), Some(key));
+                let preflight = (args.preflight != Preflight::Off)
+                    .then(|| start_agent::context(&devices, None, None));
                 let parts = Parts {
+                    preflight,
                     start,
                     host,
                     devices,
@@ -102,6 +128,132 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     })
 }
 
+/// Decides by what an earlier turn of the same job has left; the exit code, where there is nothing left to do.
+fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
+    if args.run_dir.is_some() || target.resume.is_some() {
+        return None;
+    }
+    let (root, name) = target.place();
+    let folder = std::path::absolute(turn.folder(&root, &name)).unwrap_or_default();
+    match turn.entry(&folder) {
+        Entry::AlreadyFinished(code) => {
+            let job = turn.allocation.job;
+            println!(
+                "tsm-launch: job {job} has finished in {} with exit code {code}",
+                folder.display()
+            );
+            return Some(code);
+        }
+        Entry::Resume => target.resume = Some(Resume::Run(folder)),
+        Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),
+        // Another run of the same job has that name.
+        Entry::Fresh => {}
+    }
+    None
+}
+
+/// A job of SLURM: on one node like any other, on several with agents that srun starts.
+async fn in_slurm(
+    args: &Args,
+    mut target: Target,
+    turn: Turn,
+    start: Instant,
+) -> anyhow::Result<i32> {
+    let launch = target.config().map(|config| &config.launch);
+    let hosts = turn.allocation.nodes.clone();
+    let wanted = args.nodes.map_or(hosts.len(), |n| n.max as usize);
+    let save_in = turn.save_in(std::time::SystemTime::now());
+    if wanted == 1 && turn.allocation.place == Place::Batch {
+        let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
+        return alone_in(args, target, devices, start, Some(turn)).await;
+    }
+    let device = device_arguments(args, target.config());
+    if let [kind, count] = device.as_slice() {
+        target.settle_as(
+            kind == "--gpus",
+            count.to_str().and_then(|n| n.parse().ok()),
+        );
+    }
+    let gpus = device
+        .get(1)
+        .filter(|_| device[0] == "--gpus")
+        .and_then(|n| n.to_str()?.parse().ok());
+    let mut prepared = prepare(args, target, None, start)?;
+    let session = &mut prepared.session;
+    session.settings.max_nodes = wanted as u32;
+    session.settings.min_nodes = args.nodes.map_or(wanted as u32, |n| n.min);
+    if session.settings.job.saves {
+        session.settings.save_at = save_in.map(|d| start.elapsed() + d);
+    }
+    let key = Key::random();
+    let listener = wire::listen(std::net::SocketAddr::from(([0, 0, 0, 0], 0)))?;
+    let port = listener.local_addr()?.port();
+    session.hub.listen(listener, key.clone(), None);
+    let own = addresses::list()
+        .into_iter()
+        .filter(|(ip, _)| ip.is_ipv4())
+        .map(|(ip, _)| ip);
+    let loopback = std::net::IpAddr::from([127, 0, 0, 1]);
+    let points: Vec<String> = own
+        .chain([loopback])
+        .map(|ip| format!("{ip}:{port}"))
+        .collect();
+    let shim = std::env::current_exe().context("cannot find this program")?;
+    let mut agent: Vec<OsString> = vec![shim.clone().into(), start_agent::AGENT.into()];
+    agent.extend(
+        [
+            "--connect",
+            &points.join(","),
+            "--order-from",
+            "SLURM_NODEID",
+            "--host-from",
+            "SLURMD_NODENAME",
+        ]
+        .map(OsString::from),
+    );
+    if args.preflight == Preflight::Off {
+        agent.push("--no-preflight".into());
+    }
+    agent.extend(device);
+    let srun = slurm::srun(
+        &turn.allocation,
+        &hosts[..wanted.min(hosts.len())],
+        gpus,
+        &agent,
+    );
+    let starter = Starter {
+        host: "srun".into(),
+        argv: srun.argv,
+        env_remove: srun.env_remove,
+        is_wire: false,
+        code_meaning: |_| None,
+    };
+    let voice = session.voice.clone();
+    session
+        .children
+        .start(&shim, starter, &session.hub, &key, &voice)?;
+    session.turn = Some(turn);
+    prepared.run(None).await
+}
+
+/// By which an agent is told what its workers run on.
+fn device_arguments(args: &Args, config: Option<&Config>) -> Vec<OsString> {
+    let pair = |flag: &str, value: String| vec![OsString::from(flag), OsString::from(value)];
+    match (&args.gpus, args.cpus, config.map(|c| &c.launch)) {
+        (Some(gpus), _, _) => pair("--gpus", gpus.to_string()),
+        (None, Some(n), _) => pair("--cpus", n.to_string()),
+        (None, None, Some(launch)) => {
+            let count = launch.nproc_per_node;
+            match launch.device {
+                DeviceKind::Cpu => pair("--cpus", count.unwrap_or(1).to_string()),
+                DeviceKind::Gpu => pair("--gpus", count.map_or("auto".into(), |n| n.to_string())),
+            }
+        }
+        // The agents refuse, and say what is missing.
+        (None, None, None) => Vec::new(),
+    }
+}
+
 /// A job of one node: coordinator and agent in one process, and nothing listens.
 async fn alone(
     args: &Args,
@@ -109,10 +261,30 @@ async fn alone(
     devices: Devices,
     start: Instant,
 ) -> anyhow::Result<i32> {
+    alone_in(args, target, devices, start, None).await
+}
+
+/// The same, where it is a turn of a job of SLURM.
+async fn alone_in(
+    args: &Args,
+    target: Target,
+    devices: Devices,
+    start: Instant,
+    turn: Option<Turn>,
+) -> anyhow::Result<i32> {
     let mut prepared = prepare(args, target, Some(&devices), start)?;
+    if let Some(turn) = turn {
+        if prepared.session.settings.job.saves {
+            let save_in = turn.save_in(std::time::SystemTime::now());
+            prepared.session.settings.save_at = save_in.map(|d| start.elapsed() + d);
+        }
+        prepared.session.turn = Some(turn);
+    }
     let link = prepared.session.hub.local();
     let shown = Some(prepared.shown());
+    let preflight = prepared.preflight(args, &devices);
     let parts = Parts {
+        preflight,
         start,
         host: manifest::host(),
         devices,
@@ -141,7 +313,9 @@ async fn together(
     prepared.session.hub.listen(listener, key.clone(), None);
     let link = prepared.session.hub.local();
     let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
+    let preflight = prepared.preflight(args, &devices);
     let parts = Parts {
+        preflight,
         start,
         host,
         devices,
@@ -175,6 +349,14 @@ impl Prepared {
         }
     }
 
+    /// What the agent of this node looks at first.
+    fn preflight(&self, args: &Args, devices: &Devices) -> Option<Context> {
+        let program = self.session.settings.job.command.first().map(PathBuf::from);
+        let folder = self.session.folder.dir.path().to_path_buf();
+        (args.preflight != Preflight::Off)
+            .then(|| start_agent::context(devices, Some(folder), program))
+    }
+
     /// Runs the job, and the agent of this node where it has ranks.
     async fn run(self, agent_here: Option<(Parts, Link)>) -> anyhow::Result<i32> {
         let Prepared {
@@ -184,7 +366,7 @@ impl Prepared {
             revised,
             config,
         } = self;
-        let code = match agent_here {
+        let end = match agent_here {
             Some((parts, link)) => {
                 let (code, leave) = tokio::join!(session.run(), agent::run(parts.setup()?, link));
                 leave?;
@@ -193,10 +375,24 @@ impl Prepared {
             None => session.run().await?,
         };
         screen.finish(FLUSH);
+        let End {
+            code,
+            outcome,
+            stopped,
+            turn,
+            folder,
+        } = end;
+        // SLURM may end this process for it, so it comes last of all that can be lost.
+        let requeue = || {
+            if let Some(text) = turn.and_then(|turn| turn.end(code, outcome, &folder, stopped)) {
+                eprintln!("tsm-launch: {text}");
+            }
+        };
         if revised && code == exit::CONFIG {
             // The next `--resume` takes the newest config, which must not be one the workers refused.
             fs_err::rename(&config, config.with_extension("yaml.refused"))?;
         }
+        requeue();
         Ok(code)
     }
 }
@@ -298,9 +494,10 @@ fn prepare(
         resume: is_trainer.then(|| resume_command(args, &dir)),
         saves: is_trainer,
     };
+    let nodes = args.nodes.unwrap_or(Nodes::ONE);
     let settings = Settings {
-        min_nodes: args.nodes.min,
-        max_nodes: args.nodes.max,
+        min_nodes: nodes.min,
+        max_nodes: nodes.max,
         join: args.join_timeout,
         last_call: LAST_CALL,
         lease: args.node_timeout,
@@ -346,6 +543,7 @@ fn prepare(
             host,
         },
         children: Children::new(),
+        turn: None,
         snapshots,
     };
     Ok(Prepared {
@@ -371,7 +569,7 @@ fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result
     } else {
         cores::allowed()
     };
-    let mut seat = Seat::alone(devices.len() * args.nodes.max as usize);
+    let mut seat = Seat::alone(devices.len() * args.nodes.unwrap_or(Nodes::ONE).max as usize);
     seat.max_restarts = args.max_restarts;
     let shape = Shape {
         devices,

@@ -106,6 +106,18 @@ impl Target {
         }
     }
 
+    /// The same for nodes that choose for themselves.
+    pub fn settle_as(&mut self, gpus: bool, count: Option<u32>) {
+        if let What::Trainer { config, .. } = &mut self.what {
+            config.launch.device = if gpus {
+                DeviceKind::Gpu
+            } else {
+                DeviceKind::Cpu
+            };
+            config.launch.nproc_per_node = count;
+        }
+    }
+
     /// Writes the devices chosen into the config, which is where the trainer learns of them.
     pub fn settle(&mut self, devices: &Devices) {
         let What::Trainer { config, .. } = &mut self.what else {

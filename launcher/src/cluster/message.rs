@@ -10,6 +10,8 @@ use std::time::Duration;
 use crate::console::lines::Batch;
 use crate::end::End;
 use crate::gpus::Gpu;
+use crate::hang::ras;
+use crate::hang::report::Inspection;
 use crate::manifest::environment::Change;
 use crate::report::Place;
 use crate::supervisor::Rank;
@@ -74,7 +76,12 @@ pub enum FromAgent {
     /// Something the user should know.
     Notice { text: String },
     /// Answer to [`ToAgent::Inspect`].
-    Inspected { generation: u32, text: String },
+    Inspected {
+        generation: u32,
+        looks: Vec<Inspection>,
+        /// What NCCL says on this node.
+        ras: Option<ras::Answer>,
+    },
     /// The agent was told to stop by a signal of its own: Ctrl-C, or the scheduler.
     Signal { signal: i32 },
 }
@@ -117,10 +124,9 @@ pub enum ToAgent {
     Kill {
         generation: u32,
     },
-    /// Describe what these local ranks are doing.
+    /// Describe what the ranks are doing.
     Inspect {
         generation: u32,
-        local_ranks: Vec<u32>,
     },
     /// Leave, with this exit code. `message` is for the agent's own stderr.
     Exit {
@@ -151,6 +157,9 @@ pub struct Join {
     /// Digest of the job on the agent's own command line; `None` where it has none.
     pub job: Option<String>,
     pub facts: Facts,
+    /// Milliseconds since 1970 by the coordinator's clock, when it came in; 0 until then.
+    #[serde(default)]
+    pub received_ms: u64,
 }
 
 /// What has to agree on all nodes, or is worth knowing of each.

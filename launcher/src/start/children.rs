@@ -34,6 +34,7 @@ pub struct Starter {
     /// Whom it starts, for errors.
     pub host: String,
     pub argv: Vec<OsString>,
+    pub env_remove: &'static [&'static str],
     /// Its stdin and stdout are the connection to one agent; else agents dial, and only the key goes to stdin.
     pub is_wire: bool,
     pub code_meaning: fn(i32) -> Option<&'static str>,
@@ -85,6 +86,9 @@ impl Children {
             .arg(std::process::id().to_string())
             .arg("")
             .args(&starter.argv);
+        for name in starter.env_remove {
+            command.env_remove(name);
+        }
         let out = if starter.is_wire {
             Stdio::piped()
         } else {

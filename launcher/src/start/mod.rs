@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod by_hand;
 pub mod children;
+pub mod slurm;
 
 use std::future::Future;
 use tokio::task::LocalSet;

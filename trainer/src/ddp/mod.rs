@@ -153,7 +153,8 @@ impl Ddp {
         s.places = vec![(0, 0); s.params.len()];
         s.buckets = Vec::with_capacity(plan.len());
         for (b, members) in plan.iter().enumerate() {
-            let bucket = Bucket::allocate(members, &s.params)?;
+            let last = b + 1 == plan.len();
+            let bucket = Bucket::allocate(members, &s.params, last)?;
             for (m, &param) in members.iter().enumerate() {
                 s.places[param] = (b, m);
             }
@@ -192,6 +193,7 @@ impl Ddp {
             .iter()
             .map(|b| Bucket {
                 flat: b.flat.shallow_clone(),
+                wire: b.wire.shallow_clone(),
                 members: b
                     .members
                     .iter()
@@ -205,13 +207,34 @@ impl Ddp {
             .collect()
     }
 
-    /// Fills every bucket with zero. Once a step, before its first micro step.
+    /// Fills every bucket with zero, and takes back the vote. Once a step, before its first micro
+    /// step.
     pub fn zero(&self) -> Result<()> {
         let _guard = tch::no_grad_guard();
         for bucket in &mut lock(&self.state).buckets {
-            let _ = bucket.flat.f_zero_()?;
+            let _ = bucket.wire.f_zero_()?;
         }
         Ok(())
+    }
+
+    /// Makes this rank vote to stop after this step. Before the backward that reduces; the vote
+    /// travels behind the gradients of the last bucket and costs no collective of its own.
+    pub fn vote(&self) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        if let Some(mut vote) = lock(&self.state).vote()? {
+            let _ = vote.f_fill_(1.0)?;
+        }
+        Ok(())
+    }
+
+    /// After [`Self::finish`] of a micro step that reduced: above 0 where any rank has voted, the
+    /// same on all of them. A scalar on the host; from a GPU a copy under way, which is there once an
+    /// event recorded now is done.
+    pub fn votes(&self) -> Result<Tensor> {
+        match lock(&self.state).vote()? {
+            Some(vote) => Ok(vote.f_to_device_(tch::Device::Cpu, vote.kind(), true, true)?),
+            None => Ok(Tensor::zeros([], (Kind::Float, tch::Device::Cpu))),
+        }
     }
 
     /// Starts a micro step. With `reduce`, its backward also averages the gradients, those of the
@@ -267,6 +290,15 @@ impl Ddp {
 }
 
 impl State {
+    /// The element that holds the vote; `None` without parameters.
+    fn vote(&self) -> Result<Option<Tensor>> {
+        let Some(bucket) = self.buckets.last() else {
+            return Ok(None);
+        };
+        let behind = bucket.flat.numel() as i64;
+        Ok(Some(bucket.wire.f_select(0, behind)?))
+    }
+
     /// Called by parameter `i`'s hook, on the thread that runs backward.
     fn arrive(&mut self, i: usize) -> Result<(), String> {
         let name = &self.names[i];
@@ -311,14 +343,14 @@ impl State {
         }
         self.started.get_or_insert_with(Instant::now);
         let world_size = f64::from(self.peers.world_size());
-        let flat = &mut self.buckets[b].flat;
+        let wire = &mut self.buckets[b].wire;
         let mut start = || -> Result<Work> {
-            if flat.device().is_cuda() {
-                return Ok(self.peers.group()?.all_reduce_async(flat, ReduceOp::Avg)?);
+            if wire.device().is_cuda() {
+                return Ok(self.peers.group()?.all_reduce_async(wire, ReduceOp::Avg)?);
             }
             // gloo cannot average; dividing first also keeps half sums in range.
-            let _ = flat.f_div_scalar_(world_size)?;
-            Ok(self.peers.group()?.all_reduce_async(flat, ReduceOp::Sum)?)
+            let _ = wire.f_div_scalar_(world_size)?;
+            Ok(self.peers.group()?.all_reduce_async(wire, ReduceOp::Sum)?)
         };
         match start() {
             Ok(work) => self.pending.push((b, work)),

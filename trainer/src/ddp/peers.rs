@@ -4,6 +4,7 @@ use super::blame::{Watcher, sentence};
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 use tsm_job::config::BnBuffers;
@@ -22,6 +23,8 @@ pub struct Peers {
     world_size: u32,
     link: Option<Link>,
     watcher: Option<Watcher>,
+    /// Nanoseconds since [`Peers::take_waited`].
+    waited: AtomicU64,
 }
 
 impl Peers {
@@ -32,6 +35,7 @@ impl Peers {
             world_size: 1,
             link: None,
             watcher: None,
+            waited: AtomicU64::new(0),
         }
     }
 
@@ -49,6 +53,7 @@ impl Peers {
             world_size,
             link: Some(link),
             watcher: Some(watcher),
+            waited: AtomicU64::new(0),
         })
     }
 
@@ -99,7 +104,10 @@ impl Peers {
         if let Some(w) = &self.watcher {
             w.set_in_collective(true);
         }
+        let since = Instant::now();
         let result = run();
+        let waited = since.elapsed().as_nanos() as u64;
+        self.waited.fetch_add(waited, Ordering::Relaxed);
         if let Some(w) = &self.watcher {
             w.set_in_collective(false);
         }
@@ -129,6 +137,12 @@ impl Peers {
         self.waiting(what, Instant::now(), || {
             run(group).map_err(|e| e.to_string())
         })
+    }
+
+    /// Host time spent in collectives since the last call. With NCCL the host does not wait for
+    /// them, and this is only the time to queue them.
+    pub fn take_waited(&self) -> Duration {
+        Duration::from_nanos(self.waited.swap(0, Ordering::Relaxed))
     }
 
     /// Replaces `tensor` by its reduction over all ranks; `what` names it in an error, e.g.

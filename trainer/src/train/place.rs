@@ -1,12 +1,13 @@
 //! Which device this rank computes on, with how many threads, and with which peers.
 
+use super::rendezvous;
 use crate::ddp::{Link, Peers};
 use anyhow::Result;
 use std::sync::Arc;
-use std::time::Duration;
 use tch::Device;
 use tsm_job::WorkerEnv;
 use tsm_job::config::{Config, DeviceKind};
+use tsm_job::env::Starter;
 use tsm_job::exit::{self, Coded};
 use tsm_torch_ext::cuda;
 use tsm_torch_ext::dist::{ProcessGroup, Store};
@@ -28,7 +29,7 @@ impl Place {
     /// come in time (exit code PEER).
     pub fn new(config: &Config, env: &WorkerEnv) -> Result<Place> {
         let device = device(config, env)?;
-        let threads = threads();
+        let threads = threads(env);
         tch::set_num_threads(threads as i32);
         set_flags(Flags {
             cudnn_benchmark: !config.train.deterministic,
@@ -37,7 +38,7 @@ impl Place {
         })?;
         let peers = match env.world_size {
             1 => Peers::alone(),
-            _ => meet(env, device, config.launch.collective_timeout)?,
+            _ => meet(config, env, device)?,
         };
         Ok(Place {
             device,
@@ -83,37 +84,49 @@ fn device(config: &Config, env: &WorkerEnv) -> Result<Device> {
     Ok(Device::Cuda(index))
 }
 
-/// `OMP_NUM_THREADS`, which the launcher sets to the rank's share of the cores, else all cores.
-fn threads() -> usize {
+/// `OMP_NUM_THREADS`, which the launcher sets to the rank's share of the cores; without a launcher
+/// the same share of the cores this process may use.
+fn threads(env: &WorkerEnv) -> usize {
+    let share = |cores: usize| match env.started_by {
+        Starter::Nobody | Starter::Launcher => cores,
+        _ => (cores / env.local_world_size as usize).max(1),
+    };
     std::env::var("OMP_NUM_THREADS")
         .ok()
         .and_then(|t| t.parse().ok())
         .filter(|&t| t > 0)
-        .or_else(|| std::thread::available_parallelism().ok().map(|n| n.get()))
+        .or_else(|| {
+            std::thread::available_parallelism()
+                .ok()
+                .map(|n| share(n.get()))
+        })
         .unwrap_or(1)
 }
 
-fn meet(env: &WorkerEnv, device: Device, timeout: Duration) -> Result<Peers> {
+fn meet(config: &Config, env: &WorkerEnv, device: Device) -> Result<Peers> {
+    let timeout = config.launch.collective_timeout;
     let (rank, world_size) = (env.rank as usize, env.world_size as usize);
-    let address = env.master_addr.to_string();
-    let apart = |e: tsm_torch_ext::TorchError| {
-        Coded::new(
-            exit::PEER,
-            format!(
-                "rank {rank} could not meet the other {} ranks at {address}:{}: {e}",
-                world_size - 1,
-                env.master_port
-            ),
-        )
+    let at = match env.master_port {
+        0 => format!("through {}", config.run.dir.display()),
+        port => format!("at {}:{port}", env.master_addr),
     };
-    let store =
-        Store::tcp(&address, env.master_port, world_size, rank == 0, timeout).map_err(apart)?;
+    let apart = |e: tsm_torch_ext::TorchError| {
+        let others = world_size - 1;
+        let text = format!("rank {rank} could not meet the other {others} ranks {at}: {e}");
+        Coded::new(exit::PEER, text)
+    };
+    let named = std::env::var("GLOO_SOCKET_IFNAME").ok();
+    let (store, interface) = if env.master_port == 0 {
+        let met = rendezvous::meet(env, &config.run.dir, timeout)?;
+        (met.store, named.unwrap_or(met.interface))
+    } else {
+        let address = env.master_addr.to_string();
+        let store = Store::tcp(&address, env.master_port, world_size, rank == 0, timeout);
+        (store.map_err(apart)?, named.unwrap_or_default())
+    };
     let group = match device {
         Device::Cuda(index) => ProcessGroup::nccl(&store, rank, world_size, index, timeout),
-        _ => {
-            let interface = std::env::var("GLOO_SOCKET_IFNAME").unwrap_or_default();
-            ProcessGroup::gloo(&store, rank, world_size, &interface, timeout, 2)
-        }
+        _ => ProcessGroup::gloo(&store, rank, world_size, &interface, timeout, 2),
     }
     .map_err(apart)?;
     Peers::join(Link {

@@ -18,6 +18,8 @@ use super::link::{Link, Outbox};
 use super::message::{BEATS_PER_LEASE, Beat, FromAgent, Join, LEASE, NodeReport, ToAgent};
 use crate::addresses::{self, ProbeListener};
 use crate::console::queue::{LIMIT, queue};
+use crate::hang::report::Inspection;
+use crate::hang::{self, ras};
 use crate::logs::Shown;
 use crate::plan::Devices;
 use crate::port::Port;
@@ -30,8 +32,6 @@ const OUTPUT: usize = 1 << 20;
 /// How long a probe waits for the first answer, and after it for others.
 const PROBE: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_millis(300);
-/// A coordinator that was told of a signal answers within this time, or the agent stops by itself.
-const ANSWER: Duration = Duration::from_secs(2);
 
 /// What an agent is made of.
 pub struct Setup {
@@ -63,7 +63,7 @@ enum Wake {
     Workers(anyhow::Result<Vec<Event>>),
     Signal(i32),
     Reached(u32, Vec<(std::net::IpAddr, String)>),
-    Inspected(u32, String),
+    Inspected(u32, Vec<Inspection>, Option<ras::Answer>),
     Drained(Vec<String>),
     StartMore,
     Time,
@@ -85,16 +85,16 @@ struct Agent {
     next_beat: Duration,
     /// The coordinator is gone, or said so: leave when nothing runs any more.
     leaving: Option<Leave>,
-    /// When to stop for a signal by itself.
-    unheard: Option<Duration>,
     draining: Option<tokio::task::JoinHandle<Vec<String>>>,
+    /// Debuggers are at work.
+    looking: bool,
     reach: (UnboundedSender<Found>, UnboundedReceiver<Found>),
     load: crate::machine::Load,
 }
 
 enum Found {
     Reached(u32, Vec<(std::net::IpAddr, String)>),
-    Inspected(u32, String),
+    Inspected(u32, Vec<Inspection>, Option<ras::Answer>),
 }
 
 /// Runs an agent to its end. Call on the main thread, see [`crate::process::spawn`]; inside a `LocalSet`.
@@ -127,8 +127,8 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         lease_until: now + 10 * LEASE,
         next_beat: now,
         leaving: None,
-        unheard: None,
         draining: None,
+        looking: false,
         reach: unbounded_channel(),
         load: crate::machine::Load::new(),
         setup,
@@ -178,9 +178,10 @@ impl Agent {
         let deadline = self
             .deadline()
             .map(|at| tokio::time::Instant::from_std(self.setup.start + at));
-        let starting = self.generation.as_ref().is_some_and(|g| {
-            !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
-        });
+        let starting = !self.looking
+            && self.generation.as_ref().is_some_and(|g| {
+                !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
+            });
         let connected = self.leaving.is_none();
         let is_draining = self.draining.is_some();
         let (generation, draining) = (&mut self.generation, &mut self.draining);
@@ -201,7 +202,7 @@ impl Agent {
             } => Wake::Signal(signal),
             Some(found) = self.reach.1.recv() => match found {
                 Found::Reached(generation, by) => Wake::Reached(generation, by),
-                Found::Inspected(generation, text) => Wake::Inspected(generation, text),
+                Found::Inspected(generation, looks, ras) => Wake::Inspected(generation, looks, ras),
             },
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Wake::Time,
             warnings = async {
@@ -223,10 +224,7 @@ impl Agent {
         });
         let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease_until);
         let beat = self.leaving.is_none().then_some(self.next_beat);
-        [decided, lease, beat, self.unheard]
-            .into_iter()
-            .flatten()
-            .min()
+        [decided, lease, beat].into_iter().flatten().min()
     }
 
     fn handle(&mut self, wake: Wake) {
@@ -235,16 +233,16 @@ impl Agent {
             Wake::Message(None) => self.cut_off("the connection to the coordinator is gone"),
             Wake::Workers(Ok(events)) => self.decide(&events),
             Wake::Workers(Err(e)) => self.cut_off(&format!("{e:#}")),
-            Wake::Signal(signal) => {
-                self.say(FromAgent::Signal { signal });
-                if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGHUP) {
-                    let now = self.now();
-                    self.unheard.get_or_insert(now + ANSWER);
-                }
-            }
+            // The coordinator decides; if it does not answer, the lease runs out.
+            Wake::Signal(signal) => self.say(FromAgent::Signal { signal }),
             Wake::Reached(generation, by) => self.say(FromAgent::Reached { generation, by }),
-            Wake::Inspected(generation, text) => {
-                self.say(FromAgent::Inspected { generation, text })
+            Wake::Inspected(generation, looks, ras) => {
+                self.looking = false;
+                self.say(FromAgent::Inspected {
+                    generation,
+                    looks,
+                    ras,
+                });
             }
             Wake::Drained(warnings) => self.conclude(warnings),
             Wake::StartMore => self.start_more(),
@@ -315,7 +313,6 @@ impl Agent {
                 signal,
                 grace,
             } if number == Some(generation) => {
-                self.unheard = None;
                 self.decide(&[Event::Stop { signal, grace }]);
             }
             ToAgent::Signal { generation, signal } if number == Some(generation) => {
@@ -324,10 +321,9 @@ impl Agent {
             ToAgent::Kill { generation } if number == Some(generation) => {
                 self.decide(&[Event::KillAll])
             }
-            ToAgent::Inspect {
-                generation,
-                local_ranks,
-            } if number == Some(generation) => self.inspect(generation, &local_ranks),
+            ToAgent::Inspect { generation } if number == Some(generation) => {
+                self.inspect(generation)
+            }
             ToAgent::Exit { code, message } => {
                 self.decide(&[Event::KillAll]);
                 self.leaving = Some(Leave { code, message });
@@ -371,41 +367,30 @@ impl Agent {
         });
     }
 
-    fn inspect(&mut self, generation: u32, local_ranks: &[u32]) {
-        let Some(current) = &self.generation else {
+    /// Looks into the ranks with debuggers and the like, which takes its time. No worker is started meanwhile: a
+    /// debugger would inherit its socket.
+    fn inspect(&mut self, generation: u32) {
+        let Some(current) = self.generation.as_ref().filter(|_| !self.looking) else {
             return;
         };
-        let (pids, first, host) = (
-            current.pids(),
-            current.start.first_rank,
-            self.setup.host.clone(),
-        );
-        let chosen: Vec<(u32, i32)> = local_ranks
-            .iter()
-            .filter_map(|&local| Some((first + local, *pids.get(local as usize)?)))
-            .collect();
+        self.looking = true;
+        let (pids, ras) = (current.pids(), current.ras_address());
+        let places: Vec<(u32, String)> = current.places();
+        let host = self.setup.host.clone();
         let found = self.reach.0.clone();
-        // It runs debuggers, which take their time.
-        let look = move || {
-            let text = |(rank, pid): &(u32, i32)| {
-                format!(
-                    "rank {rank} on {host}, pid {pid}\n{}",
-                    crate::hang::stacks::describe(*pid)
-                )
+        let looked = hang::look_into(hang::stacks::Probe::default(), pids, ras);
+        tokio::task::spawn_local(async move {
+            let findings = looked.await;
+            let (processes, ras) = findings.map_or((Vec::new(), None), |f| (f.processes, f.ras));
+            let look = |((rank, device), process): ((u32, String), _)| Inspection {
+                rank,
+                host: host.clone(),
+                device,
+                process,
             };
-            let text = chosen.iter().map(text).collect::<Vec<_>>().join("\n");
-            let _ = found.send(Found::Inspected(generation, text));
-        };
-        if std::thread::Builder::new()
-            .name("inspect".into())
-            .spawn(look)
-            .is_err()
-        {
-            let _ = self.reach.0.send(Found::Inspected(
-                generation,
-                "no thread for a look at the ranks".into(),
-            ));
-        }
+            let looks = places.into_iter().zip(processes).map(look).collect();
+            let _ = found.send(Found::Inspected(generation, looks, ras));
+        });
     }
 
     fn start_more(&mut self) {
@@ -499,14 +484,6 @@ impl Agent {
         if !self.setup.local && self.leaving.is_none() && now >= self.lease_until {
             let lease = tsm_job::config::duration::format(self.lease);
             self.cut_off(&format!("no answer from the coordinator for {lease}"));
-        }
-        if self.unheard.is_some_and(|at| now >= at) {
-            self.unheard = None;
-            if self.generation.is_none() {
-                self.cut_off("stopped by a signal");
-            } else {
-                self.cut_off("stopped by a signal, and the coordinator does not answer");
-            }
         }
         if self.leaving.is_none() && now >= self.next_beat {
             self.beat(now);

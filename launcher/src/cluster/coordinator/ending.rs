@@ -73,6 +73,15 @@ impl State {
             None | Some(Cause::Preempt | Cause::Grow) if whole && done => {
                 (ending.outcome, ending.code) = ("saved", exit::REQUEUE);
             }
+            // Not all could save in time, but the work up to the last checkpoint is there.
+            Some(Cause::Preempt) if whole && !failed_by_itself(&ranks) => {
+                ending.outcome = "stopped";
+                ending.code = exit::SIGNAL_BASE + libc::SIGUSR2;
+                if let Some(step) = self.checkpoint_step {
+                    ending.code = exit::REQUEUE;
+                    ending.verdict = Some(format!("not all workers could save within the grace: it goes on from step {step}"));
+                }
+            }
             Some(Cause::Signal(signal)) => {
                 (ending.outcome, ending.code) = ("stopped", exit::SIGNAL_BASE + signal)
             }
@@ -285,4 +294,14 @@ fn exit_code(ranks: &[Rank], fault: &Fault) -> i32 {
         // Every failure has a rank that ended or announced it.
         (None, None) => exit::BUG,
     }
+}
+
+/// Whether a rank ended otherwise than it was told to.
+fn failed_by_itself(ranks: &[Rank]) -> bool {
+    let told = |rank: &Rank| match rank.end {
+        Some(End::Signal(signal)) => rank.sent.contains(&signal),
+        Some(End::Code(code)) => code == exit::OK || code == exit::REQUEUE,
+        None => true,
+    };
+    !ranks.iter().all(told)
 }

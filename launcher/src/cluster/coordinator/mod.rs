@@ -255,7 +255,8 @@ pub struct State {
 #[derive(Clone, Debug, Default)]
 struct Inspection {
     late: Vec<u32>,
-    texts: Vec<String>,
+    looks: Vec<crate::hang::report::Inspection>,
+    ras: Option<crate::hang::ras::Answer>,
     waiting: Vec<NodeId>,
     found: Duration,
     deadline: Duration,
@@ -426,9 +427,11 @@ impl State {
             } if self.current(generation) => {
                 self.failing(id, local_rank, end, now, actions);
             }
-            FromAgent::Inspected { generation, text } if self.current(generation) => {
-                self.inspected(id, text)
-            }
+            FromAgent::Inspected {
+                generation,
+                looks,
+                ras,
+            } if self.current(generation) => self.inspected(id, looks, ras),
             FromAgent::Clean { generation, report } if self.current(generation) => {
                 self.clean(id, *report, now, actions);
             }

@@ -11,11 +11,14 @@ use super::{
     Phase, REPORT, State, nodes, record, send,
 };
 use crate::addresses;
-use crate::cluster::message::{Beat, Join, NodeReport, Start, ToAgent};
+use crate::cluster::message::{Beat, Join, NodeReport, Severity, Start, ToAgent};
 use crate::cluster::policy::LeftOut;
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
+use crate::doctor::{self, ClockSample};
 use crate::end::{End, signal_name};
 use crate::hang::progress::{Event as Pace, Tracker};
+use crate::hang::ras::Answer;
+use crate::hang::report::{Inspection as Look, report};
 use crate::manifest::environment::Change;
 use crate::supervisor::count;
 
@@ -451,6 +454,9 @@ impl State {
             return;
         }
         self.members = assign(&self.places, &candidates, max);
+        if self.generation == 0 && !self.compare_nodes(now, actions) {
+            return;
+        }
         self.places = self.members.iter().map(|m| m.id).collect();
         (self.cause, self.inspection) = (None, None);
         self.reports.clear();
@@ -471,6 +477,51 @@ impl State {
             actions.push(send(self.members[0].id, ToAgent::Reserve { generation }));
         }
         self.try_to_start(now, actions);
+    }
+
+    /// Tells what differs between the nodes; false when the job would fail of it.
+    fn compare_nodes(&mut self, now: Duration, actions: &mut Vec<Action>) -> bool {
+        let joined: Vec<&Node> = self
+            .members
+            .iter()
+            .filter_map(|m| self.nodes.get(&m.id))
+            .collect();
+        if joined.len() < 2 {
+            return true;
+        }
+        let joins: Vec<&Join> = joined.iter().map(|n| &n.join).collect();
+        let looked: Vec<&Join> = joins
+            .iter()
+            .copied()
+            .filter(|j| j.facts.clock_ms > 0)
+            .collect();
+        let clock = |join: &&Join| ClockSample {
+            host: join.host.clone(),
+            sent_ms: join.facts.clock_ms,
+            received_ms: join.received_ms,
+            rtt: Duration::ZERO,
+        };
+        let mut findings = doctor::across(&joins);
+        findings.extend(doctor::clock_findings(
+            &looked.iter().map(clock).collect::<Vec<_>>(),
+        ));
+        let of = |severity| findings.iter().filter(move |f| f.severity == severity);
+        for finding in of(Severity::Warning) {
+            actions.push(Action::Notice(format!(
+                "warning: {}\n  hint: {}",
+                finding.text, finding.hint
+            )));
+        }
+        let Some(finding) = of(Severity::Error).next() else {
+            return true;
+        };
+        let text = format!(
+            "{}\n  hint: {}; --preflight off starts all the same",
+            finding.text, finding.hint
+        );
+        actions.push(Action::Notice(text));
+        self.leave(exit::PREFLIGHT, now, actions);
+        false
     }
 
     pub(super) fn reserved(
@@ -825,12 +876,14 @@ impl State {
         if let Some(inspection) = &self.inspection {
             if now >= inspection.deadline || inspection.waiting.is_empty() {
                 let inspection = self.inspection.take().unwrap_or_default();
-                let cause = Cause::Hang {
-                    late: inspection.late,
-                    text: inspection.texts.join("\n"),
-                    at: inspection.found,
+                let report = report(&self.watch, &inspection.looks, inspection.ras.as_ref(), now);
+                let late = if report.late.is_empty() {
+                    inspection.late
+                } else {
+                    report.late
                 };
-                self.stop(cause, libc::SIGTERM, now, actions);
+                let (text, at) = (report.text, inspection.found);
+                self.stop(Cause::Hang { late, text, at }, libc::SIGTERM, now, actions);
             }
             return;
         }
@@ -864,39 +917,32 @@ impl State {
         }
     }
 
-    /// Asks the nodes of the late ranks what those are doing.
+    /// Asks all nodes what their ranks are doing: the late ones are understood beside the others.
     fn inspect(&mut self, late: Vec<u32>, now: Duration, actions: &mut Vec<Action>) {
-        let mut waiting = Vec::new();
-        for member in &self.members {
-            let local_ranks: Vec<u32> = late
-                .iter()
-                .filter(|r| member.ranks.contains(r))
-                .map(|r| r - member.ranks.start)
-                .collect();
-            if !local_ranks.is_empty() && self.nodes.contains_key(&member.id) {
-                waiting.push(member.id);
-                actions.push(send(
-                    member.id,
-                    ToAgent::Inspect {
-                        generation: self.generation,
-                        local_ranks,
-                    },
-                ));
-            }
-        }
+        self.to_members(|generation| ToAgent::Inspect { generation }, actions);
         self.inspection = Some(Inspection {
             late,
-            texts: Vec::new(),
-            waiting,
+            looks: Vec::new(),
+            ras: None,
+            waiting: self
+                .members
+                .iter()
+                .map(|m| m.id)
+                .filter(|id| self.is_awaited(*id))
+                .collect(),
             found: now,
             deadline: now + INSPECT,
         });
     }
 
-    pub(super) fn inspected(&mut self, id: NodeId, text: String) {
+    pub(super) fn inspected(&mut self, id: NodeId, looks: Vec<Look>, ras: Option<Answer>) {
         if let Some(inspection) = &mut self.inspection {
             inspection.waiting.retain(|&node| node != id);
-            inspection.texts.push(text);
+            inspection.looks.extend(looks);
+            let knows = |answer: &Answer| answer.status.nccl.is_some();
+            if inspection.ras.is_none() || ras.as_ref().is_some_and(knows) {
+                inspection.ras = ras.or(inspection.ras.take());
+            }
             if inspection.waiting.is_empty() {
                 // The next look finds it due.
                 inspection.deadline = Duration::ZERO;
