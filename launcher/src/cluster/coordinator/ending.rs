@@ -79,7 +79,9 @@ impl State {
                 ending.code = exit::SIGNAL_BASE + libc::SIGUSR2;
                 if let Some(step) = self.checkpoint_step {
                     ending.code = exit::REQUEUE;
-                    ending.verdict = Some(format!("not all workers could save within the grace: it goes on from step {step}"));
+                    ending.verdict = Some(format!(
+                        "not all workers could save within the grace: it goes on from step {step}"
+                    ));
                 }
             }
             Some(Cause::Signal(signal)) => {
@@ -90,6 +92,10 @@ impl State {
         let again = ending
             .again
             .then(|| (ending.outcome, ending.verdict.clone().unwrap_or_default()));
+        let why = match &self.refusal {
+            Some((_, text)) => Some(text.clone()),
+            None => ending.failure.as_ref().map(|f| self.last_words(f)),
+        };
         let (code, generation, outcome) = (ending.code, self.generation, ending.outcome);
         let fields = json!({"generation": generation, "outcome": outcome, "exit_code": code,
             "steps": ending.steps, "verdict": ending.verdict});
@@ -120,8 +126,23 @@ impl State {
                 // At once, where there is nothing to wait for.
                 self.advance(now, actions);
             }
-            None => self.leave(code, now, actions),
+            None => self.leave(code, why.as_deref(), now, actions),
         }
+    }
+
+    /// The failure in one line, for nodes that do not show the report.
+    fn last_words(&self, failure: &Failure) -> String {
+        let of = failure
+            .rank
+            .map_or(String::new(), |_| format!(" on {}", failure.host));
+        let coordinator = self.nodes.values().find(|node| node.local);
+        let coordinator = coordinator.map_or("the first node", |node| &node.join.host);
+        let file = tsm_job::RunDir::new(&self.settings.job.run_dir).failure();
+        let headline = failure.headline();
+        format!(
+            "{headline}{of}\n  hint: the report is on the screen of {coordinator}, and there in {}",
+            file.display()
+        )
     }
 
     fn fail(&mut self, ranks: Vec<Rank>, places: Vec<Place>, ending: &mut Ending, now: Duration) {
@@ -139,10 +160,13 @@ impl State {
         drop(nodes);
         let Some(fault) = fault else {
             // The workers could not be started: that was said already.
-            ending.code = self.refusal.unwrap_or(exit::BUG);
+            ending.code = self.refusal.as_ref().map_or(exit::BUG, |(code, _)| *code);
             return;
         };
-        ending.code = self.refusal.unwrap_or_else(|| exit_code(&ranks, &fault));
+        ending.code = match &self.refusal {
+            Some((code, _)) => *code,
+            None => exit_code(&ranks, &fault),
+        };
         let host = match &fault.culprit {
             Culprit::Rank(rank) => places[*rank].host.clone(),
             Culprit::Node { host, .. } => host.clone(),
