@@ -116,6 +116,13 @@ fn ranks_do_not_wait_for_a_stopped_coordinator() {
     );
     job.signal(1, Signal::CONT);
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);
+    // The node that has left is not all there is to say.
+    assert_node_2_is_named(&job, "after the coordinator itself had not run for ");
+    assert_eq!(job.events("stalled").len(), 1);
+    assert!(
+        job.err(1)
+            .contains("warning: the coordinator did not run for ")
+    );
 }
 
 #[test]
@@ -141,21 +148,31 @@ fn both_sides_of_a_cut_end_within_the_lease() {
 
 #[test]
 fn a_cable_that_is_out_for_half_a_second_is_no_loss() {
-    let Some(cluster) = Cluster::new(2) else {
+    // A machine that is too busy leaves it out for longer.
+    const AT_MOST: Duration = Duration::from_millis(900);
+    for attempt in 0.. {
+        let Some(cluster) = Cluster::new(2) else {
+            return;
+        };
+        let go = cluster.scene.path("go").display().to_string();
+        let ready = cluster.scene.path("ready").display().to_string();
+        let actions = format!("--meet --touch {ready}{{rank}} --wait-for {go} --say back --exit 0");
+        let mut job = Job::on_all(&cluster, "--nodes 2", &actions);
+        job.wait_for_pids("ready", 0..4);
+        let since = Instant::now();
+        cluster.pull_cable(2);
+        // The length of the blip is what is tested.
+        std::thread::sleep(Duration::from_millis(500));
+        cluster.plug_cable(2);
+        if since.elapsed() > AT_MOST && attempt < 5 {
+            continue;
+        }
+        // The coordinator has heard the node since then, or has given it up.
+        std::thread::sleep(LEASE);
+        fs_err::write(&go, "").unwrap();
+        assert_eq!(job.end(), [0, 0]);
+        assert!(job.events("lost").is_empty());
+        assert_eq!(job.read("logs/node-2-3.err"), "back\n");
         return;
-    };
-    let go = cluster.scene.path("go").display().to_string();
-    let ready = cluster.scene.path("ready").display().to_string();
-    let actions = format!("--meet --touch {ready}{{rank}} --wait-for {go} --say back --exit 0");
-    // The machine that runs the test may be slower than the lease of a cluster.
-    let mut job = Job::on_all(&cluster, "--nodes 2 --node-timeout 5s", &actions);
-    job.wait_for_pids("ready", 0..4);
-    cluster.pull_cable(2);
-    // The length of the blip is what is tested.
-    std::thread::sleep(Duration::from_millis(500));
-    cluster.plug_cable(2);
-    fs_err::write(&go, "").unwrap();
-    assert_eq!(job.end(), [0, 0]);
-    assert!(job.events("lost").is_empty());
-    assert_eq!(job.read("logs/node-2-3.err"), "back\n");
+    }
 }

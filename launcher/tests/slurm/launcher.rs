@@ -63,7 +63,8 @@ impl Scene {
 
     /// Waits for a file.
     fn until_there(&self, path: &Path) {
-        self.cluster.until(&path.display().to_string(), || path.exists().then_some(()));
+        self.cluster
+            .until(&path.display().to_string(), || path.exists().then_some(()));
     }
 
     /// No process that was started in this folder lives.
@@ -84,14 +85,20 @@ impl Scene {
 
 #[test]
 fn a_job_of_two_nodes_finds_everything_by_itself() {
-    let Some(scene) = Scene::new("two") else { return };
+    let Some(scene) = Scene::new("two") else {
+        return;
+    };
     let job = scene.submit(
         &[],
         r#"--cpus 2 --run-dir run -- sh -c 'echo rank $RANK of $WORLD_SIZE node $NODE_RANK on $SLURMD_NODENAME'"#,
     );
     let end = scene.cluster.wait(job);
     let said = scene.cluster.job_output(job);
-    assert_eq!((end.state.as_str(), end.exit), ("COMPLETED", (0, 0)), "{said}");
+    assert_eq!(
+        (end.state.as_str(), end.exit),
+        ("COMPLETED", (0, 0)),
+        "{said}"
+    );
     let nodes: Vec<String> = tsm_launch::start::slurm::nodelist::expand(&end.nodes).unwrap();
     for rank in 0..4 {
         let line = format!("rank {rank} of 4 node {} on {}", rank / 2, nodes[rank / 2]);
@@ -99,14 +106,20 @@ fn a_job_of_two_nodes_finds_everything_by_itself() {
         let log = scene.read(&format!("run/logs/{}-{rank}.out", nodes[rank / 2]));
         assert_eq!(log.trim(), line);
     }
-    let manifest: serde_json::Value = serde_json::from_str(&scene.read("run/manifest.json")).unwrap();
-    assert_eq!((&manifest["outcome"], &manifest["world_size"]), (&"succeeded".into(), &4.into()));
+    let manifest: serde_json::Value =
+        serde_json::from_str(&scene.read("run/manifest.json")).unwrap();
+    assert_eq!(
+        (&manifest["outcome"], &manifest["world_size"]),
+        (&"succeeded".into(), &4.into())
+    );
     scene.assert_nothing_is_left();
 }
 
 #[test]
 fn a_rank_that_fails_on_the_other_node_ends_the_job_with_its_code() {
-    let Some(scene) = Scene::new("fails") else { return };
+    let Some(scene) = Scene::new("fails") else {
+        return;
+    };
     let job = scene.submit(
         &[],
         r#"--cpus 2 --run-dir run -- sh -c 'if [ $RANK = 3 ]; then echo "the disk is on fire" >&2; exit 17; fi; exec sleep 300'"#,
@@ -114,8 +127,14 @@ fn a_rank_that_fails_on_the_other_node_ends_the_job_with_its_code() {
     let end = scene.cluster.wait(job);
     let said = scene.cluster.job_output(job);
     assert_eq!((end.state.as_str(), end.exit.0), ("FAILED", 17), "{said}");
-    let node = tsm_launch::start::slurm::nodelist::expand(&end.nodes).unwrap().remove(1);
-    for part in ["rank 3 failed first: exit code 17".to_string(), format!("host {node}"), "the disk is on fire".into()] {
+    let node = tsm_launch::start::slurm::nodelist::expand(&end.nodes)
+        .unwrap()
+        .remove(1);
+    for part in [
+        "rank 3 failed first: exit code 17".to_string(),
+        format!("host {node}"),
+        "the disk is on fire".into(),
+    ] {
         assert!(said.contains(&part), "{part}\n{said}");
     }
     assert!(!said.contains("queued again, and goes on"), "{said}");
@@ -129,16 +148,26 @@ fn run_of(scene: &Scene, job: crate::JobId) -> PathBuf {
 
 #[test]
 fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
-    let Some(scene) = Scene::new("preempted") else { return };
+    let Some(scene) = Scene::new("preempted") else {
+        return;
+    };
     fs_err::write(scene.dir.join("goal"), "100000").unwrap();
     let nodes = "--nodelist=n[1-2]";
-    let job = scene.submit(&["--partition=low", nodes], &format!("--trainer trainer --cpus 1 {DEMO}"));
+    let job = scene.submit(
+        &["--partition=low", nodes],
+        &format!("--trainer trainer --cpus 1 {DEMO}"),
+    );
     let run = run_of(&scene, job);
     for rank in 0..2 {
         scene.until_there(&run.join(format!("going-{rank}")));
     }
-    let script = "#!/bin/bash\nuntil [ -e ".to_string() + &scene.dir.join("go").display().to_string() + " ]; do sleep 0.1; done\n";
-    let urgent = scene.cluster.sbatch(&["--partition=high", "--nodes=2", "--exclusive", nodes], &script);
+    let script = "#!/bin/bash\nuntil [ -e ".to_string()
+        + &scene.dir.join("go").display().to_string()
+        + " ]; do sleep 0.1; done\n";
+    let urgent = scene.cluster.sbatch(
+        &["--partition=high", "--nodes=2", "--exclusive", nodes],
+        &script,
+    );
     // It has saved, and waits for its next turn.
     for rank in 0..2 {
         scene.until_there(&run.join(format!("steps-{rank}")));
@@ -153,23 +182,39 @@ fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
     scene.cluster.wait(urgent);
     let end = scene.cluster.wait(job);
     let said = scene.cluster.job_output(job);
-    assert_eq!((end.state.as_str(), end.exit), ("COMPLETED", (0, 0)), "{said}");
+    assert_eq!(
+        (end.state.as_str(), end.exit),
+        ("COMPLETED", (0, 0)),
+        "{said}"
+    );
     let starts = fs_err::read_to_string(run.join("starts")).unwrap();
     assert_eq!(starts.lines().count(), 4, "{starts}");
-    let resumed = starts.lines().filter(|l| l.contains(&format!("resume {}", run.display())));
+    let resumed = starts
+        .lines()
+        .filter(|l| l.contains(&format!("resume {}", run.display())));
     let resumed: Vec<_> = resumed.collect();
-    assert_eq!(resumed.len(), 2, "the second turn continues the run folder\n{starts}");
-    assert!(resumed.iter().all(|line| !line.contains("from step 0,")), "{starts}");
+    assert_eq!(
+        resumed.len(),
+        2,
+        "the second turn continues the run folder\n{starts}"
+    );
+    assert!(
+        resumed.iter().all(|line| !line.contains("from step 0,")),
+        "{starts}"
+    );
     assert!(said.contains("the workers save and end"), "{said}");
     let first: serde_json::Value =
-        serde_json::from_str(&fs_err::read_to_string(run.join("manifest-1.json")).unwrap()).unwrap();
+        serde_json::from_str(&fs_err::read_to_string(run.join("manifest-1.json")).unwrap())
+            .unwrap();
     assert_eq!(first["exit_code"], 75, "{said}");
     scene.assert_nothing_is_left();
 }
 
 #[test]
 fn a_job_saves_before_its_time_limit_and_a_finished_one_is_not_run_again() {
-    let Some(scene) = Scene::new("limit") else { return };
+    let Some(scene) = Scene::new("limit") else {
+        return;
+    };
     fs_err::write(scene.dir.join("goal"), "100000").unwrap();
     // SLURM signals up to 60 s early, so at once where the limit is a minute.
     let job = scene.submit(
@@ -183,13 +228,24 @@ fn a_job_saves_before_its_time_limit_and_a_finished_one_is_not_run_again() {
     fs_err::write(scene.dir.join("goal"), "0").unwrap();
     let end = scene.cluster.wait(job);
     let said = scene.cluster.job_output(job);
-    assert_eq!((end.state.as_str(), end.restarts), ("COMPLETED", 1), "{said}");
-    assert!(said.contains(&format!("job {job} is queued again")), "{said}");
+    assert_eq!(
+        (end.state.as_str(), end.restarts),
+        ("COMPLETED", 1),
+        "{said}"
+    );
+    assert!(
+        said.contains(&format!("job {job} is queued again")),
+        "{said}"
+    );
 
     // Somebody queues the finished job again: nothing is trained.
     let before = fs_err::read_to_string(run.join("starts")).unwrap();
-    scene.cluster.until("the job to be queued again", || scene.cluster.slurm().requeue(job).is_ok().then_some(()));
-    scene.cluster.until("its next turn", || Some(scene.cluster.job(job)).filter(|j| j.restarts == 2));
+    scene.cluster.until("the job to be queued again", || {
+        scene.cluster.slurm().requeue(job).is_ok().then_some(())
+    });
+    scene.cluster.until("its next turn", || {
+        Some(scene.cluster.job(job)).filter(|j| j.restarts == 2)
+    });
     let end = scene.cluster.wait(job);
     assert_eq!(end.exit, (0, 0));
     let said = scene.cluster.job_output(job);
