@@ -131,6 +131,7 @@ mod tests {
                 num_cpus: 96,
                 ..Facts::default()
             },
+            received_ms: 0,
         }
     }
 

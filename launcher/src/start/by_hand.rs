@@ -83,15 +83,15 @@ fn reachable(host: &str, address: SocketAddr) -> SocketAddr {
 pub fn part(at: &[SocketAddr]) -> anyhow::Result<Part> {
     let own = addresses::own();
     let is_here = |ip: IpAddr| ip.is_loopback() || ip.is_unspecified() || own.contains(&ip);
-    for address in at.iter().filter(|a| is_here(a.ip())) {
-        match wire::listen(*address) {
-            Ok(listener) => return Ok(Part::Coordinator(listener)),
-            // Another agent of this machine was first; the key tells whether it is one.
-            Err(_) if is_taken(address) => return Ok(Part::Agent),
-            Err(e) => bail!(e),
-        }
+    let Some(address) = at.iter().find(|a| is_here(a.ip())) else {
+        return Ok(Part::Agent);
+    };
+    match wire::listen(*address) {
+        Ok(listener) => Ok(Part::Coordinator(listener)),
+        // Another agent of this machine was first; the key tells whether it is one.
+        Err(_) if is_taken(address) => Ok(Part::Agent),
+        Err(e) => bail!(e),
     }
-    Ok(Part::Agent)
 }
 
 fn is_taken(address: &SocketAddr) -> bool {
