@@ -130,7 +130,7 @@ impl Running {
         let start = self.session.start;
         let asked = start.elapsed();
         // It wakes up often enough to notice when it is not run.
-        let wake = asked + self.session.settings.lease / 2;
+        let wake = asked + self.session.settings.lease / 4;
         let wake = self.state.deadline().unwrap_or(wake).min(wake);
         let event = tokio::select! {
             biased;
