@@ -10,6 +10,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+pub const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
+
 /// A job with a name, which is that of its run folder, and a meeting point on `node-1`.
 pub struct Job<'a> {
     cluster: &'a Cluster,
@@ -59,6 +61,24 @@ impl<'a> Job<'a> {
             port,
             agents: BTreeMap::new(),
         }
+    }
+
+    /// A job for [`DEMO`] with `--trainer trainer`, whose workers do `actions`.
+    pub fn with_trainer(cluster: &'a Cluster, actions: &str) -> Job<'a> {
+        let data = cluster.scene.path("data/demo");
+        fs_err::create_dir_all(&data).unwrap();
+        for name in ["train.txt", "val.txt", "classes.txt"] {
+            fs_err::write(data.join(name), "").unwrap();
+        }
+        let trainer = cluster.scene.path("trainer");
+        let script = format!("#!/bin/sh\nexec {} {actions}\n", FAKE);
+        fs_err::write(&trainer, script).unwrap();
+        fs_err::set_permissions(
+            &trainer,
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )
+        .unwrap();
+        Job::new(cluster)
     }
 
     /// Starts fake workers that do `actions` on all nodes, each node when the one before it has joined, so that

@@ -1,12 +1,11 @@
 //! Jobs that lose nodes and gain others.
 
-use crate::job::Job;
+use crate::harness::FAKE;
+use crate::job::{DEMO, Job};
 use crate::nodes::Cluster;
 use rustix::process::Signal;
 use serde_json::Value;
-use std::os::unix::fs::PermissionsExt;
-
-const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
+use tsm_job::exit;
 
 /// Rank, host and generation of every start of a worker, in order.
 fn spawns(job: &Job, generation: u32) -> Vec<(u64, String)> {
@@ -66,18 +65,44 @@ fn a_spare_takes_the_place_of_a_lost_node() {
     }
 }
 
-/// A job with a config, which may grow. Workers do `actions`.
-fn trainer<'a>(cluster: &'a Cluster, actions: &str) -> Job<'a> {
-    let data = cluster.scene.path("data/demo");
-    fs_err::create_dir_all(&data).unwrap();
-    for name in ["train.txt", "val.txt", "classes.txt"] {
-        fs_err::write(data.join(name), "").unwrap();
+/// No two starts run at once, though nobody can ask the lost node.
+#[test]
+fn the_next_start_waits_until_the_ranks_of_a_node_that_cannot_be_reached_are_dead() {
+    for stopped in [false, true] {
+        let Some(cluster) = Cluster::new(3) else {
+            return;
+        };
+        let ready = cluster.scene.path("ready").display().to_string();
+        // A zombie does not run.
+        let script = format!(
+            r#"if [ $TSM_GENERATION = 1 ]; then
+                for rank in 2 3; do
+                    if grep -q "^State:.[RSDT]" /proc/$(cat {ready}$rank)/status 2>/dev/null; then exit 99; fi
+                done
+                exit 0
+            fi
+            exec "$0" --ignore-sigterm --meet --step 1 --touch {ready}$RANK --hang"#
+        );
+        let mut job = Job::new(&cluster);
+        let words = ["--cpus=2", "--nodes=2", "--grace=200ms", "--max-restarts=2"];
+        let words = [&words[..], &["--", "sh", "-c", &script, FAKE]].concat();
+        for n in 1..=3 {
+            job.start_words(n, &words);
+            job.wait_until_joined(n);
+        }
+        job.wait_for_pids("ready", 0..4);
+        job.wait_for("spawn", 4);
+        match stopped {
+            true => job.signal(2, Signal::STOP),
+            false => cluster.pull_cable(2),
+        }
+        assert_eq!(job.end_of(1), 0, "stopped: {stopped}");
+        assert_eq!(spawns(&job, 1), on(&["node-1", "node-3"]));
+        if stopped {
+            job.signal(2, Signal::CONT);
+        }
+        assert_eq!(job.end(), [0, exit::PEER, 0], "stopped: {stopped}");
     }
-    let trainer = cluster.scene.path("trainer");
-    let script = format!("#!/bin/sh\nexec {} {actions}\n", crate::harness::FAKE);
-    fs_err::write(&trainer, script).unwrap();
-    fs_err::set_permissions(&trainer, PermissionsExt::from_mode(0o755)).unwrap();
-    Job::new(cluster)
 }
 
 #[test]
@@ -93,7 +118,7 @@ fn an_elastic_job_shrinks_and_grows() {
          --when TSM_GENERATION=1 --step 6 --touch {second}{{rank}} --wait-for {save} --section checkpoint --section train --hang --end \
          --print-env --touch {done}{{rank}} --exit 0"
     );
-    let mut job = trainer(&cluster, &actions);
+    let mut job = Job::with_trainer(&cluster, &actions);
     let words = [
         "--cpus=2",
         "--nodes=1:2",
@@ -150,7 +175,7 @@ fn all_nodes_save_when_one_is_to_be_taken_away() {
     };
     let ready = cluster.scene.path("ready").display().to_string();
     let actions = format!("--exit-on 12 75 --meet --step 3 --touch {ready}{{rank}} --hang");
-    let mut job = trainer(&cluster, &actions);
+    let mut job = Job::with_trainer(&cluster, &actions);
     for n in 1..=2 {
         job.start_words(n, &["--cpus=2", "--nodes=2", "--trainer", "trainer", DEMO]);
         job.wait_until_joined(n);
@@ -179,7 +204,7 @@ fn a_job_that_no_longer_has_enough_nodes_ends() {
     job.signal(2, Signal::KILL);
     let codes = job.end();
     assert_eq!(codes[1], 137);
-    assert_eq!(codes[0], tsm_job::exit::PREFLIGHT);
+    assert_eq!(codes[0], exit::PREFLIGHT);
     for text in [
         "waiting up to 1s for 1 node to join",
         "1 node (node-1) is left, 2 are needed",

@@ -1,6 +1,6 @@
 //! Who may not take part, and that it harms nobody.
 
-use crate::job::Job;
+use crate::job::{DEMO, Job};
 use crate::nodes::Cluster;
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -57,6 +57,22 @@ fn a_wrong_key_another_program_and_garbage_are_refused_and_the_job_goes_on() {
     }
     assert!(job.err(1).contains("refused a connection: 10.77.0.3:"));
     assert_eq!(job.json("manifest.json")["world_size"], 4);
+}
+
+#[test]
+fn a_node_with_another_config_is_sent_away() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let mut job = Job::with_trainer(&cluster, "--meet --exit 0");
+    let words = ["--cpus=2", "--nodes=2", "--trainer", "trainer", DEMO];
+    job.start_words(1, &words);
+    job.wait_until_joined(1);
+    job.start_words(2, &[&words[..], &["optim.lr=0.5"]].concat());
+    assert_eq!(job.end_of(2), exit::PREFLIGHT);
+    assert!(job.err(2).contains("was started with another config"));
+    job.start_words(2, &words);
+    assert_eq!(job.end(), [0, 0]);
 }
 
 #[test]

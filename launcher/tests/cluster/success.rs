@@ -1,5 +1,6 @@
 //! Jobs that end well.
 
+use crate::harness::until;
 use crate::job::Job;
 use crate::nodes::Cluster;
 use std::collections::BTreeMap;
@@ -93,4 +94,29 @@ fn two_jobs_on_the_same_nodes_do_not_disturb_each_other() {
     assert!(!good.err(1).contains("bad") && !bad.err(1).contains("good"));
     assert!(!good.path("failure.json").exists());
     assert_eq!(bad.json("failure.json")["exit_code"], 5);
+}
+
+/// Connections that the first node's kernel has refused.
+fn resets(cluster: &Cluster) -> u64 {
+    let text = cluster
+        .node(1)
+        .run(|| fs_err::read_to_string("/proc/thread-self/net/snmp").expect("/proc"));
+    let mut tcp = text.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = (tcp.next().expect("names"), tcp.next().expect("values"));
+    let at = names.split(' ').position(|name| name == "OutRsts");
+    let value = values.split(' ').nth(at.expect("OutRsts"));
+    value.and_then(|n| n.parse().ok()).expect("a number")
+}
+
+#[test]
+fn the_first_node_may_come_last() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let mut job = Job::new(&cluster);
+    job.start(2, "--nodes 2", "--meet --exit 0");
+    until("it to find nobody", || (resets(&cluster) > 0).then_some(()));
+    job.start(1, "--nodes 2", "--meet --exit 0");
+    assert_eq!(job.end(), [0, 0]);
+    assert_eq!(job.json("manifest.json")["nodes"][0]["host"], "node-1");
 }
