@@ -39,6 +39,13 @@ pub fn list() -> Vec<(IpAddr, String)> {
     found.into_iter().map(|i| (i.address, i.name)).collect()
 }
 
+/// All addresses of this node, also those of interfaces that are down, and of `lo`, where networks that route to
+/// every host put its only address.
+pub fn own() -> Vec<IpAddr> {
+    let all = get_if_addrs().unwrap_or_default();
+    all.into_iter().map(|i| i.ip()).collect()
+}
+
 /// The interface of this node with the address `local`, whatever its state.
 fn interface(local: IpAddr) -> Option<String> {
     let all = get_if_addrs().unwrap_or_default();

@@ -203,6 +203,15 @@ impl Nodes {
     pub const ONE: Nodes = Nodes { min: 1, max: 1 };
 }
 
+impl std::fmt::Display for Nodes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.min == self.max {
+            true => write!(f, "{}", self.max),
+            false => write!(f, "{}:{}", self.min, self.max),
+        }
+    }
+}
+
 impl FromStr for Nodes {
     type Err = String;
 

@@ -606,7 +606,18 @@ fn resume_command(args: &Args, dir: &Path) -> String {
         (None, Some(n)) => format!("--cpus {n} "),
         (None, None) => String::new(),
     };
-    format!("tsm-launch {device}--resume {}", plan::shell(&[dir.into()]))
+    let together = match (args.nodes, &args.rendezvous, &args.key_file) {
+        (Some(nodes), Some(point), Some(key)) => {
+            let words = [nodes.to_string().into(), point.into(), key.into()];
+            let [nodes, point, key] = words.map(|word| plan::shell(&[word]));
+            format!("--nodes {nodes} --rendezvous {point} --key-file {key} ")
+        }
+        _ => String::new(),
+    };
+    format!(
+        "tsm-launch {together}{device}--resume {}",
+        plan::shell(&[dir.into()])
+    )
 }
 
 /// A run is called after its folder.

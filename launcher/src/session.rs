@@ -128,10 +128,10 @@ impl Session {
 impl Running {
     async fn once(&mut self, signals: &mut Signals) {
         let start = self.session.start;
-        let deadline = self
-            .state
-            .deadline()
-            .map(|d| tokio::time::Instant::from_std(start + d));
+        let asked = start.elapsed();
+        // It wakes up often enough to notice when it is not run.
+        let wake = asked + self.session.settings.lease / 4;
+        let wake = self.state.deadline().unwrap_or(wake).min(wake);
         let event = tokio::select! {
             biased;
             heard = self.session.hub.next() => match heard {
@@ -170,13 +170,18 @@ impl Running {
                     StopCause::Cancelled | StopCause::Other => Event::Signal(libc::SIGTERM),
                 }
             }
-            () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Event::Deadline,
+            () = tokio::time::sleep_until((start + wake).into()) => Event::Deadline,
         };
         let Some(event) = self.understand(event) else {
             return;
         };
         let now = start.elapsed();
-        let actions = coordinator::decide(&mut self.state, event, now);
+        let mut actions = Vec::new();
+        let stalled = now.saturating_sub(wake.max(asked));
+        if stalled > self.session.settings.lease / 2 {
+            actions = coordinator::decide(&mut self.state, Event::Stalled(stalled), now);
+        }
+        actions.extend(coordinator::decide(&mut self.state, event, now));
         // What the nodes have to do comes first, then the words.
         for action in &actions {
             match action {

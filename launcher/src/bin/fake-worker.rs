@@ -6,13 +6,15 @@
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::time::Duration;
 use tsm_job::message::{AgentLink, FailureRecord, WorkerMessage};
 
 const HELP: &str = "actions:
   --on-rank K        only rank K does what follows; others hang
+  --when NAME=VALUE  what follows up to `--end` is done only where the variable has this value
   --exit N           end with this code
   --kill N           send this signal to itself
   --sleep-ms N       wait
@@ -27,12 +29,15 @@ const HELP: &str = "actions:
   --print-cores      the cores it may use
   --fork             start a child that hangs, and print its pid
   --step N           report a finished step
+  --section NAME     report what it does from now on
   --record CAUSE     report a failure
   --error-file TEXT  write torch's error file
   --touch PATH       make a file, its pid and rank in it; `{rank}` in PATH is the rank
   --wait-for PATH    until such a file exists
   --lock PATH        lock a file, and keep it until the end
-  --wait-death PATH  until the process named in the file has died";
+  --wait-death PATH  until the process named in the file has died
+  --meet             connect all ranks to rank 0 at MASTER_ADDR and MASTER_PORT, and wait until all are there
+  --wait-lost        until one of these connections is closed";
 
 fn main() {
     let rank: u32 = std::env::var("RANK")
@@ -44,6 +49,7 @@ fn main() {
         .and_then(|fd| fd.parse().ok());
     let link = AgentLink::open(fd);
     let mut args = std::env::args().skip(1);
+    let mut peers = Vec::new();
     while let Some(action) = args.next() {
         let mut next = || {
             args.next()
@@ -59,6 +65,14 @@ fn main() {
                     hang();
                 }
             }
+            "--when" => {
+                let condition = next();
+                let (name, value) = condition.split_once('=').expect("NAME=VALUE");
+                if std::env::var(name).as_deref() != Ok(value) {
+                    args.by_ref().find(|word| word == "--end");
+                }
+            }
+            "--end" => {}
             "--exit" => std::process::exit(number(next()) as i32),
             "--kill" => {
                 let signal = Signal::from_named_raw(number(next()) as i32).expect("a signal");
@@ -111,6 +125,7 @@ fn main() {
                 epoch: 0,
                 work_ms: None,
             }),
+            "--section" => link.send(&WorkerMessage::Section { name: next() }),
             "--record" => link.send(&WorkerMessage::Failure(FailureRecord {
                 rank,
                 step: Some(3),
@@ -152,6 +167,15 @@ fn main() {
                 if let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) {
                     poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).expect("poll");
                 }
+            }
+            "--meet" => peers = meet(rank),
+            "--wait-lost" => {
+                // Nobody says anything after the meeting.
+                let mut polled: Vec<_> = peers
+                    .iter()
+                    .map(|peer| PollFd::new(peer, PollFlags::IN))
+                    .collect();
+                poll(&mut polled, None).expect("poll");
             }
             other => panic!("unknown action {other}\n{HELP}"),
         }
@@ -209,6 +233,32 @@ fn wait_for(path: &std::path::Path) -> String {
             Err(_) => std::thread::sleep(Duration::from_micros(200)),
         }
     }
+}
+
+/// Rank 0's connections to all others, or another rank's connection to rank 0.
+fn meet(rank: u32) -> Vec<TcpStream> {
+    let var = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
+    let number = |name: &str| var(name).parse::<u16>().expect("a number");
+    let at = (var("MASTER_ADDR"), number("MASTER_PORT"));
+    let at = (at.0.as_str(), at.1);
+    if rank == 0 {
+        let listener = TcpListener::bind(at).expect("MASTER_PORT is held for rank 0");
+        let accept = |_| listener.accept().expect("a peer").0;
+        let peers: Vec<TcpStream> = (1..number("WORLD_SIZE")).map(accept).collect();
+        for mut peer in &peers {
+            peer.write_all(b"!").expect("a peer");
+        }
+        return peers;
+    }
+    let mut peer = loop {
+        match TcpStream::connect(at) {
+            Ok(peer) => break peer,
+            // Rank 0 does not listen yet.
+            Err(_) => std::thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    peer.read_exact(&mut [0]).expect("rank 0 answers");
+    vec![peer]
 }
 
 fn spam(rank: u32, lines: i64) {

@@ -128,15 +128,13 @@ impl Door {
         let _ = self.0.send(arrival).await;
     }
 }
+type Arrival = Result<Connection, Refusal>;
 
 /// The coordinator's end of all connections.
 pub struct Hub {
     heard: UnboundedReceiver<Heard>,
     events: UnboundedSender<Heard>,
-    arrivals: (
-        mpsc::Sender<Result<Connection, Refusal>>,
-        mpsc::Receiver<Result<Connection, Refusal>>,
-    ),
+    arrivals: (mpsc::Sender<Arrival>, mpsc::Receiver<Arrival>),
     nodes: HashMap<NodeId, UnboundedSender<ToAgent>>,
     next: NodeId,
 }

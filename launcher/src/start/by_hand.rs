@@ -45,11 +45,19 @@ pub fn resolve(point: &str, patience: Duration) -> anyhow::Result<(String, u16, 
             "--rendezvous needs a port of its own, all nodes have to know it"
         ));
     }
+    if host.parse().is_ok_and(|ip: IpAddr| ip.is_unspecified()) {
+        let hint = "give the address of the first node, as the others reach it";
+        let text = format!("--rendezvous is {point:?}, which is on every node\n  hint: {hint}");
+        bail!(Coded::new(exit::USAGE, text));
+    }
     let until = Instant::now() + patience;
     let mut is_said = false;
     loop {
         let e = match (host, port).to_socket_addrs() {
-            Ok(found) => return Ok((host.into(), port, found.collect())),
+            Ok(found) => {
+                let found = found.map(|a| reachable(host, a)).collect();
+                return Ok((host.into(), port, found));
+            }
             Err(e) => e,
         };
         if Instant::now() + LOOK_UP >= until {
@@ -78,24 +86,37 @@ pub fn listen(port: u16) -> Result<TcpListener, Coded> {
         .or_else(|_| wire::listen((Ipv4Addr::UNSPECIFIED, port).into()))
 }
 
+/// Where to listen so that the other nodes can come: a host often has its own name for a loopback address (127.0.1.1
+/// in Debian's /etc/hosts), while the others know its real one.
+fn reachable(host: &str, address: SocketAddr) -> SocketAddr {
+    let is_meant = host == "localhost" || host.parse::<IpAddr>().is_ok();
+    match address {
+        SocketAddr::V4(a) if a.ip().is_loopback() && !is_meant => {
+            (Ipv4Addr::UNSPECIFIED, a.port()).into()
+        }
+        SocketAddr::V6(a) if a.ip().is_loopback() && !is_meant => {
+            (Ipv6Addr::UNSPECIFIED, a.port()).into()
+        }
+        address => address,
+    }
+}
+
 /// Listens at the meeting point if it is here and nobody else does. Call inside the tokio runtime.
 ///
 /// # Errors
 /// When the address is this node's, but cannot be used for another reason than that it is taken.
 pub fn part(at: &[SocketAddr]) -> anyhow::Result<Part> {
-    let own: Vec<IpAddr> = addresses::list().into_iter().map(|(ip, _)| ip).collect();
-    for address in at
-        .iter()
-        .filter(|a| a.ip().is_loopback() || own.contains(&a.ip()))
-    {
-        match wire::listen(*address) {
-            Ok(listener) => return Ok(Part::Coordinator(listener)),
-            // Another agent of this machine was first; the key tells whether it is one.
-            Err(_) if is_taken(address) => return Ok(Part::Agent),
-            Err(e) => bail!(e),
-        }
+    let own = addresses::own();
+    let is_here = |ip: IpAddr| ip.is_loopback() || ip.is_unspecified() || own.contains(&ip);
+    let Some(address) = at.iter().find(|a| is_here(a.ip())) else {
+        return Ok(Part::Agent);
+    };
+    match wire::listen(*address) {
+        Ok(listener) => Ok(Part::Coordinator(listener)),
+        // Another agent of this machine was first; the key tells whether it is one.
+        Err(_) if is_taken(address) => Ok(Part::Agent),
+        Err(e) => bail!(e),
     }
-    Ok(Part::Agent)
 }
 
 fn is_taken(address: &SocketAddr) -> bool {
@@ -140,7 +161,15 @@ mod tests {
             ["127.0.0.1:29400".parse().unwrap()]
         );
         assert_eq!(resolve("[::1]:1", Duration::ZERO).unwrap().0, "::1");
-        for bad in ["gpu-01", "gpu-01:", ":x", "127.0.0.1:0", "127.0.0.1:99999"] {
+        for bad in [
+            "gpu-01",
+            "gpu-01:",
+            ":x",
+            "127.0.0.1:0",
+            "127.0.0.1:99999",
+            "0.0.0.0:1",
+            "[::]:1",
+        ] {
             assert_eq!(
                 exit::code_of(&resolve(bad, Duration::ZERO).err().unwrap()),
                 exit::USAGE,
@@ -151,6 +180,18 @@ mod tests {
             .err()
             .unwrap();
         assert_eq!(exit::code_of(&none), exit::PREFLIGHT);
+    }
+
+    #[test]
+    fn a_host_s_own_name_for_loopback_is_all_its_addresses() {
+        let debian = "127.0.1.1:7".parse().unwrap();
+        assert_eq!(reachable("gpu-01", debian), "0.0.0.0:7".parse().unwrap());
+        assert_eq!(reachable("127.0.1.1", debian), debian);
+        assert_eq!(reachable("localhost", debian), debian);
+        let v6 = "[::1]:7".parse().unwrap();
+        assert_eq!(reachable("gpu-01", v6), "[::]:7".parse().unwrap());
+        let real = "10.0.0.1:7".parse().unwrap();
+        assert_eq!(reachable("gpu-01", real), real);
     }
 
     #[tokio::test]

@@ -96,6 +96,10 @@ impl State {
         let again = ending
             .again
             .then(|| (ending.outcome, ending.verdict.clone().unwrap_or_default()));
+        let why = match &self.refusal {
+            Some((_, text)) => Some(text.clone()),
+            None => ending.failure.as_ref().map(|f| self.last_words(f)),
+        };
         let (code, generation, outcome) = (ending.code, self.generation, ending.outcome);
         let fields = json!({"generation": generation, "outcome": outcome, "exit_code": code,
             "steps": ending.steps, "verdict": ending.verdict});
@@ -126,13 +130,28 @@ impl State {
                 // At once, where there is nothing to wait for.
                 self.advance(now, actions);
             }
-            None => self.leave(code, now, actions),
+            None => self.leave(code, why.as_deref(), now, actions),
         }
+    }
+
+    /// The failure in one line, for nodes that do not show the report.
+    fn last_words(&self, failure: &Failure) -> String {
+        let of = failure
+            .rank
+            .map_or(String::new(), |_| format!(" on {}", failure.host));
+        let coordinator = self.nodes.values().find(|node| node.local);
+        let coordinator = coordinator.map_or("the first node", |node| &node.join.host);
+        let file = tsm_job::RunDir::new(&self.settings.job.run_dir).failure();
+        let headline = failure.headline();
+        format!(
+            "{headline}{of}\n  hint: the report is on the screen of {coordinator}, and there in {}",
+            file.display()
+        )
     }
 
     fn fail(&mut self, ranks: Vec<Rank>, places: Vec<Place>, ending: &mut Ending, now: Duration) {
         ending.outcome = "failed";
-        if let Some(code) = self.refusal {
+        if let Some((code, _)) = self.refusal {
             // The workers could not be started: that was said already, and what else ended was told to.
             ending.code = code;
             return;

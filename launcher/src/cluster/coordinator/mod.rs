@@ -103,6 +103,8 @@ pub enum Event {
     Lost { node: NodeId, how: String },
     /// To the coordinator itself.
     Signal(i32),
+    /// The coordinator was not run for this long, though there was something to do.
+    Stalled(Duration),
     /// [`State::deadline`] has come.
     Deadline,
 }
@@ -247,8 +249,8 @@ pub struct State {
     metrics: BTreeMap<String, f64>,
     /// Nothing is started after this generation.
     last: bool,
-    /// Exit code for workers that could not be started.
-    refusal: Option<i32>,
+    /// Exit code for workers that could not be started, and why they could not.
+    refusal: Option<(i32, String)>,
     /// Rank 0's step at its last checkpoint in this generation.
     checkpoint_step: Option<u64>,
     /// First and last step of this generation.
@@ -258,6 +260,8 @@ pub struct State {
     /// Progress of the ranks of this generation.
     watch: Tracker,
     next_look: Duration,
+    /// When the coordinator was found to have stalled, and for how long.
+    stalled: Option<(Duration, Duration)>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -305,6 +309,7 @@ impl State {
             checkpoint_step: None,
             steps: None,
             inspection: None,
+            stalled: None,
         }
     }
 
@@ -366,6 +371,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         } => state.said(node, local, message, now, &mut actions),
         Event::Lost { node, how } => state.lost_connection(node, &how, now, &mut actions),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
+        Event::Stalled(time) => state.stalled(time, now, &mut actions),
         Event::Deadline => state.expired(now, &mut actions),
     }
     state.advance(now, &mut actions);

@@ -136,7 +136,7 @@ impl State {
             actions.push(Action::Notice(format!(
                 "{host} cannot run the job: {message}"
             )));
-            self.leave(code, now, actions);
+            self.leave(code, None, now, actions);
         } else {
             actions.push(Action::Notice(format!(
                 "{host} cannot take part: {message}"
@@ -161,6 +161,13 @@ impl State {
         if self.member(id).is_some() {
             self.gone.insert(id, node.clone());
         }
+        let how = match self.stalled {
+            Some((at, time)) if now < at + self.settings.lease => {
+                let time = time.as_secs_f64();
+                format!("{how}, after the coordinator itself had not run for {time:.1} s")
+            }
+            _ => how.to_string(),
+        };
         actions.push(record(
             "lost",
             json!({"node": id, "host": host, "how": how}),
@@ -176,7 +183,7 @@ impl State {
                 self.lost.push(LostNode {
                     member,
                     host,
-                    how: how.into(),
+                    how,
                     heard: node.heard,
                     at: now,
                     devices,
@@ -196,6 +203,18 @@ impl State {
                 actions.push(Action::Notice(format!("{host} left: {how}")));
             }
             _ => {}
+        }
+    }
+
+    /// The coordinator was stopped itself, or its machine overloaded or suspended.
+    pub(super) fn stalled(&mut self, time: Duration, now: Duration, actions: &mut Vec<Action>) {
+        self.stalled = Some((now, time));
+        actions.push(record("stalled", json!({"ms": time.as_millis() as u64})));
+        let (time, lease) = (time.as_secs_f64(), format(self.settings.lease));
+        if self.settings.max_nodes > 1 {
+            actions.push(Action::Notice(format!(
+                "warning: the coordinator did not run for {time:.1} s; nodes that hear nothing of it for {lease} end their ranks"
+            )));
         }
     }
 
@@ -264,7 +283,7 @@ impl State {
                 actions.push(Action::Notice(format!(
                     "{name}{place}: leaving, no worker runs"
                 )));
-                self.leave(code, now, actions);
+                self.leave(code, None, now, actions);
             }
             Phase::Leave { .. } | Phase::Finished { .. } => {}
         }
@@ -321,11 +340,11 @@ impl State {
                     .filter(|m| !self.has_formed(m.id))
                     .map(|m| self.host(m.id).to_string());
                 let late = late.collect::<Vec<_>>().join(", ");
-                actions.push(Action::Notice(format!(
+                let text = format!(
                     "no address of the first node was found within {}: no answer from {late}",
                     format(FORM)
-                )));
-                self.leave(exit::PREFLIGHT, now, actions);
+                );
+                self.give_up(text, now, actions);
             }
             Phase::Stop { deadline } if now >= deadline => {
                 // An agent that lives but does not get its ranks to an end is cut off; its lease does the rest.
@@ -358,6 +377,16 @@ impl State {
             Phase::Gather { .. } => self.try_to_form(now, actions),
             Phase::Pause { until } if now >= until => {
                 self.gather(now);
+                let missing = self
+                    .settings
+                    .min_nodes
+                    .saturating_sub(self.candidates(now).len() as u32);
+                if missing > 0 && self.settings.open {
+                    let (missing, join) = (nodes(missing as usize), format(self.settings.join));
+                    actions.push(Action::Notice(format!(
+                        "waiting up to {join} for {missing} to join"
+                    )));
+                }
                 self.try_to_form(now, actions);
             }
             Phase::Form { .. } => self.try_to_start(now, actions),
@@ -450,15 +479,13 @@ impl State {
                     format!(" ({})", hosts.join(", "))
                 };
                 let have = nodes(here as usize);
-                let why = if self.generation > 0 {
-                    "are left".into()
-                } else {
-                    format!("joined within {}", format(self.settings.join))
+                let why = match (self.generation, here) {
+                    (0, _) => format!("joined within {}", format(self.settings.join)),
+                    (_, 1) => "is left".into(),
+                    _ => "are left".into(),
                 };
-                actions.push(Action::Notice(format!(
-                    "{have}{hosts} {why}, {min} are needed"
-                )));
-                self.leave(exit::PREFLIGHT, now, actions);
+                let text = format!("{have}{hosts} {why}, {min} are needed");
+                self.give_up(text, now, actions);
             } else {
                 self.phase = Phase::Gather {
                     deadline,
@@ -544,8 +571,7 @@ impl State {
             "{}\n  hint: {}; --preflight off starts all the same",
             finding.text, finding.hint
         );
-        actions.push(Action::Notice(text));
-        self.leave(exit::PREFLIGHT, now, actions);
+        self.give_up(text, now, actions);
         false
     }
 
@@ -627,10 +653,9 @@ impl State {
         let (master_addr, interfaces) = match self.choose_address() {
             Ok(chosen) => chosen,
             Err(text) => {
-                actions.push(Action::Notice(text));
                 // What was found may be better the next time.
                 self.reach.clear();
-                return self.leave(exit::PREFLIGHT, now, actions);
+                return self.give_up(text, now, actions);
             }
         };
         let job = &self.settings.job;
@@ -756,12 +781,11 @@ impl State {
             return;
         }
         let host = self.host(id).to_string();
-        actions.push(Action::Notice(format!(
-            "the workers on {host} cannot be started: {message}"
-        )));
+        let text = format!("the workers on {host} cannot be started: {message}");
+        actions.push(Action::Notice(text.clone()));
         if let Phase::Form { .. } = self.phase {
             // Nowhere else were any started.
-            return self.leave(code, now, actions);
+            return self.leave(code, Some(&text), now, actions);
         }
         self.reports.insert(
             id,
@@ -776,7 +800,7 @@ impl State {
         // It would fail again, here and elsewhere.
         self.last = true;
         if self.cause.is_none() {
-            self.refusal = Some(code);
+            self.refusal = Some((code, text));
             self.stop(Cause::Failure, libc::SIGTERM, now, actions);
         }
     }
@@ -1025,16 +1049,24 @@ impl State {
         }
     }
 
-    /// Tells everybody to go.
-    pub(super) fn leave(&mut self, code: i32, now: Duration, actions: &mut Vec<Action>) {
-        for id in self.nodes.keys() {
-            actions.push(send(
-                *id,
-                ToAgent::Exit {
-                    code,
-                    message: None,
-                },
-            ));
+    /// The job cannot be started, and why.
+    fn give_up(&mut self, why: String, now: Duration, actions: &mut Vec<Action>) {
+        actions.push(Action::Notice(why.clone()));
+        self.leave(exit::PREFLIGHT, Some(&why), now, actions);
+    }
+
+    /// Tells everybody to go. `why` is for nodes where somebody has started the launcher by hand, and sees no report.
+    pub(super) fn leave(
+        &mut self,
+        code: i32,
+        why: Option<&str>,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        for (id, node) in &self.nodes {
+            let message = why.filter(|_| self.settings.open && !node.local);
+            let message = message.map(str::to_owned);
+            actions.push(send(*id, ToAgent::Exit { code, message }));
         }
         self.phase = Phase::Leave {
             code,

@@ -1,0 +1,132 @@
+//! A rank fails: all nodes stop, and the right one is named.
+
+use crate::job::Job;
+use crate::nodes::Cluster;
+use serde_json::Value;
+use std::time::Duration;
+
+/// Ranks 0 to 3 on two nodes; `actions` of rank `culprit` bring the end about, the others hang. The codes, the failure
+/// and the coordinator's report.
+fn failing(culprit: u32, actions: &str) -> Option<(Vec<i32>, Value, String)> {
+    let cluster = Cluster::new(2)?;
+    let actions = format!("--meet --when RANK={culprit} {actions} --end --hang");
+    let mut job = Job::on_all(&cluster, "--nodes 2 --grace 20s", &actions);
+    let codes = job.end();
+    // Whoever ends by SIGTERM ends at once.
+    assert!(job.took(1) < Duration::from_secs(15));
+    let manifest = job.json("manifest.json");
+    assert_eq!(manifest["outcome"], "failed");
+    assert_eq!(manifest["exit_code"], codes[0]);
+    assert_eq!(job.events("exit").len(), 4);
+    // On the other node only what failed, and where to read about it.
+    let words = job.err(2);
+    let file = job.path("failure.json").display().to_string();
+    assert!(words.starts_with(&format!("error: rank {culprit} failed first: ")));
+    assert!(words.contains(" on node-2\n") && words.contains(&file));
+    assert!(words.contains("the screen of node-1"), "{words}");
+    Some((codes, job.json("failure.json"), job.err(1)))
+}
+
+#[test]
+fn the_code_of_a_rank_on_another_node_is_the_code_of_every_launcher() {
+    for (culprit, actions, code, text) in [
+        (3, "--exit 17", 17, "rank 3 failed first: exit code 17"),
+        (
+            2,
+            "--kill 9",
+            137,
+            "rank 2 failed first: signal 9 (SIGKILL)",
+        ),
+        (
+            3,
+            "--error-file ValueError:x --exit 1",
+            1,
+            "exception: ValueError:x",
+        ),
+    ] {
+        let Some((codes, failure, err)) = failing(culprit, actions) else {
+            return;
+        };
+        assert_eq!(codes, [code, code], "{err}");
+        assert!(err.contains(text), "{text}\n{err}");
+        assert!(err.contains("where: host node-2, cpu, pid "), "{err}");
+        assert_eq!(failure["rank"], culprit, "{err}");
+        assert_eq!(failure["host"], "node-2", "{err}");
+        assert_eq!(failure["exit_code"], code);
+        let others = failure["others"].as_array().unwrap();
+        assert_eq!(others.len(), 3, "{failure:#}");
+        for other in others {
+            assert_eq!(other["role"], "stopped", "{failure:#}");
+            let node = other["rank"].as_u64().unwrap() / 2 + 1;
+            assert_eq!(other["host"], format!("node-{node}"));
+        }
+    }
+}
+
+/// The connections of a rank that dies break, its peers complain as gloo does, and end too.
+#[test]
+fn the_culprit_is_right_when_its_peers_on_other_nodes_follow_at_once() {
+    for (culprit, after_ms) in [(3, 0), (2, 1), (1, 1), (0, 2), (3, 5), (2, 0)] {
+        let Some(cluster) = Cluster::new(3) else {
+            return;
+        };
+        let actions = format!(
+            "--meet --when RANK={culprit} --say culprit --sleep-ms 50 --exit 17 --end --wait-lost --sleep-ms {after_ms} \
+             --raw 436f6e6e656374696f6e20636c6f7365642062792070656572205b31302e37372e302e315d0a --exit 1"
+        );
+        let mut job = Job::on_all(&cluster, "--nodes 3", &actions);
+        assert_eq!(job.end(), [17; 3], "rank {culprit}, {after_ms} ms");
+        let failure = job.json("failure.json");
+        let host = format!("node-{}", culprit / 2 + 1);
+        assert_eq!(failure["rank"], culprit, "after {after_ms} ms");
+        assert_eq!(failure["host"], host);
+        assert!(job.err(1).contains("    | culprit\n"));
+        for other in failure["others"].as_array().unwrap() {
+            let role = other["role"].as_str().unwrap();
+            assert!(["lost_peer", "stopped"].contains(&role), "{failure:#}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_ignores_sigterm_on_another_node_gets_the_grace_and_then_sigkill() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let actions = "--when RANK=3 --ignore-sigterm --end --meet --when RANK=0 --exit 5 --end --hang";
+    let mut job = Job::on_all(&cluster, "--nodes 2 --grace 700ms", actions);
+    assert_eq!(job.end(), [5, 5]);
+    assert!(job.took(1) >= Duration::from_millis(700));
+    assert!(job.took(1) < Duration::from_secs(20));
+    let err = job.err(1);
+    assert!(err.contains("the grace is over: killing rank 3"));
+    assert!(err.contains("rank 0 failed first: exit code 5"));
+    let ranks = &job.json("manifest.json")["ranks"];
+    assert_eq!(ranks[2]["end"]["signal"], 15, "{ranks:#}");
+    assert_eq!(ranks[3]["end"]["signal"], 9, "{ranks:#}");
+}
+
+#[test]
+fn a_program_that_one_node_lacks_is_named_with_its_node() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let mut job = Job::new(&cluster);
+    // It is the same command, but only the first node has the program.
+    let program = cluster.scene.path("program").display().to_string();
+    let script = "#!/bin/sh\n[ $GROUP_RANK = 0 ] && exec sleep 1000\nexec /no/such/program\n";
+    fs_err::write(&program, script).unwrap();
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs_err::set_permissions(&program, executable).unwrap();
+    for n in 1..=2 {
+        job.start_words(n, &["--cpus=1", "--nodes=2", "--", &program]);
+        job.wait_until_joined(n);
+    }
+    assert_eq!(job.end(), [127, 127]);
+    let failure = job.json("failure.json");
+    assert_eq!(
+        (&failure["rank"], &failure["host"]),
+        (&1.into(), &"node-2".into())
+    );
+    assert!(job.err(1).contains("/no/such/program"));
+}

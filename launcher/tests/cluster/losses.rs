@@ -1,0 +1,179 @@
+//! Launchers that die or stop, and cables that are pulled: no rank outlives its lease.
+
+use crate::harness::{alive, until};
+use crate::job::Job;
+use crate::nodes::Cluster;
+use rustix::process::Signal;
+use std::time::{Duration, Instant};
+use tsm_job::exit;
+use tsm_launch::cluster::message::LEASE;
+
+/// A lost node is noticed within the lease; this is far more than that, for a busy machine.
+const SOON: Duration = Duration::from_secs(10);
+
+/// Two nodes of two ranks that have met and hang; the pids by rank. Their children must not survive either.
+fn hanging<'a>(cluster: &'a Cluster, options: &str) -> (Job<'a>, Vec<i32>) {
+    let ready = cluster.scene.path("ready").display().to_string();
+    let actions = format!("--meet --ignore-sigterm --fork --touch {ready}{{rank}} --hang");
+    let options = format!("--nodes 2 --grace 500ms {options}");
+    let job = Job::on_all(cluster, &options, &actions);
+    let pids = job.wait_for_pids("ready", 0..4);
+    job.wait_for("spawn", 4);
+    (job, pids)
+}
+
+fn wait_for_death(pids: &[i32]) -> Duration {
+    let start = Instant::now();
+    until("ranks to die", || {
+        pids.iter().all(|&pid| !alive(pid)).then_some(())
+    });
+    start.elapsed()
+}
+
+/// What is said of node 2 when it was lost.
+fn assert_node_2_is_named(job: &Job, how: &str) {
+    let failure = job.json("failure.json");
+    assert_eq!(failure["rank"], serde_json::Value::Null, "{failure:#}");
+    assert_eq!(failure["host"], "node-2", "{failure:#}");
+    assert_eq!(failure["class"], "node_lost", "{failure:#}");
+    assert_eq!(failure["exit_code"], exit::PEER);
+    let others = failure["others"].as_array().unwrap().iter();
+    let roles: Vec<_> = others.map(|o| o["role"].clone()).collect();
+    assert_eq!(
+        roles,
+        ["stopped", "stopped", "node_lost", "node_lost"],
+        "{failure:#}"
+    );
+    let err = job.err(1);
+    assert!(err.contains("node node-2 was lost first"));
+    assert!(err.contains("where: host node-2, ranks 2-3"));
+    assert!(err.contains(how), "{how}");
+    let lost = job.events("lost");
+    assert_eq!(lost.len(), 1);
+    assert_eq!(lost[0]["host"], "node-2");
+    assert_eq!(job.json("manifest.json")["outcome"], "failed");
+}
+
+#[test]
+fn a_killed_agent_takes_its_ranks_with_it_and_is_named() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let (mut job, pids) = hanging(&cluster, "");
+    job.signal(2, Signal::KILL);
+    assert_eq!(job.end_of(2), 137);
+    cluster.node(2).assert_empty();
+    wait_for_death(&pids);
+    assert_eq!(job.end(), [exit::PEER, 137]);
+    // Broken off or reset: that depends on what it had not read.
+    assert_node_2_is_named(&job, "node-2 was lost first: 10.77.0.2:");
+}
+
+#[test]
+fn a_killed_coordinator_leaves_no_rank_anywhere() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let (mut job, pids) = hanging(&cluster, "");
+    job.signal(1, Signal::KILL);
+    assert!(wait_for_death(&pids) < SOON);
+    assert_eq!(job.end(), [137, exit::PEER]);
+    let err = job.err(2);
+    assert!(
+        err.starts_with("error: the connection to the coordinator"),
+        "{err}"
+    );
+}
+
+#[test]
+fn a_stopped_agent_is_lost_and_its_guard_kills_its_ranks() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let (mut job, pids) = hanging(&cluster, "");
+    job.signal(2, Signal::STOP);
+    assert!(wait_for_death(&pids[2..]) < SOON);
+    assert_eq!(job.code(2), None, "it is stopped");
+    assert_eq!(job.end_of(1), exit::PEER);
+    assert_node_2_is_named(&job, "silent for 1500ms");
+    job.signal(2, Signal::CONT);
+    assert_eq!(job.end(), [exit::PEER, exit::PEER]);
+    assert!(job.err(2).starts_with("error: "));
+}
+
+#[test]
+fn ranks_do_not_wait_for_a_stopped_coordinator() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let (mut job, pids) = hanging(&cluster, "");
+    job.signal(1, Signal::STOP);
+    assert!(wait_for_death(&pids[2..]) < SOON);
+    assert_eq!(job.end_of(2), exit::PEER);
+    let err = job.err(2);
+    assert!(
+        err.contains("no answer from the coordinator for 1500ms"),
+        "{err}"
+    );
+    job.signal(1, Signal::CONT);
+    assert_eq!(job.end(), [exit::PEER, exit::PEER]);
+    // The node that has left is not all there is to say.
+    assert_node_2_is_named(&job, "after the coordinator itself had not run for ");
+    assert_eq!(job.events("stalled").len(), 1);
+    assert!(
+        job.err(1)
+            .contains("warning: the coordinator did not run for ")
+    );
+}
+
+#[test]
+fn both_sides_of_a_cut_end_within_the_lease() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let (mut job, pids) = hanging(&cluster, "");
+    let cut = Instant::now();
+    cluster.pull_cable(2);
+    wait_for_death(&pids[2..]);
+    let survived = cut.elapsed();
+    assert!(survived < LEASE + Duration::from_secs(1), "{survived:?}");
+    assert_eq!(job.end(), [exit::PEER, exit::PEER]);
+    assert!(cut.elapsed() < SOON);
+    assert_node_2_is_named(&job, "silent for 1500ms");
+    let err = job.err(2);
+    assert!(
+        err.contains("no answer from the coordinator for 1500ms"),
+        "{err}"
+    );
+}
+
+#[test]
+fn a_cable_that_is_out_for_half_a_second_is_no_loss() {
+    // A machine that is too busy leaves it out for longer.
+    const AT_MOST: Duration = Duration::from_millis(900);
+    for attempt in 0.. {
+        let Some(cluster) = Cluster::new(2) else {
+            return;
+        };
+        let go = cluster.scene.path("go").display().to_string();
+        let ready = cluster.scene.path("ready").display().to_string();
+        let actions = format!("--meet --touch {ready}{{rank}} --wait-for {go} --say back --exit 0");
+        let mut job = Job::on_all(&cluster, "--nodes 2", &actions);
+        job.wait_for_pids("ready", 0..4);
+        let since = Instant::now();
+        cluster.pull_cable(2);
+        // The length of the blip is what is tested.
+        std::thread::sleep(Duration::from_millis(500));
+        cluster.plug_cable(2);
+        if since.elapsed() > AT_MOST && attempt < 5 {
+            continue;
+        }
+        // The coordinator has heard the node since then, or has given it up.
+        std::thread::sleep(LEASE);
+        fs_err::write(&go, "").unwrap();
+        assert_eq!(job.end(), [0, 0]);
+        assert!(job.events("lost").is_empty());
+        assert_eq!(job.read("logs/node-2-3.err"), "back\n");
+        return;
+    }
+}
