@@ -23,7 +23,6 @@ const FAILS: i32 = 17;
 
 struct Me {
     rank: u32,
-    generation: u32,
     pipe: fs_err::File,
 }
 
@@ -32,7 +31,6 @@ impl Me {
         let stamp = Stamp {
             kind,
             rank: self.rank,
-            generation: self.generation,
             pid: std::process::id() as i32,
             parent: rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get()),
             ns,
@@ -63,7 +61,6 @@ fn main() {
     }
     let mut me = Me {
         rank: number_in(&["RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"]),
-        generation: number_in(&["TORCHELASTIC_RESTART_COUNT"]),
         // Without a reader it is refused instead of waiting for one.
         pipe: fs_err::OpenOptions::new()
             .write(true)

@@ -59,9 +59,9 @@ fn cascade(programs: &Programs, tool: Tool, first: u32, react_ms: u32) -> Result
     let words = ["--culprit", &first.to_string(), "--react-ms", &react_ms.to_string()].map(String::from).into();
     let mut command = programs.command(tool, &Job { words, ..Job::new(RANKS) }, &stage);
     stage.start(&mut command)?;
-    let ready = stage.wait(Kind::Ready, 0, RANKS as usize - 1, PATIENCE, |_| true)?;
+    let ready = stage.wait(Kind::Ready, RANKS as usize - 1, PATIENCE, |_| true)?;
     ready.context("not all ranks were ready")?;
-    stage.signal_rank(first, 0, Signal::USR1)?;
+    stage.signal_rank(first, Signal::USR1)?;
     stage.ended(0, PATIENCE)?.context("the launcher did not end")?;
     match tool {
         Tool::TsmLaunch => {

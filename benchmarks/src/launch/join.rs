@@ -62,10 +62,17 @@ fn joined(programs: &Programs, nodes: u32) -> Result<Vec<Seen>> {
         }
         drop(told);
         let (mut welcomed, mut started) = (Duration::ZERO, Duration::ZERO);
-        for _ in 0..nodes {
-            let Some((welcome, start)) = starts.recv().await else { break };
-            welcomed = welcomed.max(welcome);
-            started = started.max(start);
+        let mut left = nodes;
+        while left > 0 {
+            tokio::select! {
+                Some((welcome, start)) = starts.recv() => {
+                    welcomed = welcomed.max(welcome);
+                    started = started.max(start);
+                    left -= 1;
+                }
+                // None leaves before it is told to.
+                Some(agent) = agents.join_next() => agent??,
+            }
         }
         let _ = done.0.send(true);
         while let Some(agent) = agents.join_next().await {

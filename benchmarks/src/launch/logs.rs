@@ -25,7 +25,7 @@ pub fn logs(bench: &mut Bench) {
         let job = Job { to_files: true, words, ..Job::new(RANKS) };
         let mut command = programs.command(tool, &job, &stage);
         stage.start(&mut command)?;
-        let stamps = stage.wait(Kind::Started, 0, RANKS as usize, PATIENCE, |_| true)?.context("no rank started")?;
+        let stamps = stage.wait(Kind::Started, RANKS as usize, PATIENCE, |_| true)?.context("no rank started")?;
         let first = stamps.iter().map(|s| s.ns).min().context("no rank started")?;
         let end = stage.ended(0, PATIENCE)?.context("the launcher did not end")?;
         let folder = match tool {

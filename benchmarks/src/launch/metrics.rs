@@ -21,7 +21,7 @@ fn launched(programs: &Programs, tool: Tool, job: &Job) -> Result<(Stage, Vec<St
     let mut stage = Stage::new()?;
     let mut command = programs.command(tool, job, &stage);
     let (_, before) = stage.start(&mut command)?;
-    let stamps = stage.started(0, job.ranks as usize, PATIENCE)?;
+    let stamps = stage.started(job.ranks as usize, PATIENCE)?;
     Ok((stage, stamps, before))
 }
 
@@ -66,8 +66,8 @@ pub fn kill(bench: &mut Bench) {
         bench.measure(&ALL, rounds, &cases, |programs, tool, round| {
             let (mut stage, _, _) = launched(programs, tool, &Job::new(ranks))?;
             let victim = (round as u32 * 5 + 3) % ranks;
-            let before = stage.signal_rank(victim, 0, Signal::KILL)?;
-            let peers = stage.wait(Kind::Signalled, 0, ranks as usize - 1, VAIN, |_| true)?;
+            let before = stage.signal_rank(victim, Signal::KILL)?;
+            let peers = stage.wait(Kind::Signalled, ranks as usize - 1, VAIN, |_| true)?;
             let exit = stage.ended(0, 2 * VAIN)?;
             let exit = exit.map_or(Seen::NotWithinS(2.0 * VAIN.as_secs_f64()), |at| Seen::Value(ms(before, at)));
             Ok(vec![since(before, peers, VAIN), exit])
@@ -80,8 +80,8 @@ pub fn kill(bench: &mut Bench) {
         let mut pair = Pair::start(programs, tool, 4, 0)?;
         let second = pair.second;
         let victim = pair.ranks_of(second)[1];
-        let before = pair.stage.signal_rank(victim, 0, Signal::KILL)?;
-        let peers = pair.stage.wait(Kind::Signalled, 0, 4, VAIN, |s| s.parent != second)?;
+        let before = pair.stage.signal_rank(victim, Signal::KILL)?;
+        let peers = pair.stage.wait(Kind::Signalled, 4, VAIN, |s| s.parent != second)?;
         Ok(vec![since(before, peers, VAIN)])
     });
 }
@@ -113,16 +113,16 @@ pub fn restart(bench: &mut Bench) {
     bench.measure(&RESTARTING, rounds, &[case], |programs, tool, _| {
         let job = Job { max_restarts: 1, ..Job::new(8) };
         let (mut stage, _, _) = launched(programs, tool, &job)?;
-        let before = stage.signal_rank(5, 0, Signal::USR1)?;
-        let again = stage.wait(Kind::Started, 1, 8, VAIN, |_| true)?;
+        let before = stage.signal_rank(5, Signal::USR1)?;
+        let again = stage.wait(Kind::Started, 8, VAIN, |s| s.ns > before)?;
         Ok(vec![since(before, again, VAIN)])
     });
     let case = Case::new("restart", "end of a rank to all of 2 nodes x 2 started again", "ms", Some(Goal::AtMost(300.0)));
     bench.measure(&RESTARTING, rounds, &[case], |programs, tool, _| {
         let mut pair = Pair::start(programs, tool, 2, 1)?;
         let victim = pair.ranks_of(pair.second)[0];
-        let before = pair.stage.signal_rank(victim, 0, Signal::USR1)?;
-        let again = pair.stage.wait(Kind::Started, 1, 4, 2 * VAIN, |_| true)?;
+        let before = pair.stage.signal_rank(victim, Signal::USR1)?;
+        let again = pair.stage.wait(Kind::Started, 4, 2 * VAIN, |s| s.ns > before)?;
         Ok(vec![since(before, again, 2 * VAIN)])
     });
 }
@@ -185,7 +185,7 @@ pub fn grace(bench: &mut Bench) {
         let grace = Duration::from_secs(if tool == Tool::Torchrun { 30 } else { 1 });
         let ours = (tool == Tool::TsmLaunch).then_some(grace);
         let (mut stage, _, _) = launched(programs, tool, &Job { grace: ours, words, ..Job::new(8) })?;
-        let before = stage.signal_rank(0, 0, Signal::KILL)?;
+        let before = stage.signal_rank(0, Signal::KILL)?;
         let patience = 2 * grace + VAIN;
         Ok(vec![match stage.ended(0, patience)? {
             Some(at) => Seen::Value(ms(before, at) - grace.as_secs_f64() * 1e3),

@@ -37,7 +37,7 @@ impl Pair {
             let mut command = programs.command(tool, &job, &stage);
             stage.start(&mut command)?;
         }
-        let stamps = stage.started(0, 2 * ranks as usize, PATIENCE)?;
+        let stamps = stage.started(2 * ranks as usize, PATIENCE)?;
         let of = |wanted: &dyn Fn(&Stamp) -> bool| stamps.iter().find(|s| wanted(s)).map(|s| s.parent);
         let first = of(&|s| s.rank == 0).context("rank 0 started")?;
         let second = of(&|s| s.parent != first).context("all ranks were started by one launcher")?;
@@ -78,7 +78,7 @@ pub fn lost(bench: &mut Bench) {
         let mut pair = Pair::start(programs, tool, RANKS, 0)?;
         let first = pair.first;
         let before = pair.signal(pair.second, Signal::KILL)?;
-        let peers = pair.stage.wait(Kind::Signalled, 0, RANKS as usize, VAIN, |s| s.parent == first)?;
+        let peers = pair.stage.wait(Kind::Signalled, RANKS as usize, VAIN, |s| s.parent == first)?;
         Ok(vec![since(before, peers, VAIN)])
     });
 
@@ -90,7 +90,7 @@ pub fn lost(bench: &mut Bench) {
         let mut pair = Pair::start(programs, tool, RANKS, 0)?;
         let (first, second) = (pair.first, pair.second);
         let before = pair.signal(second, Signal::STOP)?;
-        let peers = pair.stage.wait(Kind::Signalled, 0, RANKS as usize, VAIN, |s| s.parent == first)?;
+        let peers = pair.stage.wait(Kind::Signalled, RANKS as usize, VAIN, |s| s.parent == first)?;
         let (left, last) = pair.stage.gone(VAIN, |s| s.parent == second)?;
         Ok(vec![since(before, peers, VAIN), gone(before, left, last)])
     });

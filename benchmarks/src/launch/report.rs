@@ -14,6 +14,9 @@ pub enum Goal {
     AtLeast(f64),
 }
 
+/// Units of what is worth a ratio; the others are counts.
+const COMPARED: [&str; 3] = ["ms", "lines/s", "MiB"];
+
 /// One quantity under one condition.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Case {
@@ -113,7 +116,8 @@ impl Rows {
             row.spread = Spread::of(&values);
         }
         let medians: Vec<_> = rows.iter().map(|r| (r.case.clone(), r.tool, r.spread.as_ref().map(|s| s.median))).collect();
-        for row in rows.iter_mut().filter(|r| r.tool != Tool::TsmLaunch.name()) {
+        let compared = |r: &&mut Row| r.tool != Tool::TsmLaunch.name() && COMPARED.contains(&r.case.unit);
+        for row in rows.iter_mut().filter(compared) {
             let ours = medians.iter().find(|(case, tool, _)| *case == row.case && *tool == Tool::TsmLaunch.name());
             let (Some((_, _, Some(ours))), Some(theirs)) = (ours, &row.spread) else { continue };
             let ratio = match row.case.goal {

@@ -117,15 +117,14 @@ impl Stage {
         Ok(before)
     }
 
-    /// Waits until `num` ranks have said `kind` in `generation`, as far as `filter` takes them: those stamps,
-    /// or `None` when `patience` is over before.
+    /// Waits until `num` ranks have said `kind`, as far as `filter` takes them: those stamps, or `None` when
+    /// `patience` is over before.
     ///
     /// # Errors
     /// When all launchers end before, with what they printed.
     pub fn wait(
         &mut self,
         kind: Kind,
-        generation: u32,
         num: usize,
         patience: Duration,
         filter: impl Fn(&Stamp) -> bool,
@@ -133,7 +132,7 @@ impl Stage {
         let until = Instant::now() + patience;
         let mut all_ended = false;
         loop {
-            let wanted = |s: &&Stamp| s.kind == kind && s.generation == generation && filter(s);
+            let wanted = |s: &&Stamp| s.kind == kind && filter(s);
             let found: Vec<Stamp> = self.stamps.iter().filter(wanted).cloned().collect();
             if found.len() >= num {
                 return Ok(Some(found));
@@ -153,12 +152,12 @@ impl Stage {
         }
     }
 
-    /// As [`Stage::wait`] for the start of all ranks, which has to come.
-    pub fn started(&mut self, generation: u32, num: usize, patience: Duration) -> Result<Vec<Stamp>> {
-        match self.wait(Kind::Started, generation, num, patience, |_| true)? {
+    /// As [`Stage::wait`] for the first start of all ranks, which has to come.
+    pub fn started(&mut self, num: usize, patience: Duration) -> Result<Vec<Stamp>> {
+        match self.wait(Kind::Started, num, patience, |_| true)? {
             Some(stamps) => Ok(stamps),
             None => {
-                let have = self.ranks.iter().filter(|r| r.stamp.generation == generation).count();
+                let have = self.ranks.len();
                 bail!("{have} of {num} ranks started within {patience:?}\n{}", tail(&self.printed(0)))
             }
         }
@@ -196,9 +195,9 @@ impl Stage {
         self.launchers.iter().all(|l| l.ended.is_some())
     }
 
-    /// Signals one rank of a generation; the time right before.
-    pub fn signal_rank(&self, rank: u32, generation: u32, signal: Signal) -> Result<u64> {
-        let of = |r: &&Rank| r.stamp.rank == rank && r.stamp.generation == generation;
+    /// Signals a rank of the first start; the time right before.
+    pub fn signal_rank(&self, rank: u32, signal: Signal) -> Result<u64> {
+        let of = |r: &&Rank| r.stamp.rank == rank;
         let found = self.ranks.iter().find(of).and_then(|r| r.pidfd.as_ref());
         let pidfd = found.with_context(|| format!("rank {rank} is gone"))?;
         let before = now_ns();

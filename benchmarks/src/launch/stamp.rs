@@ -19,8 +19,6 @@ pub enum Kind {
 pub struct Stamp {
     pub kind: Kind,
     pub rank: u32,
-    /// Restarts before this start.
-    pub generation: u32,
     pub pid: i32,
     /// Its launcher, where that starts its ranks itself.
     pub parent: i32,
@@ -44,12 +42,11 @@ impl fmt::Display for Stamp {
         let Stamp {
             kind,
             rank,
-            generation,
             pid,
             parent,
             ns,
         } = self;
-        write!(f, "{kind:?} {rank} {generation} {pid} {parent} {ns}")
+        write!(f, "{kind:?} {rank} {pid} {parent} {ns}")
     }
 }
 
@@ -67,13 +64,12 @@ impl FromStr for Stamp {
             .split(' ')
             .map(|n| n.parse().map_err(|_| wrong()))
             .collect::<Result<_, _>>()?;
-        let [rank, generation, pid, parent, ns] = numbers[..] else {
+        let [rank, pid, parent, ns] = numbers[..] else {
             return Err(wrong());
         };
         Ok(Stamp {
             kind,
             rank: rank as u32,
-            generation: generation as u32,
             pid: pid as i32,
             parent: parent as i32,
             ns,
@@ -90,14 +86,13 @@ mod tests {
         let stamp = Stamp {
             kind: Kind::Signalled,
             rank: 1023,
-            generation: 1,
             pid: 4_194_303,
             parent: 17,
             ns: now_ns(),
         };
         assert!(stamp.ns > 1_700_000_000_000_000_000, "nanoseconds since 1970");
         assert_eq!(stamp.to_string().parse(), Ok(stamp));
-        for bad in ["", "Started", "Started 1 2 3 4", "Gone 1 2 3 4 5", "Started 1 2 3 4 x"] {
+        for bad in ["", "Started", "Started 1 2 3", "Gone 1 2 3 4", "Started 1 2 3 x"] {
             assert!(bad.parse::<Stamp>().is_err(), "{bad}");
         }
     }

@@ -140,7 +140,7 @@ impl Programs {
                 if let Some(nodes) = &job.nodes {
                     let (num, point) = (nodes.num.to_string(), format!("127.0.0.1:{}", nodes.port));
                     command.args(["--nodes", &num, "--rendezvous", &point, "--key-file"]);
-                    command.arg(&nodes.key_file);
+                    command.arg(&nodes.key_file).args(["--join-timeout", "3m"]);
                 }
                 command.arg("--");
                 command
