@@ -247,6 +247,9 @@ pub struct State {
     steps: Option<(u64, u64)>,
     /// Answers about what hanging ranks do, and how many are still to come.
     inspection: Option<Inspection>,
+    /// No lease runs out before this. It is not moved by every beat: with thousands of nodes that would be all the
+    /// coordinator does.
+    next_lease: Option<Duration>,
     /// Progress of the ranks of this generation.
     watch: Tracker,
     next_look: Duration,
@@ -293,6 +296,7 @@ impl State {
             checkpoint_step: None,
             steps: None,
             inspection: None,
+            next_lease: None,
         }
     }
 
@@ -334,9 +338,7 @@ impl State {
             }
             Phase::Finished { .. } => None,
         };
-        let leases = self.nodes.values().filter(|n| !n.local);
-        let lease = leases.map(|n| n.heard + self.settings.lease).min();
-        phase.into_iter().chain(lease).min()
+        phase.into_iter().chain(self.next_lease).min()
     }
 }
 
