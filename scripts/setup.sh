@@ -37,6 +37,15 @@ if [ "$want" = test ]; then
   # The launcher's test of an unmodified PyTorch script needs any Python that has torch.
   need python3-torch sh -c '"${TSM_PYTHON:-/usr/bin/python3}" -c "import importlib.util as u, sys; sys.exit(u.find_spec(\"torch\") is None)"'
   need ffmpeg command -v ffmpeg
+  # A SLURM cluster, an MPI, an ssh server and network namespaces, to start the launcher by.
+  need slurm-wlm sh -c 'PATH=$PATH:/usr/sbin; command -v srun && command -v slurmctld && command -v slurmd'
+  need munge sh -c 'PATH=$PATH:/usr/sbin; command -v munged'
+  need openmpi-bin command -v mpirun
+  need libopenmpi-dev command -v mpicc
+  need libclang-dev sh -c 'ls /usr/lib*/llvm-*/lib/clang/*/include/stddef.h /usr/lib*/clang/*/include/stddef.h 2>/dev/null | grep -q .'
+  need openssh-server sh -c 'PATH=$PATH:/usr/sbin; command -v sshd'
+  need openssh-client command -v ssh
+  need iproute2 sh -c 'PATH=$PATH:/usr/sbin:/sbin; command -v ip'
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   line="apt-get install -y --no-install-recommends ${missing[*]}"

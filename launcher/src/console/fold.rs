@@ -14,7 +14,7 @@ const MAX_BYTES: usize = 1 << 20;
 /// Equal lines of different ranks on the same stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Group {
-    /// In the order in which they came; each at most once.
+    /// In the order in which they came; each at most once. None: the launcher's own words.
     pub ranks: Vec<u32>,
     pub stderr: bool,
     pub text: Vec<u8>,
@@ -80,10 +80,22 @@ impl Fold {
         self.newest.insert(rank, number);
     }
 
+    /// Takes in the launcher's own words, which come behind all that is held now.
+    pub fn own(&mut self, now: Duration, text: &str) {
+        self.bytes += text.len();
+        self.groups.push_back(Group {
+            ranks: Vec::new(),
+            stderr: true,
+            text: text.into(),
+            since: now,
+        });
+    }
+
     /// The next group whose time has come; ask until there is none.
     pub fn due(&mut self, now: Duration) -> Option<Group> {
         let front = self.groups.front()?;
         let due = now >= front.since + self.window
+            || front.ranks.is_empty()
             || front.ranks.len() >= self.full
             || self.groups.len() > MAX_GROUPS
             || self.bytes > MAX_BYTES;
@@ -94,7 +106,9 @@ impl Fold {
     pub fn pop(&mut self) -> Option<Group> {
         let group = self.groups.pop_front()?;
         let key = key(group.stderr, &group.text);
-        if let Entry::Occupied(mut held) = self.by_line.entry(key) {
+        if let (false, Entry::Occupied(mut held)) =
+            (group.ranks.is_empty(), self.by_line.entry(key))
+        {
             // Groups leave in the order of their numbers.
             held.get_mut().pop_front();
             if held.get().is_empty() {
@@ -176,6 +190,21 @@ mod tests {
         fold.push(111 * MS, 0, &line("a"));
         assert_eq!(fold.due(111 * MS).unwrap().ranks, [1, 0]);
         assert_eq!((fold.due(999 * MS), fold.deadline()), (None, None));
+        assert!(fold.by_line.is_empty() && fold.bytes == 0);
+    }
+
+    #[test]
+    fn own_words_wait_for_what_came_before_and_join_nothing() {
+        let mut fold = Fold::new(100 * MS, 2);
+        fold.push(Duration::ZERO, 0, &line("a"));
+        fold.own(MS, "a");
+        fold.push(2 * MS, 0, &line("a"));
+        assert_eq!(fold.due(2 * MS), None);
+        fold.push(3 * MS, 1, &line("a"));
+        assert_eq!(fold.due(3 * MS).unwrap().ranks, [0, 1]);
+        assert!(fold.due(3 * MS).unwrap().ranks.is_empty());
+        fold.push(4 * MS, 1, &line("a"));
+        assert_eq!(fold.due(4 * MS).unwrap().ranks, [0, 1]);
         assert!(fold.by_line.is_empty() && fold.bytes == 0);
     }
 

@@ -85,6 +85,11 @@ impl Feed {
         self.0.put(&mut state, batch);
     }
 
+    /// How many batches were taken out so far.
+    pub fn taken(&self) -> u64 {
+        self.0.lock().taken
+    }
+
     /// Ends the queue although other feeds are still there; what is in it can be taken out.
     pub fn close(&self) {
         self.0.close();

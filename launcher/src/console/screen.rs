@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::str::FromStr;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 use tsm_job::RunDir;
 
@@ -17,7 +17,9 @@ use super::{Console, fit};
 use crate::status::view::View;
 
 /// How long a line may wait for equal ones of other ranks.
-const WINDOW: Duration = Duration::from_millis(100);
+const WINDOW: Duration = Duration::from_millis(80);
+/// How long lines may wait so that the bottom of the terminal is not written anew for each.
+const PACE: Duration = Duration::from_millis(20);
 /// The bottom of the terminal is drawn anew no more often.
 const REDRAW: Duration = Duration::from_millis(200);
 
@@ -63,6 +65,8 @@ pub struct Outputs {
     err: Console,
     /// Stdout and stderr are one terminal, so what comes first has to be written first.
     together: bool,
+    /// Something may stand at the bottom, below the lines.
+    bottom: bool,
     /// Cells and rows of the terminal behind stderr, where it is one.
     size: Box<dyn Fn() -> Option<(usize, usize)> + Send>,
 }
@@ -83,7 +87,11 @@ impl Outputs {
             let or = |n: u16, default| if n == 0 { default } else { usize::from(n) };
             Some((or(size.ws_col, 80), or(size.ws_row, 24)))
         };
+        // What reads a pipe may write to the same terminal, as `| tee log` does, and not know of the bottom.
+        let kind = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&out)?.st_mode);
+        let is_pipe = kind.is_fifo() || kind.is_socket();
         Ok(Outputs {
+            bottom: err.is_terminal() && !is_pipe,
             together: out.is_terminal() && err.is_terminal(),
             out: Console::new(out),
             err: Console::new(err),
@@ -97,6 +105,7 @@ impl Outputs {
             out,
             err,
             together: false,
+            bottom: false,
             size: Box::new(|| None),
         }
     }
@@ -120,7 +129,7 @@ pub struct Screen {
 }
 
 impl Screen {
-    /// Starts the thread; `view` stands at the bottom where stderr is a terminal.
+    /// Starts the thread; `view` stands at the bottom where stderr is a terminal, and stdout is no pipe.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -160,53 +169,69 @@ impl Screen {
         self.feed.offer(Batch::own(&self.host, text));
     }
 
-    /// Waits until all is shown, but not longer than `wait`. Returns whether it is.
+    /// Waits until all is shown, but not longer than `wait` for a reader that takes nothing. Returns whether
+    /// all is shown.
     pub fn finish(self, wait: Duration) -> bool {
         self.feed.close();
-        self.finished.recv_timeout(wait).is_ok()
+        let mut taken = self.feed.taken();
+        loop {
+            match self.finished.recv_timeout(wait) {
+                Ok(()) => return true,
+                Err(RecvTimeoutError::Disconnected) => return false,
+                Err(RecvTimeoutError::Timeout) => {
+                    let before = std::mem::replace(&mut taken, self.feed.taken());
+                    if before == taken {
+                        return false;
+                    }
+                }
+            }
+        }
     }
 }
 
 fn show(mut tap: Tap, mut to: Outputs, painter: &mut Painter, view: &mut Option<View>) {
     let start = Instant::now();
-    let is_terminal = (to.size)().is_some();
-    let mut view = view.as_mut().filter(|_| is_terminal);
-    let mut drawn: Option<Duration> = None;
+    let mut view = view.as_mut().filter(|_| to.bottom);
     let (mut view_lines, mut shown) = (Vec::new(), (Vec::new(), 0));
+    let (mut next_redraw, mut next_write) = (Duration::ZERO, Duration::ZERO);
     loop {
-        let redraw = drawn.map_or(Duration::ZERO, |at| at + REDRAW);
-        let changes = view.is_some() || (is_terminal && painter.bar_changed);
-        let wake = match (painter.fold.deadline(), changes) {
-            (Some(fold), true) => Some(fold.min(redraw)),
-            (None, true) => Some(redraw),
-            (fold, false) => fold,
-        };
+        let changes = view.is_some() || (to.bottom && painter.bar_changed);
+        let waits = !painter.frame.is_empty();
+        let wake = painter.fold.deadline().into_iter();
+        let wake = wake.chain(changes.then_some(next_redraw));
+        let wake = wake.chain(waits.then_some(next_write)).min();
         let taken = tap.wait(wake.map(|at| at.saturating_sub(start.elapsed())));
         let now = start.elapsed();
         let closed = taken == Taken::Closed;
         if let Taken::Batch(batch) = &taken {
             painter.take(batch, now);
         }
-        painter.due(closed.then_some(Duration::MAX).unwrap_or(now));
+        painter.due(if closed { Duration::MAX } else { now });
+        if now < next_write && !closed && painter.frame.bytes() < LIMIT {
+            continue;
+        }
         let (width, rows) = (to.size)().unwrap_or((80, 24));
-        let redraw = now >= redraw && is_terminal && !closed;
+        let redraw = to.bottom && now >= next_redraw;
         if redraw {
-            if let Some(view) = &mut view {
-                view_lines = view.lines(width);
-            }
+            view_lines = view.as_mut().map_or(Vec::new(), |view| view.lines(width));
             painter.bar_changed = false;
-            drawn = Some(now);
+            next_redraw = now + REDRAW;
         }
         let mut bottom: Vec<String> = Vec::new();
-        if is_terminal && !closed {
+        if to.bottom && !closed {
             bottom.extend(painter.bar(width));
             bottom.extend(view_lines.iter().cloned());
             bottom.truncate((rows / 2).max(1));
         }
-        let redraw = redraw && shown != (bottom.clone(), width);
-        if redraw || closed || !painter.frame.is_empty() {
-            write(painter, &mut to, &bottom, width);
-            shown = (bottom, width);
+        let bottom = (bottom, width);
+        if closed || !painter.frame.is_empty() || (redraw && shown != bottom) {
+            write(painter, &mut to, &bottom.0, width);
+            let pace = if bottom.0.is_empty() {
+                Duration::ZERO
+            } else {
+                PACE
+            };
+            (shown, next_write) = (bottom, now + pace);
         }
         if closed {
             return;
@@ -245,6 +270,10 @@ struct Frame(Vec<(bool, Vec<u8>)>);
 impl Frame {
     fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.iter().map(|(_, text)| text.len()).sum()
     }
 
     fn to(&mut self, stderr: bool) -> &mut Vec<u8> {
@@ -307,16 +336,12 @@ impl Painter {
 
     fn take(&mut self, batch: &Batch, now: Duration) {
         for missed in &batch.missed {
-            self.flush();
             let text = self.missed(missed);
-            self.own(batch, &text);
+            self.own(batch, &text, now);
         }
         for line in batch.lines() {
             match (line.rank, self.style.format) {
-                (None, _) => {
-                    self.flush();
-                    self.own(batch, &String::from_utf8_lossy(line.text));
-                }
+                (None, _) => self.own(batch, &String::from_utf8_lossy(line.text), now),
                 (Some(_), Format::Json) => {
                     let stream = if line.stderr { "stderr" } else { "stdout" };
                     let text = String::from_utf8_lossy(line.text);
@@ -347,12 +372,6 @@ impl Painter {
         }
     }
 
-    fn flush(&mut self) {
-        while let Some(group) = self.fold.pop() {
-            self.group(group);
-        }
-    }
-
     fn group(&mut self, group: Group) {
         self.show(&group.ranks, group.stderr, &group.text);
     }
@@ -365,13 +384,14 @@ impl Painter {
         to.push(b'\n');
     }
 
-    fn own(&mut self, batch: &Batch, text: &str) {
-        if self.style.format == Format::Json {
-            return self.record(batch, None, "launcher", text);
+    fn own(&mut self, batch: &Batch, text: &str, now: Duration) {
+        match self.style.format {
+            Format::Json => self.record(batch, None, "launcher", text),
+            Format::Text => {
+                self.fold.own(now, text);
+                self.due(now);
+            }
         }
-        let to = self.frame.to(true);
-        to.extend_from_slice(text.as_bytes());
-        to.push(b'\n');
     }
 
     fn record(&mut self, batch: &Batch, rank: Option<u32>, stream: &str, line: &str) {
@@ -388,10 +408,11 @@ impl Painter {
         to.push(b'\n');
     }
 
-    /// `12 | `, `gpu-02 12 | ` or `[0-7,12] | `.
+    /// `12 | `, `gpu-02 12 | ` or `[0-7,12] | `; nothing for the launcher's own words.
     fn label(&self, ranks: &[u32]) -> String {
         let digits = self.digits;
         match ranks {
+            [] => String::new(),
             [rank] => match self.hosts.get(rank) {
                 Some(host) => {
                     let width = self.host_width;
@@ -470,7 +491,7 @@ mod tests {
         for batch in batches {
             painter.take(batch, Duration::ZERO);
         }
-        painter.flush();
+        painter.due(Duration::MAX);
         let mut text = [String::new(), String::new()];
         for (stderr, piece) in std::mem::take(&mut painter.frame).pieces(false) {
             text[usize::from(stderr)] += &String::from_utf8(piece).unwrap();
@@ -596,6 +617,7 @@ mod tests {
             out: Console::new(Writer(Arc::clone(&written))),
             err: Console::new(Writer(Arc::clone(&written))),
             together: true,
+            bottom: true,
             size: Box::new(|| Some((80, 24))),
         };
         let snapshot = |step| {
@@ -618,16 +640,71 @@ mod tests {
             lines.bar = Some((3, format!(" {step}%").into_bytes()));
             screen.feed().offer(lines);
         }
+        let so_far = || String::from_utf8(written.lock().unwrap().clone()).unwrap();
+        // The bar and the view below it are drawn at the latest when nothing else happens.
+        let start = Instant::now();
+        while !so_far().contains(" 199%\ndemo  0 s\nstep 199  ") {
+            assert!(start.elapsed() < Duration::from_secs(60), "{}", so_far());
+            std::thread::yield_now();
+        }
         assert!(screen.finish(Duration::from_secs(60)));
-        let text = String::from_utf8(written.lock().unwrap().clone()).unwrap();
-        assert!(
-            text.contains("demo  0 s\n") && text.contains("%\ndemo"),
-            "{text}"
-        );
+        let text = so_far();
         let mut rows = on_terminal(&text);
         assert_eq!(rows.pop().unwrap(), "");
         let expected = [" 0 | out", " 3 | err"].repeat(199);
         assert_eq!(rows, expected);
+    }
+
+    /// Two agents, each with a queue of its own, and the screen of the coordinator.
+    #[test]
+    fn the_lines_of_two_nodes_come_over_the_network_in_order() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let outputs = Outputs::plain(Console::new(writer), Console::new(std::io::sink()));
+        let screen = Screen::start(outputs, style(Format::Text, true), None).unwrap();
+        let read = std::thread::spawn(move || {
+            let mut text = String::new();
+            reader.read_to_string(&mut text).map(|_| text).unwrap()
+        });
+        let node = |host: &'static str, ranks: [u32; 2]| {
+            let (feed, mut tap) = queue(LIMIT);
+            let (screen, patience) = (screen.feed(), screen.patience());
+            let agent = std::thread::spawn(move || {
+                for i in 0..500 {
+                    let own = format!("{host} {i}");
+                    let lines = [(ranks[0], "same"), (ranks[1], "same"), (ranks[0], &own)];
+                    feed.send(batch(host, &lines), Duration::from_secs(60));
+                }
+            });
+            let wire = std::thread::spawn(move || {
+                while let Taken::Batch(batch) = tap.wait(None) {
+                    let message = serde_json::to_vec(&batch).unwrap();
+                    screen.send(serde_json::from_slice(&message).unwrap(), patience);
+                }
+            });
+            [agent, wire]
+        };
+        let threads = [node("gpu-01", [0, 1]), node("gpu-02", [8, 9])];
+        for thread in threads.into_iter().flatten() {
+            thread.join().unwrap();
+        }
+        assert!(screen.finish(Duration::from_secs(60)));
+        let text = read.join().unwrap();
+        for (host, rank) in [("gpu-01", 0), ("gpu-02", 8)] {
+            let label = format!("{host} {rank:>2} | ");
+            let own = text.lines().filter_map(|line| line.strip_prefix(&label));
+            let own: Vec<&str> = own.filter(|line| *line != "same").collect();
+            let expected: Vec<String> = (0..500).map(|i| format!("{host} {i}")).collect();
+            assert_eq!(own, expected);
+        }
+        let same: usize = text
+            .lines()
+            .filter_map(|line| line.strip_suffix(" | same"))
+            .map(|label| match label.strip_prefix('[') {
+                Some(list) => list.matches([',', '-']).count() + 1,
+                None => 1,
+            })
+            .sum();
+        assert_eq!(same, 4 * 500);
     }
 
     /// As a terminal stopped with Ctrl-S: nobody reads, so the thread hangs in its write.
@@ -653,11 +730,10 @@ mod tests {
         reader.read_to_string(&mut text).unwrap();
         let shown = text.matches(&format!(" 3 | {line}\n")).count();
         let missed = text.lines().filter_map(|line| {
-            line.strip_prefix("tsm-launch: ")?
-                .split_once(" lines of rank 3 not shown: see runs/a/logs/a-3.err")?
-                .0
-                .parse::<usize>()
-                .ok()
+            let (number, rest) = line.strip_prefix("tsm-launch: ")?.split_once(" line")?;
+            let file = " of rank 3 not shown: see runs/a/logs/a-3.err";
+            assert_eq!(rest.trim_start_matches('s'), file);
+            number.parse::<usize>().ok()
         });
         assert_eq!(shown + missed.sum::<usize>(), 200_000);
         assert!(shown < 100_000, "{shown} lines were held in memory");

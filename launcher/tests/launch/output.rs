@@ -1,6 +1,9 @@
 //! Logs: nothing lost, nothing torn.
 
-use crate::harness::{Scene, finish, until};
+use crate::harness::{FAKE, Scene, finish, until};
+use fs_err::File;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use std::process::Child;
 
 const LINES: usize = 50_000;
 
@@ -150,4 +153,77 @@ fn what_all_ranks_say_at_once_is_shown_once() {
     );
     let shown = outcome.err.matches(" | hello\n").count();
     assert!(shown < 8, "nothing was folded: {}", outcome.err);
+}
+
+/// Kills it when a test fails.
+struct Launcher(Child);
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A terminal takes a few KiB and then nothing, as after Ctrl-S.
+#[test]
+fn a_stopped_terminal_holds_up_no_worker() {
+    let scene = Scene::new();
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap();
+    let terminal = File::options()
+        .read(true)
+        .write(true)
+        .open(name.to_str().unwrap())
+        .unwrap();
+    let spam = LINES.to_string();
+    let actions = [
+        "--cpus",
+        "4",
+        "--run-dir",
+        "run",
+        "--",
+        FAKE,
+        "--spam",
+        &spam,
+    ];
+    let mut command = scene.command(&actions);
+    command
+        .args(["--touch", "done{rank}"])
+        .stdout(terminal.try_clone().unwrap().into_file())
+        .stderr(terminal.into_file());
+    let mut launcher = Launcher(command.spawn().unwrap());
+    // Its descriptors of the terminal would keep it open for ever.
+    drop(command);
+    scene.wait_for_pids("done", 4);
+    let reader = std::thread::spawn(move || {
+        // The end of a terminal is an error.
+        let (mut text, mut chunk) = (Vec::new(), [0; 4096]);
+        while let Ok(n @ 1..) = rustix::io::read(&master, &mut chunk) {
+            text.extend_from_slice(&chunk[..n]);
+        }
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    assert_eq!(launcher.0.wait().unwrap().code(), Some(0));
+    let text = reader.join().unwrap();
+    let missed: usize = text
+        .lines()
+        .filter(|line| line.contains(" not shown: see ") && line.contains("/run/logs/"))
+        .map(|line| line.split(' ').nth(1).unwrap().parse::<usize>().unwrap())
+        .sum();
+    let shown = text.lines().filter(|line| line.contains(" | ")).count();
+    assert!(missed > 0, "{}", &text[text.len().saturating_sub(2000)..]);
+    assert_eq!(missed + shown, 2 * 4 * LINES);
+    for rank in 0..4 {
+        for kind in ["out", "err"] {
+            let lines = scene
+                .log(rank, kind)
+                .iter()
+                .filter(|&&b| b == b'\n')
+                .count();
+            assert_eq!(lines, LINES);
+        }
+    }
 }

@@ -16,6 +16,11 @@ fn success_leaves_logs_and_a_manifest() {
     let manifest = scene.json("manifest.json");
     assert_eq!(manifest["outcome"], "succeeded");
     assert_eq!(manifest["world_size"], 3);
+    let path = manifest["binaries"][1]["path"].as_str().unwrap();
+    assert!(path.ends_with("fake-worker"), "{path}");
+    let environment = manifest["environment"].as_array().unwrap();
+    let world_size = environment.iter().find(|v| v["name"] == "WORLD_SIZE");
+    assert_eq!(world_size.unwrap()["after"], "3");
     assert_eq!(manifest["ranks"][2]["end"]["code"], 0);
     assert!(manifest["ranks"][2]["pid"].as_i64().unwrap() > 0);
     assert!(manifest["machine"]["mem_bytes"].as_u64().unwrap() > 0);

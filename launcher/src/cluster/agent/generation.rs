@@ -15,12 +15,14 @@ use super::Setup;
 use crate::cluster::message::{NodeReport, Progress, Start};
 use crate::console::lines::Lines;
 use crate::cores;
+use crate::doctor::kmsg;
 use crate::logs::{Logs, Shown, Sink, Source, Tail};
 use crate::manifest::environment::{self, Change};
 use crate::plan::{self, REMOVED_VARIABLES, Seat, Shape, WorkerPlan, error_file};
 use crate::port::Port;
 use crate::process::{self, Guard, Spec, Worker};
 use crate::report::{self, Place};
+use crate::start::adopt::identity_in_mpi;
 use crate::supervisor::{self, Action, Event, State};
 use crate::watch::{Happening, Watch};
 
@@ -39,6 +41,8 @@ pub struct Generation {
     pub start: Start,
     pub state: State,
     plans: Vec<WorkerPlan>,
+    /// Variables that no worker inherits.
+    remove: Vec<String>,
     dir: RunDir,
     host: String,
     shim: PathBuf,
@@ -57,6 +61,8 @@ pub struct Generation {
     descendants: Descendants,
     stuck: Vec<String>,
     began_at: Duration,
+    /// The same by the kernel's log.
+    kernel_time: Duration,
     _port: Option<Port>,
 }
 
@@ -134,10 +140,14 @@ impl Generation {
         for plan in &mut plans {
             plan.env.splice(0..0, start.env.iter().cloned());
         }
+        let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+        let removed = REMOVED_VARIABLES.map(String::from).into_iter();
+        let remove = removed.chain(identity_in_mpi(names)).collect();
         process::allow_open_files(FILES + FILES_PER_RANK * num_ranks as u64);
         Ok(Generation {
-            state: State::new(num_ranks, start.grace, start.saves),
+            state: State::new(num_ranks, start.grace, start.saves, start.shielded),
             plans,
+            remove,
             dir,
             host: setup.host.clone(),
             shim: setup.shim.clone(),
@@ -155,6 +165,7 @@ impl Generation {
             descendants: Descendants::NotLooked,
             stuck: Vec::new(),
             began_at: now,
+            kernel_time: kmsg::now(),
             _port: port,
             start,
         })
@@ -196,8 +207,9 @@ impl Generation {
             base_env: self.start.base_env.as_deref().unwrap_or_default(),
             directory: self.directory.as_deref(),
             env: &plan.env,
-            remove: &REMOVED_VARIABLES,
+            remove: &self.remove,
             cores: &plan.cores,
+            shielded: self.start.shielded,
         };
         let log = |stderr: bool| {
             let path = self.dir.log(&self.host, plan.rank, stderr);
@@ -261,7 +273,27 @@ impl Generation {
             )
         };
         let ranks: Vec<_> = self.plans.iter().map(|plan| plan.env.as_slice()).collect();
-        environment::difference(inherited, &ranks, &REMOVED_VARIABLES)
+        environment::difference(inherited, &ranks, &self.remove)
+    }
+
+    /// Rank and device of each worker that was started.
+    pub fn places(&self) -> Vec<(u32, String)> {
+        let started = self.plans.iter().take(self.workers.len());
+        started
+            .map(|plan| (plan.rank, plan.device.clone()))
+            .collect()
+    }
+
+    /// Where NCCL answers on this node, where there are GPUs.
+    pub fn ras_address(&self) -> Option<String> {
+        let own = self
+            .plans
+            .first()?
+            .env
+            .iter()
+            .find(|(name, _)| name == "NCCL_RAS_ADDR");
+        own.map(|(_, value)| value.clone())
+            .or_else(|| std::env::var("NCCL_RAS_ADDR").ok())
     }
 
     pub fn pids(&self) -> Vec<i32> {
@@ -289,7 +321,9 @@ impl Generation {
                 }) => {
                     let progress = self.progress_of(rank);
                     (progress.step, progress.epoch) = (Some(step), Some(epoch));
-                    progress.work_ms.extend(work_ms.map(|ms| ms as f32));
+                    progress
+                        .work_ms
+                        .extend(work_ms.filter(|ms| ms.is_finite()).map(|ms| ms as f32));
                     Event::Step { rank, step }
                 }
                 Happening::Said(WorkerMessage::Section { name }) => {
@@ -305,10 +339,17 @@ impl Generation {
                 }
                 Happening::Said(WorkerMessage::Failure(record)) => Event::Failing { rank, record },
                 Happening::Said(WorkerMessage::Metric { name, value }) => {
-                    self.metrics.insert(name, value);
+                    // JSON has no word for the others.
+                    if value.is_finite() {
+                        self.metrics.insert(name, value);
+                    }
                     continue;
                 }
-                Happening::Said(WorkerMessage::Hello { .. }) => continue,
+                Happening::Said(WorkerMessage::Hello { .. }) => {
+                    // That it talks is news too.
+                    self.progress_of(rank);
+                    Event::Hello { rank }
+                }
             });
         }
         Ok(events)
@@ -449,6 +490,11 @@ impl Generation {
                 self.stuck.join(", ")
             ));
         }
+        let gpus = self.plans.iter().any(|plan| plan.device.starts_with("GPU"));
+        let xids = match gpus.then(|| kmsg::xids(self.kernel_time)).flatten() {
+            Some(xids) => xids.into_iter().map(|xid| xid.text).collect(),
+            None => Vec::new(),
+        };
         let places: Vec<Place> = (0..self.workers.len()).map(place).collect();
         self.workers.iter().for_each(Worker::reap);
         self.guard.dismiss();
@@ -456,7 +502,7 @@ impl Generation {
             ranks: self.state.ranks.into_iter().zip(places).collect(),
             started_at: self.began_at,
             oom_kills: oom_kills().saturating_sub(self.oom_before),
-            xids: Vec::new(),
+            xids,
             warnings,
         }
     }
