@@ -1,8 +1,13 @@
 //! Measurements, each beside what people use today, interleaved in one run.
 
+mod launch;
+mod machine;
+#[cfg(feature = "step")]
 mod pytorch;
 mod stats;
+#[cfg(feature = "step")]
 mod step;
+#[cfg(feature = "step")]
 mod worker;
 
 use clap::{Parser, Subcommand};
@@ -19,9 +24,20 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// The launcher beside torchrun, srun and mpirun: start, failures, restarts, joins, logs, memory.
+    Launch(launch::Args),
     /// A full training step on synthetic input: forward, loss, backward, all-reduce, update.
+    #[cfg(feature = "step")]
     Step(step::Args),
+    /// Needs a build with libtorch.
+    #[cfg(not(feature = "step"))]
+    #[command(disable_help_flag = true)]
+    Step {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        flags: Vec<std::ffi::OsString>,
+    },
     /// One rank of a measurement; started by the others.
+    #[cfg(feature = "step")]
     #[command(name = "__step", hide = true)]
     Worker(worker::Args),
 }
@@ -41,7 +57,12 @@ pub fn main() -> ExitCode {
         }
     };
     let outcome = match cli.command {
+        Command::Launch(args) => launch::run(&args),
+        #[cfg(feature = "step")]
         Command::Step(args) => step::run(&args),
+        #[cfg(not(feature = "step"))]
+        Command::Step { .. } => Err(without_libtorch().into()),
+        #[cfg(feature = "step")]
         Command::Worker(args) => worker::run(&args),
     };
     match outcome {
@@ -51,4 +72,10 @@ pub fn main() -> ExitCode {
             ExitCode::from(exit::code_of(&e) as u8)
         }
     }
+}
+
+#[cfg(not(feature = "step"))]
+fn without_libtorch() -> exit::Coded {
+    let text = "this tsm-bench was built without libtorch, which a training step needs\n  hint: cargo build --release -p tsm-bench";
+    exit::Coded::new(exit::PREFLIGHT, text)
 }

@@ -1,5 +1,6 @@
 //! `tsm-bench step`: our training step and PyTorch's, in turn, as a ratio.
 
+use crate::machine;
 use crate::pytorch::{self, Variant};
 use crate::stats::Spread;
 use crate::worker::{self, Timed};
@@ -117,11 +118,11 @@ pub fn run(args: &Args) -> Result<()> {
     let report = Report {
         benchmark: "step",
         unix_s: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
-        cpu: cpu_model(),
+        cpu: machine::cpu_model(),
         gpu,
         cores,
         version: env!("CARGO_PKG_VERSION"),
-        commit: commit(),
+        commit: machine::commit(),
         pytorch: version,
         flags: args.step.to_flags(),
         ranks: args.ranks,
@@ -282,29 +283,4 @@ fn markdown(report: &Report, args: &Args) -> String {
         );
     }
     out
-}
-
-fn cpu_model() -> String {
-    fs_err::read_to_string("/proc/cpuinfo")
-        .ok()
-        .and_then(|text| {
-            text.lines().find_map(|l| {
-                l.strip_prefix("model name")
-                    .map(|m| m.trim_start_matches([' ', '\t', ':']).to_owned())
-            })
-        })
-        .unwrap_or_else(|| "unknown CPU".into())
-}
-
-fn commit() -> Option<String> {
-    let output = Command::new("git")
-        .args(["rev-parse", "--short", "HEAD"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    output
-        .status
-        .success()
-        .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

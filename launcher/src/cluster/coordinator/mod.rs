@@ -257,6 +257,9 @@ pub struct State {
     steps: Option<(u64, u64)>,
     /// Answers about what hanging ranks do, and how many are still to come.
     inspection: Option<Inspection>,
+    /// No lease runs out before this. It is not moved by every beat: with thousands of nodes that would be all the
+    /// coordinator does.
+    next_lease: Option<Duration>,
     /// Progress of the ranks of this generation.
     watch: Tracker,
     next_look: Duration,
@@ -310,6 +313,7 @@ impl State {
             steps: None,
             inspection: None,
             stalled: None,
+            next_lease: None,
         }
     }
 
@@ -351,9 +355,7 @@ impl State {
             }
             Phase::Finished { .. } => return None,
         };
-        let leases = self.nodes.values().filter(|n| !n.local);
-        let lease = leases.map(|n| n.heard + self.settings.lease).min();
-        phase.into_iter().chain(lease).min()
+        phase.into_iter().chain(self.next_lease).min()
     }
 }
 

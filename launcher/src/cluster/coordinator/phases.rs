@@ -83,6 +83,9 @@ impl State {
         };
         let here = self.nodes.len() + 1;
         self.nodes.insert(id, node);
+        if !local {
+            self.next_lease.get_or_insert(now + self.settings.lease);
+        }
         if self.settings.max_nodes > 1 && matches!(self.phase, Phase::Gather { .. }) {
             let (min, max) = (self.settings.min_nodes, self.settings.max_nodes);
             let of = if min == max {
@@ -311,16 +314,8 @@ impl State {
     }
 
     pub(super) fn expired(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let silent: Vec<NodeId> = self
-            .nodes
-            .iter()
-            .filter(|(_, n)| !n.local && now >= n.heard + self.settings.lease)
-            .map(|(id, _)| *id)
-            .collect();
-        for id in silent {
-            actions.push(Action::Drop { node: id });
-            let how = format!("silent for {}", format(self.settings.lease));
-            self.lost_connection(id, &how, now, actions);
+        if self.next_lease.is_some_and(|at| now >= at) {
+            self.look_for_silence(now, actions);
         }
         match self.phase {
             Phase::Run => {
@@ -369,6 +364,23 @@ impl State {
             }
             _ => {}
         }
+    }
+
+    /// Gives up the nodes whose lease has run out.
+    fn look_for_silence(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        let lease = self.settings.lease;
+        let remote = self.nodes.iter().filter(|(_, n)| !n.local);
+        let silent: Vec<NodeId> = remote
+            .filter(|(_, n)| now >= n.heard + lease)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in silent {
+            actions.push(Action::Drop { node: id });
+            let how = format!("silent for {}", format(lease));
+            self.lost_connection(id, &how, now, actions);
+        }
+        let left = self.nodes.values().filter(|n| !n.local);
+        self.next_lease = left.map(|n| n.heard + lease).min();
     }
 
     /// All that follows from the state alone.
@@ -451,6 +463,12 @@ impl State {
             return;
         };
         let (deadline, called) = (*deadline, *last_call);
+        // Asked at every word of every node, and while thousands join the answer is no.
+        let too_few = self.nodes.len() < self.settings.min_nodes as usize;
+        if too_few && now < deadline && (self.settings.open || self.generation == 0) {
+            *last_call = None;
+            return;
+        }
         let candidates = self.candidates(now);
         let here = candidates.len() as u32;
         let (min, max) = (self.settings.min_nodes, self.settings.max_nodes);
@@ -647,7 +665,8 @@ impl State {
         else {
             return;
         };
-        if !self.members.iter().all(|m| self.has_formed(m.id)) {
+        let enough = self.reach.len() + 1 >= self.members.len();
+        if !enough || !self.members.iter().all(|m| self.has_formed(m.id)) {
             return;
         }
         let (master_addr, interfaces) = match self.choose_address() {
