@@ -247,7 +247,10 @@ async fn over_ssh(
     };
     let mut prepared = prepare(&args, target, None, start)?;
     let session = &mut prepared.session;
-    session.settings.job.base_env = Some(ssh::environment(std::env::vars_os()));
+    let job = &mut session.settings.job;
+    let mut env = ssh::environment(std::env::vars_os());
+    env.push(("PWD".into(), job.directory.clone().into()));
+    job.base_env = Some(env);
     let (shim, key) = (std::env::current_exe()?, Key::random());
     for starter in plan.starters() {
         session
@@ -543,14 +546,22 @@ fn digest(target: &Target) -> String {
         .collect()
 }
 
-/// The command that continues the run in `dir` on the same devices.
+/// The command that continues the run in `dir` on the same devices and hosts.
 fn resume_command(args: &Args, dir: &Path) -> String {
-    let device = match (&args.gpus, args.cpus) {
-        (Some(gpus), _) => format!("--gpus {gpus} "),
-        (None, Some(n)) => format!("--cpus {n} "),
-        (None, None) => String::new(),
+    let mut words: Vec<OsString> = vec!["tsm-launch".into()];
+    let mut give = |flag: &str, value: Option<OsString>| {
+        words.extend(value.into_iter().flat_map(|value| [flag.into(), value]));
     };
-    format!("tsm-launch {device}--resume {}", plan::shell(&[dir.into()]))
+    give("--gpus", args.gpus.as_ref().map(|g| g.to_string().into()));
+    give("--cpus", args.cpus.map(|n| n.to_string().into()));
+    give("--hosts", args.hosts.as_ref().map(OsString::from));
+    give("--hostfile", args.hostfile.as_ref().map(OsString::from));
+    let launcher = args.remote_launcher.as_ref();
+    give("--remote-launcher", launcher.map(OsString::from));
+    let own_ssh = (args.ssh != "ssh").then(|| OsString::from(&args.ssh));
+    give("--ssh", own_ssh);
+    give("--resume", Some(dir.into()));
+    plan::shell(&words)
 }
 
 /// A run is called after its folder.

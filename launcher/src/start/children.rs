@@ -76,6 +76,8 @@ pub struct Children {
     running: Arc<Mutex<usize>>,
     /// Held while a connection is being made; closed at the end.
     places: Arc<Semaphore>,
+    /// Some are started again when they end.
+    pub come_back: bool,
 }
 
 impl Children {
@@ -86,6 +88,7 @@ impl Children {
             events,
             running: Arc::default(),
             places: Arc::new(Semaphore::new(AT_ONCE)),
+            come_back: false,
         }
     }
 
@@ -99,6 +102,7 @@ impl Children {
         key: &Key,
         voice: &Voice,
     ) {
+        self.come_back |= starter.retries > 0;
         let keeper = Keeper {
             shim: shim_path.into(),
             starter,

@@ -5,6 +5,7 @@
 
 mod cluster;
 mod contract;
+mod step;
 mod submit;
 
 use cluster::Cluster;
