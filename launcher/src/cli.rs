@@ -44,7 +44,7 @@ pub struct Args {
     pub cpus: Option<u32>,
 
     /// Nodes of the job; with MIN:MAX it starts with MIN and goes on with as few, and more join up to MAX
-    /// [default: all that --hosts, mpirun or srun gives, or else 1].
+    /// [default: all that --hosts, SLURM or mpirun gives, or else 1].
     #[arg(long, value_name = "N|MIN:MAX")]
     pub nodes: Option<Nodes>,
 
@@ -96,6 +96,10 @@ pub struct Args {
     /// Name the late ranks and stop when no rank has made a step for this long.
     #[arg(long, value_name = "TIME|off", default_value = "10m")]
     pub hang_timeout: Limit,
+
+    /// Look at every node before the first rank is started.
+    #[arg(long, value_name = "HOW", value_enum, default_value = "quick")]
+    pub preflight: Preflight,
 
     /// A variable for the workers: with its value, or as it is here.
     #[arg(long = "env", value_name = "NAME[=VALUE]")]
@@ -159,6 +163,14 @@ pub struct Args {
     pub program: Vec<OsString>,
 }
 
+/// What is looked at before the first rank is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Preflight {
+    Off,
+    /// GPUs, driver, disks, limits: less than a second.
+    Quick,
+}
+
 impl Args {
     /// How many nodes, where nothing else says it.
     pub fn num_nodes(&self) -> Nodes {
@@ -185,6 +197,10 @@ impl Args {
 pub struct Nodes {
     pub min: u32,
     pub max: u32,
+}
+
+impl Nodes {
+    pub const ONE: Nodes = Nodes { min: 1, max: 1 };
 }
 
 impl FromStr for Nodes {
@@ -237,6 +253,17 @@ pub enum Gpus {
     Count(u32),
     /// Positions in the list of visible GPUs.
     List(Vec<u32>),
+}
+
+impl Gpus {
+    /// How many, where that is said.
+    pub fn count(&self) -> Option<u32> {
+        match self {
+            Gpus::Auto => None,
+            Gpus::Count(n) => Some(*n),
+            Gpus::List(list) => Some(list.len() as u32),
+        }
+    }
 }
 
 impl FromStr for Gpus {

@@ -1,6 +1,8 @@
 //! From the command line to a job: everything that can be refused is refused here, before anything starts.
 
-use anyhow::{Context, bail};
+mod in_slurm;
+
+use anyhow::{Context as _, bail};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::io::Write;
@@ -12,7 +14,7 @@ use tokio::sync::watch;
 use tsm_job::Config;
 use tsm_job::exit::{self, Coded};
 
-use crate::cli::{Args, Show};
+use crate::cli::{Args, Preflight, Show};
 use crate::cluster::agent::{self, Leave};
 use crate::cluster::coordinator::{Job, Settings};
 use crate::cluster::key::Key;
@@ -20,16 +22,18 @@ use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
 use crate::cluster::wire::Connection;
 use crate::console::screen::{Outputs, Screen, Style};
+use crate::doctor::Context;
 use crate::folder::{self, Folder};
 use crate::hang::progress::Limits;
 use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Devices, Seat, Shape};
-use crate::session::{Session, Voice};
+use crate::session::{End, Session, Voice};
 use crate::start::adopt::{self, Kind};
 use crate::start::agent::Parts;
 use crate::start::by_hand::{self, Part};
 use crate::start::children::Children;
+use crate::start::slurm::{Allocation, Place, Turn};
 use crate::start::{agent as start_agent, meet, run_here, ssh};
 use crate::status::Snapshot;
 use crate::status::http::Server;
@@ -66,6 +70,13 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         bail!(Coded::new(exit::USAGE, text));
     }
     let mut target = Target::resolve(args)?;
+    if !args.dry_run && !is_told && adopted.is_none() {
+        // A user's own srun of one task is a node alone.
+        let allocation = Allocation::from_env(lookup)?;
+        if let Some(allocation) = allocation.filter(|a| !matches!(a.place, Place::Step { .. })) {
+            return in_slurm::launch(args, target, allocation, start);
+        }
+    }
     if let Some(plan) = ssh::Plan::new(args, &mut target)? {
         if args.dry_run {
             return show(&plan.describe(&target, &run_dir(args, &target)?));
@@ -114,7 +125,7 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         }
         None => match &args.rendezvous {
             Some(point) => node.meet_by_hand(point),
-            None => run_here(node.alone()),
+            None => run_here(node.alone(None)),
         },
     }
 }
@@ -178,9 +189,13 @@ impl Node<'_> {
         Ok(if is_told { exit::OK } else { code })
     }
 
-    /// A job of one node: coordinator and agent in one process, and nothing listens.
-    async fn alone(self) -> anyhow::Result<i32> {
+    /// A job of one node: coordinator and agent in one process, and nothing listens. `turn`: of a job of SLURM.
+    async fn alone(self, turn: Option<Turn>) -> anyhow::Result<i32> {
         let mut prepared = prepare(self.args, self.target, Some(&self.devices), self.start)?;
+        if let Some(turn) = turn {
+            prepared.take_turn(turn, self.start);
+        }
+        let preflight = prepared.preflight(self.args, &self.devices);
         let link = prepared.session.hub.local();
         let shown = Some(prepared.shown());
         let parts = Parts {
@@ -192,6 +207,7 @@ impl Node<'_> {
             key: None,
             local: true,
             shown,
+            preflight,
         };
         prepared.run(Some((parts, link))).await
     }
@@ -205,6 +221,7 @@ impl Node<'_> {
         prepared.session.hub.listen(listener, key.clone(), None);
         let link = prepared.session.hub.local();
         let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
+        let preflight = prepared.preflight(self.args, &self.devices);
         let parts = Parts {
             start: self.start,
             host,
@@ -214,13 +231,17 @@ impl Node<'_> {
             key,
             local: true,
             shown,
+            preflight,
         };
         prepared.run(Some((parts, link))).await
     }
 
     /// One of the others.
     async fn attend(self, key: Key, connection: Connection) -> anyhow::Result<Leave> {
+        let looks = self.args.preflight != Preflight::Off;
+        let preflight = looks.then(|| start_agent::context(&self.devices, None, None));
         let parts = Parts {
+            preflight,
             start: self.start,
             host: manifest::host(),
             order: self.order,
@@ -281,6 +302,25 @@ impl Prepared {
         }
     }
 
+    /// What the agent of this node looks at first.
+    fn preflight(&self, args: &Args, devices: &Devices) -> Option<Context> {
+        let program = self.session.settings.job.command.first().map(PathBuf::from);
+        let folder = self.session.folder.dir.path().to_path_buf();
+        (args.preflight != Preflight::Off)
+            .then(|| start_agent::context(devices, Some(folder), program))
+    }
+
+    /// Makes it a turn of a job of SLURM, which saves before its time is over.
+    fn take_turn(&mut self, turn: Turn, start: Instant) {
+        let settings = &mut self.session.settings;
+        if settings.job.saves {
+            let save_in = turn.save_in(std::time::SystemTime::now());
+            settings.save_at = save_in.map(|d| start.elapsed() + d);
+            settings.job.shielded = true;
+        }
+        self.session.turn = Some(turn);
+    }
+
     /// Runs the job, and the agent of this node where it has ranks.
     async fn run(self, agent_here: Option<(Parts, Link)>) -> anyhow::Result<i32> {
         let Prepared {
@@ -290,7 +330,7 @@ impl Prepared {
             revised,
             config,
         } = self;
-        let code = match agent_here {
+        let end = match agent_here {
             Some((parts, link)) => {
                 let (code, leave) = tokio::join!(session.run(), agent::run(parts.setup()?, link));
                 leave?;
@@ -299,10 +339,24 @@ impl Prepared {
             None => session.run().await?,
         };
         screen.finish(FLUSH);
+        let End {
+            code,
+            outcome,
+            stopped,
+            turn,
+            folder,
+        } = end;
+        // SLURM may end this process for it, so it comes last of all that can be lost.
+        let requeue = || {
+            if let Some(text) = turn.and_then(|turn| turn.end(code, outcome, &folder, stopped)) {
+                eprintln!("tsm-launch: {text}");
+            }
+        };
         if revised && code == exit::CONFIG {
             // The next `--resume` takes the newest config, which must not be one the workers refused.
             fs_err::rename(&config, config.with_extension("yaml.refused"))?;
         }
+        requeue();
         Ok(code)
     }
 }
@@ -403,6 +457,7 @@ fn prepare(
         affinity: !args.no_affinity,
         resume: is_trainer.then(|| resume_command(args, &dir)),
         saves: is_trainer,
+        shielded: false,
     };
     let settings = Settings {
         min_nodes: args.num_nodes().min,
@@ -453,6 +508,7 @@ fn prepare(
             host,
         },
         children: Children::new(),
+        turn: None,
         snapshots,
     };
     Ok(Prepared {

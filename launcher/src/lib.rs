@@ -58,9 +58,24 @@ pub fn main() -> ExitCode {
             );
         }
         Some("key") => return run(key, 1),
+        Some("slurm") => {
+            return run(
+                |args: &start::slurm::Submit| args.execute(&start::slurm::Slurm::default()),
+                1,
+            );
+        }
+        Some("doctor") => return run(|args: &Doctor| doctor::cli::run(&args.args), 1),
         _ => {}
     }
     run(|args: &cli::Args| launch::launch(args, start), 0)
+}
+
+/// Says whether this machine can run a job, and what to do where it cannot.
+#[derive(clap::Parser)]
+#[command(name = "tsm-launch doctor")]
+struct Doctor {
+    #[command(flatten)]
+    args: doctor::cli::Args,
 }
 
 /// Makes a key for a job, in a file of its own.

@@ -4,10 +4,12 @@
 //! thread, the machine is described on a third.
 
 use serde_json::json;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tsm_job::exit;
 
 use crate::clock::Utc;
@@ -23,6 +25,7 @@ use crate::manifest::{Events, Manifest, Node, RankEntry, write_json};
 use crate::report::Failure;
 use crate::signals::Signals;
 use crate::start::children::Children;
+use crate::start::slurm::{StopCause, Turn};
 use crate::status::Snapshot;
 use crate::supervisor::count;
 
@@ -59,6 +62,8 @@ pub struct Session {
     pub voice: Voice,
     /// ssh or srun, which hold the agents of other nodes.
     pub children: Children,
+    /// The job of SLURM in which this runs.
+    pub turn: Option<Turn>,
     pub snapshots: watch::Sender<Arc<Snapshot>>,
 }
 
@@ -68,14 +73,28 @@ struct Running {
     events: Events,
     described: Option<Receiver<Manifest>>,
     published: Option<Duration>,
+    /// SLURM is being asked why it stops the job.
+    asking: Option<JoinHandle<StopCause>>,
+    stopped: Option<StopCause>,
+}
+
+/// How a job ended.
+pub struct End {
+    pub code: i32,
+    /// As in the manifest.
+    pub outcome: &'static str,
+    /// Why SLURM stopped it, where it did.
+    pub stopped: Option<StopCause>,
+    pub turn: Option<Turn>,
+    pub folder: PathBuf,
 }
 
 impl Session {
-    /// Runs the job to its end and returns the exit code.
+    /// Runs the job to its end.
     ///
     /// # Errors
     /// When signals cannot be handled.
-    pub async fn run(self) -> anyhow::Result<i32> {
+    pub async fn run(self) -> anyhow::Result<End> {
         let mut signals = Signals::catch()?;
         let now = self.start.elapsed();
         let mut running = Running {
@@ -83,6 +102,8 @@ impl Session {
             events: Events::open(&self.folder.dir, self.start),
             described: None,
             published: None,
+            asking: None,
+            stopped: None,
             session: self,
         };
         while running.state.finished().is_none() {
@@ -91,7 +112,16 @@ impl Session {
         let code = running.state.finished().unwrap_or(exit::BUG);
         running.conclude(code);
         running.session.children.end().await;
-        Ok(code)
+        let Running {
+            session, stopped, ..
+        } = running;
+        Ok(End {
+            code,
+            outcome: session.manifest.outcome,
+            stopped,
+            turn: session.turn,
+            folder: session.folder.dir.path().to_path_buf(),
+        })
     }
 }
 
@@ -124,7 +154,26 @@ impl Running {
                 let message = FromAgent::Unfit { host: ended.host, code, message: ended.message };
                 Event::Said { node: NodeId::MAX, local: false, message }
             }
+            cause = async {
+                match &mut self.asking {
+                    Some(asking) => asking.await.unwrap_or(StopCause::Other),
+                    None => std::future::pending().await,
+                }
+            } => {
+                self.asking = None;
+                self.stopped = Some(cause);
+                let why = json!({"cause": format!("{cause:?}")});
+                self.events.write("slurm", why);
+                match cause {
+                    // The job is to go on later.
+                    StopCause::Preempted { .. } | StopCause::TimeLimit | StopCause::Requeued => Event::Signal(libc::SIGUSR2),
+                    StopCause::Cancelled | StopCause::Other => Event::Signal(libc::SIGTERM),
+                }
+            }
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Event::Deadline,
+        };
+        let Some(event) = self.understand(event) else {
+            return;
         };
         let now = start.elapsed();
         let actions = coordinator::decide(&mut self.state, event, now);
@@ -148,6 +197,36 @@ impl Running {
             }
         }
         self.publish(now);
+    }
+
+    /// Under SLURM a SIGTERM has many meanings, and SLURM has to be asked which.
+    fn understand(&mut self, event: Event) -> Option<Event> {
+        let is_term = match &event {
+            Event::Signal(signal) => *signal == libc::SIGTERM,
+            Event::Said {
+                message: FromAgent::Signal { signal },
+                ..
+            } => *signal == libc::SIGTERM,
+            Event::Said {
+                message: FromAgent::Join(_),
+                ..
+            } => {
+                return Some(received(event));
+            }
+            _ => false,
+        };
+        let saves = self.session.settings.job.saves && self.state.phase == Phase::Run;
+        let turn = self
+            .session
+            .turn
+            .as_ref()
+            .filter(|_| is_term && saves && self.stopped.is_none());
+        let Some(turn) = turn else { return Some(event) };
+        if self.asking.is_none() {
+            let ask = turn.asker();
+            self.asking = Some(tokio::task::spawn_blocking(ask));
+        }
+        None
     }
 
     fn publish(&mut self, now: Duration) {
@@ -312,6 +391,18 @@ impl Running {
                 .notice(&format!("warning: the manifest is not written: {e}"));
         }
     }
+}
+
+/// Notes when a greeting came in, by our clock.
+fn received(mut event: Event) -> Event {
+    if let Event::Said {
+        message: FromAgent::Join(join),
+        ..
+    } = &mut event
+    {
+        join.received_ms = crate::doctor::now_ms();
+    }
+    event
 }
 
 /// Completes the manifest on a thread of its own, and writes it.

@@ -129,12 +129,16 @@ impl Drop for Running {
 }
 
 /// Starts a program whose output goes to files, so that it never waits for a reader.
-pub fn start(mut command: Command) -> Running {
+pub fn start(command: Command) -> Running {
+    start_with_stdin(command, Stdio::null())
+}
+
+pub fn start_with_stdin(mut command: Command, stdin: Stdio) -> Running {
     let file = || tempfile::tempfile().expect("a temporary file");
     let (out, err) = (file(), file());
     let share = |f: &File| Stdio::from(f.try_clone().expect("a descriptor"));
     let child = command
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(share(&out))
         .stderr(share(&err))
         .spawn()
@@ -148,6 +152,10 @@ pub fn start(mut command: Command) -> Running {
 }
 
 impl Running {
+    pub fn pid(&self) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(&self.child)
+    }
+
     /// Waits for the end.
     pub fn finish(mut self, deadline: Duration) -> Outcome {
         let status = loop {

@@ -1,8 +1,12 @@
 //! The whole system: real launcher, real trainers, real files.
 
 mod bad_input;
+mod crew;
 mod data_parallel;
+mod elastic;
 mod job;
+mod mpi;
+mod preempt;
 mod programs;
 mod resume;
 mod tensorboard;

@@ -22,13 +22,13 @@ const JOB: [&str; 8] = [
     "train.log_every=1",
 ];
 
-fn tensors(run: &RunDir, step: u64) -> PathBuf {
+pub fn tensors(run: &RunDir, step: u64) -> PathBuf {
     run.checkpoints()
         .join(format!("step-{step:08}.safetensors"))
 }
 
 /// Panics unless both checkpoints have the same tensors, bit for bit.
-fn assert_identical(a: &Path, b: &Path) {
+pub fn assert_identical(a: &Path, b: &Path) {
     let (a, b) = (fs::read(a).unwrap(), fs::read(b).unwrap());
     let (a, b) = (
         SafeTensors::deserialize(&a).unwrap(),
@@ -50,7 +50,7 @@ fn assert_identical(a: &Path, b: &Path) {
 }
 
 /// What training made of a step, without times.
-fn learned(r: &StepRecord) -> (u64, [Option<u64>; 5]) {
+pub fn learned(r: &StepRecord) -> (u64, [Option<u64>; 5]) {
     let numbers = [r.loss, r.top1, r.top5, r.lr, r.grad_norm];
     (r.step, numbers.map(|n| n.map(f64::to_bits)))
 }

@@ -1,6 +1,8 @@
 //! The command line of `tsm-trainer`.
 
-use crate::{failure, report, train};
+use crate::train::{self, Ended};
+use crate::{failure, preempt, report};
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use std::io::Write;
 use std::path::PathBuf;
@@ -62,6 +64,9 @@ pub fn main() -> ExitCode {
 }
 
 fn worker(config: Option<PathBuf>, overrides: &[String]) -> ExitCode {
+    if let Err(e) = preempt::listen() {
+        return finish(Err(e).context("cannot start the thread that waits for signals"));
+    }
     let env = match WorkerEnv::from_process() {
         Ok(env) => env,
         Err(e) => return finish(Err(e)),
@@ -75,9 +80,18 @@ fn worker(config: Option<PathBuf>, overrides: &[String]) -> ExitCode {
         train::run(config, &env, &link)
     })();
     match outcome {
-        Ok(()) => {
+        Ok(Ended::Finished) => {
             let _ = std::io::stdout().flush();
             failure::leave(exit::OK)
+        }
+        Ok(Ended::Saved { step }) => {
+            println!(
+                "rank {}: saved at step {step}; exit {}",
+                env.rank,
+                exit::REQUEUE
+            );
+            let _ = std::io::stdout().flush();
+            failure::leave(exit::REQUEUE)
         }
         Err(e) => failure::end(env.rank, &link, &e),
     }

@@ -11,6 +11,7 @@ pub mod meter;
 pub mod model;
 pub mod optim;
 pub mod precision;
+pub mod preempt;
 pub mod report;
 pub mod train;
 pub mod weights;

@@ -43,6 +43,8 @@ fn meta(step: u64) -> Meta {
         epoch: 2,
         step,
         step_in_epoch: 5,
+        clips_in_epoch: Some(5 * 16),
+        num_clips: Some(96),
         samples_seen: step * 16,
         global_batch: 16,
         world_size: 2,

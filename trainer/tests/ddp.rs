@@ -377,3 +377,41 @@ fn every_precision_learns_like_float32() {
         assert!(worst > 0.0 && worst < tolerance, "{mode:?} {worst}");
     }
 }
+
+/// One vote is heard by all ranks at its step and no other, and touches no gradient.
+#[test]
+fn a_vote_reaches_every_rank_with_the_gradients() {
+    for mode in [PrecisionMode::Fp32, PrecisionMode::O2] {
+        let results = world(3, TIMEOUT, |peers| {
+            let rank = peers.rank();
+            let mut r = Rank::new(peers, mode);
+            let mut heard = Vec::new();
+            let mut norms = Vec::new();
+            for step in 0..3 {
+                r.ddp.zero().unwrap();
+                if step == 1 && rank == 2 {
+                    r.ddp.vote().unwrap();
+                }
+                for (micro, last) in [(0, false), (1, true)] {
+                    r.ddp.begin(last);
+                    let data = batch(i64::from(rank) * 4 + micro * 2, 2);
+                    let loss = r.precision.forward(|| r.net.loss(&data));
+                    backward(&r.precision.scale_loss(&loss)).unwrap();
+                    r.ddp.finish().unwrap();
+                }
+                heard.push(r.ddp.votes().unwrap().double_value(&[]) > 0.0);
+                // A rate of 0 keeps the weights, so that all steps have the same gradients.
+                let done = r.sgd.step(0.0, &mut r.precision).unwrap();
+                norms.push(f64::try_from(done.grad_norm).unwrap());
+            }
+            (heard, norms)
+        });
+        for (heard, norms) in results {
+            assert_eq!(heard, [false, true, false], "{mode:?}");
+            assert!(
+                norms[0] > 0.0 && norms[1] == norms[0],
+                "{mode:?}: {norms:?}"
+            );
+        }
+    }
+}

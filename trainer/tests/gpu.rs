@@ -308,6 +308,8 @@ fn snapshot(stepper: &Stepper, config: &Config) -> Snapshot {
         epoch: 0,
         step: 3,
         step_in_epoch: 3,
+        clips_in_epoch: Some(3 * CLIPS as u64),
+        num_clips: Some(96),
         samples_seen: 3 * CLIPS as u64,
         global_batch: CLIPS as u64,
         world_size: 1,

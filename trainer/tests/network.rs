@@ -149,6 +149,8 @@ impl Worker {
             epoch: 0,
             step: 5,
             step_in_epoch: 5,
+            clips_in_epoch: Some(20),
+            num_clips: Some(96),
             samples_seen: 20,
             global_batch: 4,
             world_size: 2,

@@ -1,4 +1,6 @@
 //! The environment contract between the launcher and a worker: torch's names, and ours as `TSM_*`.
+//!
+//! A worker that was started without `RANK`, by `mpirun` or `srun` itself, takes its rank from them.
 
 use crate::exit::{self, Coded};
 use std::net::IpAddr;
@@ -19,8 +21,12 @@ pub struct WorkerEnv {
     pub node_rank: u32,
     /// `MASTER_ADDR`, a literal address.
     pub master_addr: IpAddr,
-    /// `MASTER_PORT`
+    /// `MASTER_PORT`. 0 with several ranks: nobody said where rank 0 is, and the ranks have to find it
+    /// out by [`WorkerEnv::job_id`].
     pub master_port: u16,
+    pub started_by: Starter,
+    /// What `mpirun` or `srun` calls this job, the same on all its ranks and no other's.
+    pub job_id: Option<String>,
     /// `TSM_RUN_DIR`; `None` for a program started without our launcher.
     pub run_dir: Option<PathBuf>,
     /// `TSM_RUN_ID`, also `TORCHELASTIC_RUN_ID`.
@@ -33,8 +39,124 @@ pub struct WorkerEnv {
     pub agent_fd: Option<i32>,
 }
 
+/// Who gave this process its rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Starter {
+    /// Nobody: one rank alone.
+    Nobody,
+    /// Whoever set `RANK`: tsm-launch, or torchrun.
+    Launcher,
+    /// Open MPI's `mpirun`: `OMPI_COMM_WORLD_*`.
+    OpenMpi,
+    /// MPICH's or Intel's `mpirun`: `PMI_*`.
+    Pmi,
+    /// `srun`: `SLURM_PROCID`.
+    Slurm,
+}
+
+/// A rank in the words of whoever started it: the names of variables and their values.
+struct Given {
+    by: Starter,
+    rank: (&'static str, Option<String>),
+    world_size: (&'static str, Option<String>),
+    local_rank: (&'static str, Option<String>),
+    local_world_size: (&'static str, Option<String>),
+    node_rank: (&'static str, Option<String>),
+    job_id: Option<String>,
+}
+
+impl Given {
+    fn find(get: &impl Fn(&str) -> Option<String>) -> Given {
+        let var = |name: &'static str| (name, get(name));
+        let has = |name: &str| get(name).is_some();
+        let joined = |names: &[&str]| {
+            let parts: Vec<String> = names.iter().filter_map(|n| get(n)).collect();
+            (!parts.is_empty()).then(|| parts.join("."))
+        };
+        if has("OMPI_COMM_WORLD_RANK") && !has("RANK") {
+            return Given {
+                by: Starter::OpenMpi,
+                rank: var("OMPI_COMM_WORLD_RANK"),
+                world_size: var("OMPI_COMM_WORLD_SIZE"),
+                local_rank: var("OMPI_COMM_WORLD_LOCAL_RANK"),
+                local_world_size: var("OMPI_COMM_WORLD_LOCAL_SIZE"),
+                node_rank: ("GROUP_RANK", None),
+                // The second is random; Open MPI 5 has only the first.
+                job_id: joined(&["PMIX_NAMESPACE", "OMPI_MCA_orte_precondition_transports"]),
+            };
+        }
+        // A batch script has SLURM_PROCID too, but is not what srun started.
+        let step = has("SLURM_STEP_ID") && has("SLURM_PROCID");
+        let hydra = has("MPI_LOCALRANKID");
+        // MPICH starts its ranks below a task of srun, and has the last word on them.
+        if has("PMI_RANK") && !has("RANK") && (hydra || !step) {
+            return Given {
+                by: Starter::Pmi,
+                rank: var("PMI_RANK"),
+                world_size: var("PMI_SIZE"),
+                local_rank: var("MPI_LOCALRANKID"),
+                local_world_size: var("MPI_LOCALNRANKS"),
+                node_rank: ("GROUP_RANK", None),
+                job_id: joined(&["PMI_JOBID", "SLURM_JOB_ID", "SLURM_STEP_ID"]),
+            };
+        }
+        if step && !has("RANK") {
+            let on_node = get("SLURM_STEP_TASKS_PER_NODE").and_then(|list| {
+                let node = get("SLURM_NODEID")?.parse().ok()?;
+                Some(tasks_on_node(&list, node)?.to_string())
+            });
+            return Given {
+                by: Starter::Slurm,
+                rank: var("SLURM_PROCID"),
+                world_size: if has("SLURM_STEP_NUM_TASKS") {
+                    var("SLURM_STEP_NUM_TASKS")
+                } else {
+                    var("SLURM_NTASKS")
+                },
+                local_rank: var("SLURM_LOCALID"),
+                local_world_size: ("SLURM_STEP_TASKS_PER_NODE", on_node),
+                node_rank: var("SLURM_NODEID"),
+                // A job that is requeued keeps its id, and counts its steps from 0 again.
+                job_id: joined(&["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]),
+            };
+        }
+        let rank = var("RANK");
+        Given {
+            by: match &rank.1 {
+                Some(_) => Starter::Launcher,
+                None => Starter::Nobody,
+            },
+            local_rank: ("LOCAL_RANK", get("LOCAL_RANK").or(rank.1.clone())),
+            local_world_size: (
+                "LOCAL_WORLD_SIZE",
+                get("LOCAL_WORLD_SIZE").or(get("WORLD_SIZE")),
+            ),
+            rank,
+            world_size: var("WORLD_SIZE"),
+            node_rank: var("GROUP_RANK"),
+            job_id: None,
+        }
+    }
+}
+
+/// Tasks on a node by Slurm's short form: `2(x3),1` is two on each of three nodes, one on the fourth.
+fn tasks_on_node(list: &str, node: usize) -> Option<u32> {
+    let mut first = 0;
+    for part in list.split(',') {
+        let (tasks, nodes) = match part.split_once("(x") {
+            Some((tasks, nodes)) => (tasks, nodes.strip_suffix(')')?.parse().ok()?),
+            None => (part, 1),
+        };
+        first += nodes;
+        if node < first {
+            return tasks.parse().ok();
+        }
+    }
+    None
+}
+
 impl WorkerEnv {
-    /// Reads the process environment; one rank alone where `RANK` is not set.
+    /// Reads the process environment; one rank alone where nobody gave this process a rank.
     ///
     /// # Errors
     /// A variable that is missing while `RANK` is set, or cannot be read, by name.
@@ -44,76 +166,93 @@ impl WorkerEnv {
 
     /// As [`Self::from_process`], from any source of variables.
     pub fn from_lookup(get: impl Fn(&str) -> Option<String>) -> anyhow::Result<WorkerEnv> {
-        fn parsed<T: std::str::FromStr>(
-            name: &str,
-            value: Option<String>,
-            alone: Option<T>,
-        ) -> anyhow::Result<T> {
-            match (value, alone) {
-                (Some(text), _) => text.parse().map_err(|_| {
-                    Coded::new(exit::USAGE, format!("environment variable {name} is {text:?}, which cannot be read")).into()
-                }),
-                (None, Some(default)) => Ok(default),
-                (None, None) => Err(Coded::new(
+        fn parsed<T: std::str::FromStr>(name: &str, text: &str) -> anyhow::Result<T> {
+            text.parse().map_err(|_| {
+                Coded::new(
                     exit::USAGE,
-                    format!("RANK is set but {name} is not: start the trainer through tsm-launch, or set every variable of torch's contract"),
+                    format!("environment variable {name} is {text:?}, which cannot be read"),
                 )
-                .into()),
-            }
+                .into()
+            })
         }
-        let ranked = get("RANK").is_some();
-        let alone = |v: u32| if ranked { None } else { Some(v) };
-        let rank = parsed("RANK", get("RANK"), Some(0))?;
-        let world_size = parsed("WORLD_SIZE", get("WORLD_SIZE"), alone(1))?;
+        fn optional<T: std::str::FromStr>(
+            (name, value): &(&'static str, Option<String>),
+            default: T,
+        ) -> anyhow::Result<T> {
+            value
+                .as_deref()
+                .map_or(Ok(default), |text| parsed(name, text))
+        }
+        let given = Given::find(&get);
+        // `needed` while somebody gave a rank, `alone` while nobody did.
+        let needed =
+            |(name, value): &(&'static str, Option<String>), alone: u32| -> anyhow::Result<u32> {
+                match (value, given.by) {
+                    (Some(text), _) => parsed(name, text),
+                    (None, Starter::Nobody) => Ok(alone),
+                    (None, _) => Err(missing(given.rank.0, name)),
+                }
+            };
+        let rank = needed(&given.rank, 0)?;
+        let world_size = needed(&given.world_size, 1)?;
+        // torch's contract lets these two be missing, the others always set them.
+        let local_rank = needed(&given.local_rank, rank)?;
+        let local_world_size = needed(&given.local_world_size, world_size)?;
+        let (addr, port) = (
+            ("MASTER_ADDR", get("MASTER_ADDR")),
+            ("MASTER_PORT", get("MASTER_PORT")),
+        );
+        match (given.by, &addr.1, &port.1) {
+            (Starter::Nobody, ..) if world_size > 1 => return Err(missing("WORLD_SIZE", "RANK")),
+            (Starter::Launcher, None, _) => return Err(missing("RANK", "MASTER_ADDR")),
+            (Starter::Launcher, _, None) => return Err(missing("RANK", "MASTER_PORT")),
+            (Starter::OpenMpi | Starter::Pmi | Starter::Slurm, Some(_), None) => {
+                return Err(missing("MASTER_ADDR", "MASTER_PORT"));
+            }
+            (Starter::OpenMpi | Starter::Pmi | Starter::Slurm, None, Some(_))
+                if local_world_size < world_size =>
+            {
+                return Err(missing("MASTER_PORT", "MASTER_ADDR"));
+            }
+            _ => {}
+        }
         let env = WorkerEnv {
             rank,
-            local_rank: parsed("LOCAL_RANK", get("LOCAL_RANK"), Some(rank))?,
+            local_rank,
             world_size,
-            local_world_size: parsed(
-                "LOCAL_WORLD_SIZE",
-                get("LOCAL_WORLD_SIZE"),
-                Some(world_size),
-            )?,
-            node_rank: parsed("GROUP_RANK", get("GROUP_RANK"), Some(0))?,
-            master_addr: parsed(
-                "MASTER_ADDR",
-                get("MASTER_ADDR"),
-                if ranked {
-                    None
-                } else {
-                    Some(IpAddr::from([127, 0, 0, 1]))
-                },
-            )?,
-            master_port: parsed(
-                "MASTER_PORT",
-                get("MASTER_PORT"),
-                if ranked { None } else { Some(0) },
-            )?,
+            local_world_size,
+            node_rank: optional(&given.node_rank, 0)?,
+            master_addr: optional(&addr, IpAddr::from([127, 0, 0, 1]))?,
+            master_port: optional(&port, 0)?,
+            started_by: given.by,
             run_dir: get("TSM_RUN_DIR").map(PathBuf::from),
             run_id: get("TSM_RUN_ID")
                 .or_else(|| get("TORCHELASTIC_RUN_ID"))
+                .or_else(|| given.job_id.clone())
                 .unwrap_or_else(|| "alone".into()),
-            restart_count: parsed("TSM_RESTART_COUNT", get("TSM_RESTART_COUNT"), Some(0))?,
+            // A name that the user gave to all ranks serves where there is none.
+            job_id: given.job_id.clone().or_else(|| get("TSM_RUN_ID")),
+            restart_count: optional(&("TSM_RESTART_COUNT", get("TSM_RESTART_COUNT")), 0)?,
             resume_from: get("TSM_RESUME_FROM")
                 .filter(|s| !s.is_empty())
                 .map(PathBuf::from),
             agent_fd: match get("TSM_AGENT_FD") {
-                Some(text) => Some(parsed("TSM_AGENT_FD", Some(text), None)?),
+                Some(text) => Some(parsed("TSM_AGENT_FD", &text)?),
                 None => None,
             },
         };
-        env.check()?;
+        env.check(&given)?;
         Ok(env)
     }
 
     /// Ranks count from 0 to below their sizes.
-    fn check(&self) -> anyhow::Result<()> {
+    fn check(&self, given: &Given) -> anyhow::Result<()> {
         for (name, value, size_name, size) in [
-            ("RANK", self.rank, "WORLD_SIZE", self.world_size),
+            (given.rank.0, self.rank, given.world_size.0, self.world_size),
             (
-                "LOCAL_RANK",
+                given.local_rank.0,
                 self.local_rank,
-                "LOCAL_WORLD_SIZE",
+                given.local_world_size.0,
                 self.local_world_size,
             ),
         ] {
@@ -126,6 +265,18 @@ impl WorkerEnv {
         }
         Ok(())
     }
+
+    /// All ranks are on one host.
+    pub fn one_host(&self) -> bool {
+        self.local_world_size == self.world_size
+    }
+}
+
+fn missing(set: &str, name: &str) -> anyhow::Error {
+    let message = format!(
+        "{set} is set but {name} is not: start the trainer through tsm-launch, or set every variable of torch's contract (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT)"
+    );
+    Coded::new(exit::USAGE, message).into()
 }
 
 #[cfg(test)]
@@ -203,6 +354,10 @@ mod tests {
         for (vars, message) in [
             (vec![("RANK", "0")], "RANK is set but WORLD_SIZE is not"),
             (
+                vec![("WORLD_SIZE", "2")],
+                "WORLD_SIZE is set but RANK is not",
+            ),
+            (
                 ranked(&[("MASTER_ADDR", "gpu-03")]),
                 "environment variable MASTER_ADDR is \"gpu-03\", which cannot be read",
             ),
@@ -227,5 +382,92 @@ mod tests {
             assert!(error.to_string().contains(message), "{error}");
             assert_eq!(exit::code_of(&error), exit::USAGE);
         }
+    }
+
+    const OPEN_MPI: [(&str, &str); 6] = [
+        ("OMPI_COMM_WORLD_RANK", "5"),
+        ("OMPI_COMM_WORLD_SIZE", "16"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "4"),
+        ("PMIX_NAMESPACE", "605618177"),
+        ("OMPI_MCA_orte_precondition_transports", "b3c5-5808"),
+    ];
+    const HYDRA: [(&str, &str); 4] = [
+        ("PMI_RANK", "5"),
+        ("PMI_SIZE", "16"),
+        ("MPI_LOCALRANKID", "1"),
+        ("MPI_LOCALNRANKS", "4"),
+    ];
+    const SRUN: [(&str, &str); 8] = [
+        ("SLURM_JOB_ID", "71"),
+        ("SLURM_STEP_ID", "0"),
+        ("SLURM_PROCID", "5"),
+        ("SLURM_NTASKS", "99"),
+        ("SLURM_STEP_NUM_TASKS", "16"),
+        ("SLURM_STEP_TASKS_PER_NODE", "4(x4)"),
+        ("SLURM_LOCALID", "1"),
+        ("SLURM_NODEID", "1"),
+    ];
+
+    #[test]
+    fn ranks_are_taken_from_whoever_started_them() {
+        for (vars, by, job_id) in [
+            (&OPEN_MPI[..], Starter::OpenMpi, Some("605618177.b3c5-5808")),
+            (&HYDRA, Starter::Pmi, None),
+            (&SRUN, Starter::Slurm, Some("71.0")),
+        ] {
+            let env = read(vars).unwrap();
+            assert_eq!(env.started_by, by);
+            assert_eq!((env.rank, env.world_size), (5, 16));
+            assert_eq!((env.local_rank, env.local_world_size), (1, 4));
+            assert_eq!((env.master_port, env.job_id.as_deref()), (0, job_id));
+            assert!(!env.one_host());
+            // The launcher's word counts more.
+            let ours = read(&[&RANKED, vars].concat()).unwrap();
+            assert_eq!((ours.started_by, ours.world_size), (Starter::Launcher, 8));
+        }
+        // MPICH's ranks below a task of srun, and a batch script, which srun did not start.
+        let both = [&HYDRA[..], &SRUN].concat();
+        assert_eq!(read(&both).unwrap().started_by, Starter::Pmi);
+        let batch = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8")];
+        let env = read(&batch).unwrap();
+        assert_eq!((env.started_by, env.world_size), (Starter::Nobody, 1));
+        let requeued = [&SRUN[..], &[("SLURM_RESTART_COUNT", "2")]].concat();
+        assert_eq!(read(&requeued).unwrap().job_id.as_deref(), Some("71.0.2"));
+    }
+
+    #[test]
+    fn an_adopted_rank_may_be_told_where_rank_0_is() {
+        let with = |more: &[(&'static str, &'static str)]| read(&[&OPEN_MPI[..], more].concat());
+        let env = with(&[("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500")]).unwrap();
+        assert_eq!(env.master_addr, IpAddr::from([10, 0, 0, 1]));
+        assert_eq!(env.master_port, 29500);
+        for (half, message) in [
+            (
+                ("MASTER_ADDR", "10.0.0.1"),
+                "MASTER_ADDR is set but MASTER_PORT is not",
+            ),
+            (
+                ("MASTER_PORT", "29500"),
+                "MASTER_PORT is set but MASTER_ADDR is not",
+            ),
+        ] {
+            let error = with(&[half]).unwrap_err();
+            assert!(error.to_string().contains(message), "{error}");
+            assert_eq!(exit::code_of(&error), exit::USAGE);
+        }
+        let error = read(&OPEN_MPI[..1]).unwrap_err().to_string();
+        let part = "OMPI_COMM_WORLD_RANK is set but OMPI_COMM_WORLD_SIZE is not";
+        assert!(error.contains(part), "{error}");
+        let named = [&HYDRA[..], &[("TSM_RUN_ID", "mine")]].concat();
+        assert_eq!(read(&named).unwrap().job_id.as_deref(), Some("mine"));
+    }
+
+    #[test]
+    fn slurm_s_short_form_is_read() {
+        let tasks: Vec<_> = (0..5).map(|node| tasks_on_node("2(x3),1", node)).collect();
+        assert_eq!(tasks, [Some(2), Some(2), Some(2), Some(1), None]);
+        assert_eq!(tasks_on_node("8", 0), Some(8));
+        assert_eq!(tasks_on_node("x", 0), None);
     }
 }

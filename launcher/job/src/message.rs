@@ -20,7 +20,12 @@ pub enum WorkerMessage {
     Step {
         step: u64,
         epoch: u32,
-        /// Milliseconds since the step before that this rank did not spend waiting for other ranks.
+        /// Milliseconds of this rank's own work, by which a straggler differs although all ranks
+        /// take the same time for a step: from the start of the step, the wait for its data
+        /// included, without the wait for other ranks. Checkpoints and validations count for no
+        /// step. On a CPU it is the host's time of this step less the time in collectives, the update
+        /// included; on a GPU the device's time until it had this rank's gradients, and of the step
+        /// two before, since the host never waits for one (`None` in the first two).
         #[serde(default, skip_serializing_if = "Option::is_none")]
         work_ms: Option<f64>,
     },

@@ -10,6 +10,8 @@ use std::time::Duration;
 use crate::console::lines::Batch;
 use crate::end::End;
 use crate::gpus::Gpu;
+use crate::hang::ras;
+use crate::hang::report::Inspection;
 use crate::manifest::environment::Change;
 use crate::report::Place;
 use crate::supervisor::Rank;
@@ -34,6 +36,7 @@ pub enum FromAgent {
     /// Answer to [`ToAgent::Reserve`].
     Reserved {
         generation: u32,
+        attempt: u32,
         master_port: u16,
         probe_port: u16,
     },
@@ -41,6 +44,7 @@ pub enum FromAgent {
     /// interface through which it did, the quickest first.
     Reached {
         generation: u32,
+        attempt: u32,
         by: Vec<(IpAddr, String)>,
     },
     /// All ranks of this node are started.
@@ -74,7 +78,12 @@ pub enum FromAgent {
     /// Something the user should know.
     Notice { text: String },
     /// Answer to [`ToAgent::Inspect`].
-    Inspected { generation: u32, text: String },
+    Inspected {
+        generation: u32,
+        looks: Vec<Inspection>,
+        /// What NCCL says on this node.
+        ras: Option<ras::Answer>,
+    },
     /// The agent was told to stop by a signal of its own: Ctrl-C, or the scheduler.
     Signal { signal: i32 },
 }
@@ -94,10 +103,13 @@ pub enum ToAgent {
     /// To the first node: hold a port for rank 0, and answer probes.
     Reserve {
         generation: u32,
+        /// Counts how often the nodes of a start were chosen: one that is lost before it leads to another choice.
+        attempt: u32,
     },
     /// To the other nodes: find out which of these addresses of the first node can be reached.
     Probe {
         generation: u32,
+        attempt: u32,
         addresses: Vec<IpAddr>,
         port: u16,
     },
@@ -117,10 +129,9 @@ pub enum ToAgent {
     Kill {
         generation: u32,
     },
-    /// Describe what these local ranks are doing.
+    /// Describe what the ranks are doing.
     Inspect {
         generation: u32,
-        local_ranks: Vec<u32>,
     },
     /// Leave, with this exit code. `message` is for the agent's own stderr.
     Exit {
@@ -151,6 +162,9 @@ pub struct Join {
     /// Digest of the job on the agent's own command line; `None` where it has none.
     pub job: Option<String>,
     pub facts: Facts,
+    /// Milliseconds since 1970 by the coordinator's clock, when it came in; 0 until then.
+    #[serde(default)]
+    pub received_ms: u64,
 }
 
 /// What has to agree on all nodes, or is worth knowing of each.
@@ -253,6 +267,10 @@ pub struct Start {
     pub affinity: bool,
     /// The worker is ours: SIGUSR2 makes it save and end with code 75.
     pub saves: bool,
+    /// The workers ignore SIGTERM, and SIGINT stops them instead: the scheduler sends SIGTERM to every process of
+    /// the job when it is time to save.
+    #[serde(default)]
+    pub shielded: bool,
 }
 
 /// What became of one generation on one node.

@@ -16,7 +16,7 @@ pub mod preflight;
 mod show;
 
 pub use across::across;
-pub use clock::{ClockSample, clock_findings};
+pub use clock::{ClockSample, clock_findings, now_ms};
 pub use show::print;
 
 use std::path::PathBuf;

@@ -2,6 +2,7 @@
 
 use clap::{ArgGroup, Parser};
 use std::os::unix::net::UnixStream as StdStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tsm_job::config::duration;
 use tsm_job::exit::{self, Coded};
@@ -12,8 +13,9 @@ use crate::cli::Gpus;
 use crate::cluster::agent::{self, Leave, Setup};
 use crate::cluster::key::Key;
 use crate::cluster::link::Link;
-use crate::cluster::message::{Facts, FromAgent, Join};
+use crate::cluster::message::{FromAgent, Join};
 use crate::cluster::wire::{self, Connection};
+use crate::doctor::{self, Context};
 use crate::logs::Shown;
 use crate::plan::{self, Devices};
 use crate::{gpus, manifest};
@@ -47,6 +49,12 @@ pub struct Args {
     /// What this node is called, instead of its host name.
     #[arg(long)]
     pub host: Option<String>,
+    /// The variable that holds it.
+    #[arg(long, conflicts_with = "host")]
+    pub host_from: Option<String>,
+    /// Do not look at the machine first.
+    #[arg(long)]
+    pub no_preflight: bool,
     #[arg(long, value_parser = duration::parse, default_value = "60s")]
     pub join_timeout: Duration,
 }
@@ -62,6 +70,8 @@ pub struct Parts {
     pub key: Option<Key>,
     pub local: bool,
     pub shown: Option<Shown>,
+    /// What to look at before; `None`: nothing.
+    pub preflight: Option<Context>,
 }
 
 impl Parts {
@@ -85,7 +95,12 @@ impl Parts {
             gpus,
             addresses: if alone { Vec::new() } else { addresses::list() },
             job: self.job,
-            facts: Facts::default(),
+            facts: self
+                .preflight
+                .as_ref()
+                .map(doctor::facts)
+                .unwrap_or_default(),
+            received_ms: 0,
         };
         Ok(Setup {
             start: self.start,
@@ -100,13 +115,31 @@ impl Parts {
     }
 }
 
+/// What a job with these devices wants of its node.
+pub fn context(devices: &Devices, folder: Option<PathBuf>, trainer: Option<PathBuf>) -> Context {
+    let gpus = match devices {
+        Devices::Gpus(gpus) => gpus.clone(),
+        Devices::Cpu(_) => Vec::new(),
+    };
+    Context {
+        gpus,
+        num_ranks: devices.len() as u32,
+        folders: folder.into_iter().collect(),
+        trainer,
+    }
+}
+
 /// Runs the agent of `args`; the exit code.
 ///
 /// # Errors
 /// When the coordinator cannot be reached, or does not have the key.
 pub fn main(args: &Args, start: Instant) -> anyhow::Result<i32> {
     let key = Key::read_fd(0)?;
-    let host = args.host.clone().unwrap_or_else(manifest::host);
+    let named = args
+        .host_from
+        .as_ref()
+        .and_then(|name| std::env::var(name).ok());
+    let host = args.host.clone().or(named).unwrap_or_else(manifest::host);
     let order = match &args.order_from {
         Some(name) => std::env::var(name).ok().and_then(|text| text.parse().ok()),
         None => args.order,
@@ -126,6 +159,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<i32> {
                 return Ok(unfit(link, host, &e).await);
             }
         };
+        let preflight = (!args.no_preflight).then(|| context(&devices, None, None));
         let parts = Parts {
             start,
             host,
@@ -135,6 +169,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<i32> {
             key: Some(key),
             local: false,
             shown: None,
+            preflight,
         };
         let leave = agent::run(parts.setup()?, link).await?;
         Ok(finish(leave))

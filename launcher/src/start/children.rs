@@ -41,6 +41,7 @@ pub struct Starter {
     /// Whom it starts, for errors.
     pub host: String,
     pub argv: Vec<OsString>,
+    pub env_remove: &'static [&'static str],
     /// Its stdin and stdout are the connection to one agent; else agents dial, and only the key goes to stdin.
     pub is_wire: bool,
     pub code_meaning: fn(i32) -> Option<&'static str>,
@@ -196,8 +197,11 @@ impl Keeper {
         command
             .arg(shim::WORKER)
             .arg(std::process::id().to_string())
-            .arg("")
+            .args(["", ""])
             .args(argv);
+        for name in self.starter.env_remove {
+            command.env_remove(name);
+        }
         let out = if self.starter.is_wire {
             Stdio::piped()
         } else {

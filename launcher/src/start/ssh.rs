@@ -162,6 +162,7 @@ impl Plan {
             .map(|(order, (host, workers))| Starter {
                 host: host.name().into(),
                 argv: argv(&self.ssh, &self.launcher, host, order, workers),
+                env_remove: &[],
                 is_wire: true,
                 code_meaning: meaning,
                 retries: self.retries,

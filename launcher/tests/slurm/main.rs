@@ -5,11 +5,13 @@
 
 mod cluster;
 mod contract;
+mod launcher;
 mod step;
 mod submit;
 
 use cluster::Cluster;
 use std::sync::Arc;
+use tsm_launch::start::slurm::JobId;
 
 /// The cluster, or `None` where the test cannot run.
 fn cluster() -> Option<Arc<Cluster>> {

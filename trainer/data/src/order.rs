@@ -78,7 +78,7 @@ impl Share {
 /// The samples of one batch and its place in the epoch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchPlan {
-    /// Optimizer step within the epoch; in validation the number of the batch.
+    /// Optimizer step, counted from the first that is read; in validation the number of the batch.
     pub step: u64,
     /// Position within the step, below `micro_steps`.
     pub micro_step: u32,
@@ -134,14 +134,17 @@ impl Plan {
 /// slices larger. No slice is empty, since a rank without a sample has no gradient to contribute:
 /// up to `world_size - 1` samples are left out where the ranks could not share them
 /// ([`TrainOrder::num_left_out`]).
+///
+/// Reading may begin behind any number of samples, so that another number of ranks can go on where
+/// the one before stopped: no sample comes twice, whatever both global batches are.
 #[derive(Clone, Debug)]
 pub struct TrainOrder {
+    /// What is left of the epoch.
     perm: Vec<u64>,
     share: Share,
     batch_per_rank: u32,
     accumulation: u32,
     drop_last: bool,
-    first_step: u64,
 }
 
 /// How an epoch is cut into steps.
@@ -153,7 +156,7 @@ pub struct Cut {
 }
 
 impl TrainOrder {
-    /// The order of `epoch`, to be read from `first_step` on.
+    /// The order of `epoch` behind its first `num_done` samples.
     ///
     /// # Panics
     /// If a count of `cut` is 0.
@@ -163,19 +166,20 @@ impl TrainOrder {
         epoch: u64,
         share: Share,
         cut: Cut,
-        first_step: u64,
+        num_done: u64,
     ) -> Self {
         assert!(
             cut.batch_per_rank > 0 && cut.accumulation > 0,
             "a step of no samples: {cut:?}"
         );
+        let mut perm = permutation(num_samples, seed, epoch);
+        perm.drain(..num_done.min(num_samples) as usize);
         TrainOrder {
-            perm: permutation(num_samples, seed, epoch),
+            perm,
             share,
             batch_per_rank: cut.batch_per_rank,
             accumulation: cut.accumulation,
             drop_last: cut.drop_last,
-            first_step,
         }
     }
 
@@ -184,12 +188,12 @@ impl TrainOrder {
         self.micro_step_samples() * u64::from(self.accumulation)
     }
 
-    /// Steps of the whole epoch, whatever the first one to read is.
+    /// Steps to read.
     pub fn num_steps(&self) -> u64 {
         self.num_full_steps() + u64::from(self.last_step_samples() > 0)
     }
 
-    /// Samples that no step of this epoch takes.
+    /// Samples behind the last step.
     pub fn num_left_out(&self) -> u64 {
         let rest = self.perm.len() as u64 % self.global_batch();
         rest - self.last_step_samples()
@@ -224,8 +228,7 @@ impl TrainOrder {
     }
 
     fn num_batches(&self) -> u64 {
-        let all = self.num_full_steps() * u64::from(self.accumulation) + self.last_micro_steps();
-        all.saturating_sub(self.first_step.saturating_mul(u64::from(self.accumulation)))
+        self.num_full_steps() * u64::from(self.accumulation) + self.last_micro_steps()
     }
 
     fn batch(&self, n: u64) -> Option<BatchPlan> {
@@ -233,7 +236,7 @@ impl TrainOrder {
             return None;
         }
         let accumulation = u64::from(self.accumulation);
-        let step = self.first_step + n / accumulation;
+        let step = n / accumulation;
         let micro_step = n % accumulation;
         let (micro_steps, step_samples) = if step < self.num_full_steps() {
             (accumulation, self.global_batch())

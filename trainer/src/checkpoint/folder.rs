@@ -122,29 +122,61 @@ pub fn find(path: &Path) -> Result<Found> {
             skipped: Vec::new(),
         });
     }
+    let dir = folder_in(path);
+    let (found, skipped) = newest(&dir)?;
+    found.ok_or_else(|| {
+        let why = match skipped.len() {
+            0 => "it holds no step-*.json".to_string(),
+            n => format!(
+                "none of its {n} checkpoints is usable:\n  {}",
+                skipped.join("\n  ")
+            ),
+        };
+        nothing(&dir, &why)
+    })
+}
+
+/// As [`find`], but a run folder without a usable checkpoint is no error: the reasons why those that
+/// are there cannot be used.
+///
+/// # Errors
+/// The folder does not exist or cannot be read, or the checkpoint named is not usable (exit code
+/// DATA).
+pub fn find_if_any(path: &Path) -> Result<std::result::Result<Found, Vec<String>>> {
+    if !path.is_dir() {
+        return find(path).map(Ok);
+    }
+    let (found, skipped) = newest(&folder_in(path))?;
+    Ok(found.ok_or(skipped))
+}
+
+/// The folder of checkpoints that `path`, a run folder or that folder itself, means.
+fn folder_in(path: &Path) -> PathBuf {
     let inner = path.join("checkpoints");
-    let dir = if inner.is_dir() { &inner } else { path };
+    if inner.is_dir() {
+        inner
+    } else {
+        path.to_path_buf()
+    }
+}
+
+/// The newest checkpoint of a folder that can be used, and why newer ones cannot.
+fn newest(dir: &Path) -> Result<(Option<Found>, Vec<String>)> {
     let mut skipped = Vec::new();
     for (_, manifest) in steps(dir)? {
         match file::read(&manifest) {
             Ok(snapshot) => {
-                return Ok(Found {
+                let found = Found {
                     snapshot,
                     path: manifest.with_extension("safetensors"),
                     skipped,
-                });
+                };
+                return Ok((Some(found), Vec::new()));
             }
             Err(e) => skipped.push(format!("{e:#}")),
         }
     }
-    let why = match skipped.len() {
-        0 => "it holds no step-*.json".to_string(),
-        n => format!(
-            "none of its {n} checkpoints is usable:\n  {}",
-            skipped.join("\n  ")
-        ),
-    };
-    Err(nothing(dir, &why))
+    Ok((None, skipped))
 }
 
 fn nothing(path: &Path, why: &str) -> anyhow::Error {

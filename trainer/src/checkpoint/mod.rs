@@ -5,13 +5,13 @@
 //! manifest is written last, so a checkpoint either has a valid manifest or does not exist.
 //!
 //! Saving (rank 0 only): fill a [`Snapshot`] with [`Snapshot::put`], then [`Checkpoints::save`].
-//! Resuming (every rank): [`find`], [`Snapshot::check_model`], then [`Snapshot::restore`] into the
+//! Resuming (every rank): [`find`] or [`find_if_any`], [`Snapshot::check_model`], then [`Snapshot::restore`] into the
 //! network and [`Snapshot::section`] into the optimizer.
 
 mod file;
 mod folder;
 
-pub use folder::{Checkpoints, Found, find};
+pub use folder::{Checkpoints, Found, find, find_if_any};
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,8 @@ pub mod section {
     pub const MOMENTUM: &str = "momentum";
     /// float32 master weights of o2, by parameter name.
     pub const MASTER: &str = "master";
+    /// What every rank had for itself when the ranks had not agreed on it, by rank.
+    pub const RANKS: &str = "ranks";
 }
 
 /// The version of the file layout this program writes and reads.
@@ -56,6 +58,13 @@ pub struct Meta {
     pub step: u64,
     /// Optimizer steps finished in `epoch`.
     pub step_in_epoch: u64,
+    /// Clips of `epoch`'s order that are behind: trained on, or left out at its end. Not in files of
+    /// older programs, whose steps all had `global_batch` clips.
+    #[serde(default)]
+    pub clips_in_epoch: Option<u64>,
+    /// Clips of the training list.
+    #[serde(default)]
+    pub num_clips: Option<u64>,
     /// Clips trained on.
     pub samples_seen: u64,
     /// Clips a step, over all ranks.

@@ -4,7 +4,11 @@
 //! time-out. So every rank has a watcher thread. The first rank that fails raises an alarm in the
 //! store; every watcher answers whether its rank waits in a collective or is busy elsewhere, and
 //! within [`WINDOW`] each of them knows who did not answer.
+//!
+//! The same threads spread the request to save and leave ([`crate::preempt`]) to ranks that were not
+//! signalled themselves.
 
+use crate::preempt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -19,6 +23,10 @@ const HEARD_LATE: Duration = Duration::from_millis(600);
 const LOOK: Duration = Duration::from_millis(250);
 const LOOK_FOR_ANSWERS: Duration = Duration::from_millis(50);
 const ALARM: &str = "tsm/alarm";
+/// Some rank was asked to save and leave.
+const ASKED: &str = "tsm/asked";
+/// There is an [`ALARM`] or an [`ASKED`], so that looking for both costs one question.
+const NEWS: &str = "tsm/news";
 
 /// What a rank said to an alarm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +146,8 @@ fn watch(store: &Store, rank: u32, world_size: u32, shared: &(Mutex<Shared>, Con
         lock(state).verdict = Some(verdict);
         changed.notify_all();
     };
+    // Whether every rank's watcher knows of the request or can.
+    let mut asked = false;
     let (first, waiting) = loop {
         let s = lock(state);
         let (s, _) = changed
@@ -148,7 +158,7 @@ fn watch(store: &Store, rank: u32, world_size: u32, shared: &(Mutex<Shared>, Con
         }
         let (own, waiting) = (s.alarm, s.alarm || s.in_collective);
         drop(s);
-        match store.check(&[ALARM]) {
+        match look(store, &mut asked) {
             Err(_) => return end(Verdict::StoreGone),
             Ok(raised) if raised || own => break (!raised, waiting),
             Ok(_) => {}
@@ -164,6 +174,26 @@ fn watch(store: &Store, rank: u32, world_size: u32, shared: &(Mutex<Shared>, Con
     });
 }
 
+/// Passes the request to save and leave on, in both directions. Returns whether an alarm is on.
+fn look(store: &Store, asked: &mut bool) -> tsm_torch_ext::Result<bool> {
+    if preempt::asked() && !*asked {
+        store.set(ASKED, b"1")?;
+        store.set(NEWS, b"1")?;
+        *asked = true;
+    }
+    if *asked {
+        return store.check(&[ALARM]);
+    }
+    if !store.check(&[NEWS])? {
+        return Ok(false);
+    }
+    if store.check(&[ASKED])? {
+        preempt::ask();
+        *asked = true;
+    }
+    store.check(&[ALARM])
+}
+
 /// Answers for this rank, then gathers the others' answers.
 fn collect(
     store: &Store,
@@ -175,6 +205,7 @@ fn collect(
     let key = |rank: usize| format!("tsm/blame/{rank}");
     let deadline = Instant::now() + window;
     store.set(ALARM, b"1")?;
+    store.set(NEWS, b"1")?;
     let own: &[u8] = if waiting { b"waiting" } else { b"elsewhere" };
     store.set(&key(rank as usize), own)?;
     loop {

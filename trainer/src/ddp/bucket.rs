@@ -8,6 +8,9 @@ use tsm_torch_ext::ops::set_grad;
 pub struct Bucket {
     /// One-dimensional; gradients at 64-byte steps, the gaps stay zero.
     pub flat: Tensor,
+    /// What travels: `flat`, and in one bucket of an engine 64 bytes more, the first element of
+    /// which is the ranks' votes to stop.
+    pub(super) wire: Tensor,
     pub members: Vec<Member>,
 }
 
@@ -76,11 +79,16 @@ pub fn layout(
 }
 
 impl Bucket {
-    /// Allocates a zeroed bucket and makes its views the gradients of `members` of `params`.
+    /// Allocates a zeroed bucket, with or without a place for votes, and makes its views the
+    /// gradients of `members` of `params`.
     ///
     /// # Errors
     /// A parameter whose memory is not dense, or that refuses the gradient.
-    pub(super) fn allocate(members: &[usize], params: &[Tensor]) -> anyhow::Result<Bucket> {
+    pub(super) fn allocate(
+        members: &[usize],
+        params: &[Tensor],
+        votes: bool,
+    ) -> anyhow::Result<Bucket> {
         let (kind, device) = (params[members[0]].kind(), params[members[0]].device());
         let step = ALIGN_BYTES / kind.elt_size_in_bytes();
         let mut offsets = Vec::with_capacity(members.len());
@@ -89,7 +97,9 @@ impl Bucket {
             offsets.push(length);
             length += params[param].numel().next_multiple_of(step) as i64;
         }
-        let flat = Tensor::f_zeros([length], (kind, device))?;
+        let behind = if votes { step as i64 } else { 0 };
+        let wire = Tensor::f_zeros([length + behind], (kind, device))?;
+        let flat = wire.f_narrow(0, 0, length)?;
         let members = members
             .iter()
             .zip(offsets)
@@ -110,7 +120,11 @@ impl Bucket {
                 })
             })
             .collect::<anyhow::Result<_>>()?;
-        Ok(Bucket { flat, members })
+        Ok(Bucket {
+            flat,
+            wire,
+            members,
+        })
     }
 
     /// A float32 bucket of the same layout: its flat tensor, and a view per member.
@@ -183,9 +197,14 @@ mod tests {
         let nhwc = tsm_torch_ext::ops::to_channels_last(&Tensor::zeros([4, 3, 2, 2], options))
             .unwrap()
             .set_requires_grad(true);
-        let bucket =
-            Bucket::allocate(&[1, 0], &[plain.shallow_clone(), nhwc.shallow_clone()]).unwrap();
+        let bucket = Bucket::allocate(
+            &[1, 0],
+            &[plain.shallow_clone(), nhwc.shallow_clone()],
+            true,
+        )
+        .unwrap();
         assert_eq!(bucket.flat.size(), [48 + 16]);
+        assert_eq!(bucket.wire.size(), [48 + 16 + 16]);
         assert_eq!(nhwc.grad().stride(), nhwc.stride());
         let _ = plain.grad().fill_(1.0);
         let _ = nhwc.grad().fill_(2.0);

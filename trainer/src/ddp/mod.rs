@@ -6,7 +6,7 @@
 //! so that sums are formed in the same order.
 //!
 //! Call order:
-//! 1. [`Peers::alone`] or [`Peers::join`]; the network on its device, in its memory format and
+//! 1. [`Peers::alone`], [`Peers::join`] or [`mpi::join`]; the network on its device, in its memory format and
 //!    kind (channels_last, o2) - changing these later would take the gradients out of their buckets;
 //! 2. [`Peers::verify_same_shapes`], [`Peers::broadcast`] of parameters and buffers;
 //! 3. [`Ddp::new`], [`Ddp::record_order`] around one backward on a dummy batch;
@@ -18,17 +18,23 @@
 
 mod blame;
 mod bucket;
+#[cfg(feature = "mpi")]
+pub mod mpi;
+#[cfg(not(feature = "mpi"))]
+#[path = "no_mpi.rs"]
+pub mod mpi;
 mod peers;
+mod transport;
 
 pub use bucket::{Bucket, Member, layout};
 pub use peers::{Link, Peers};
+pub use transport::{Transport, Wait};
 
 use crate::optim::ParamInfo;
 use anyhow::{Context, Result, bail};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Instant;
 use tch::{Kind, Tensor};
-use tsm_torch_ext::dist::{ReduceOp, Work};
 use tsm_torch_ext::ops::{on_grad_ready, set_grad};
 
 /// The first bucket is small, so that communication starts early (c10d's default).
@@ -64,7 +70,7 @@ struct State {
     missing: Vec<usize>,
     /// Buckets start in index order on every rank, or ranks would reduce different ones together.
     next: usize,
-    pending: Vec<(usize, Work)>,
+    pending: Vec<(usize, Wait)>,
     /// A reduction that could not even start.
     refused: Option<(usize, String)>,
     /// Start of the micro step's first reduction.
@@ -153,7 +159,8 @@ impl Ddp {
         s.places = vec![(0, 0); s.params.len()];
         s.buckets = Vec::with_capacity(plan.len());
         for (b, members) in plan.iter().enumerate() {
-            let bucket = Bucket::allocate(members, &s.params)?;
+            let last = b + 1 == plan.len();
+            let bucket = Bucket::allocate(members, &s.params, last)?;
             for (m, &param) in members.iter().enumerate() {
                 s.places[param] = (b, m);
             }
@@ -192,6 +199,7 @@ impl Ddp {
             .iter()
             .map(|b| Bucket {
                 flat: b.flat.shallow_clone(),
+                wire: b.wire.shallow_clone(),
                 members: b
                     .members
                     .iter()
@@ -205,13 +213,34 @@ impl Ddp {
             .collect()
     }
 
-    /// Fills every bucket with zero. Once a step, before its first micro step.
+    /// Fills every bucket with zero, and takes back the vote. Once a step, before its first micro
+    /// step.
     pub fn zero(&self) -> Result<()> {
         let _guard = tch::no_grad_guard();
         for bucket in &mut lock(&self.state).buckets {
-            let _ = bucket.flat.f_zero_()?;
+            let _ = bucket.wire.f_zero_()?;
         }
         Ok(())
+    }
+
+    /// Makes this rank vote to stop after this step. Before the backward that reduces; the vote
+    /// travels behind the gradients of the last bucket and costs no collective of its own.
+    pub fn vote(&self) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        if let Some(mut vote) = lock(&self.state).vote()? {
+            let _ = vote.f_fill_(1.0)?;
+        }
+        Ok(())
+    }
+
+    /// After [`Self::finish`] of a micro step that reduced: above 0 where any rank has voted, the
+    /// same on all of them. A scalar on the host; from a GPU a copy under way, which is there once an
+    /// event recorded now is done.
+    pub fn votes(&self) -> Result<Tensor> {
+        match lock(&self.state).vote()? {
+            Some(vote) => Ok(vote.f_to_device_(tch::Device::Cpu, vote.kind(), true, true)?),
+            None => Ok(Tensor::zeros([], (Kind::Float, tch::Device::Cpu))),
+        }
     }
 
     /// Starts a micro step. With `reduce`, its backward also averages the gradients, those of the
@@ -253,10 +282,9 @@ impl Ddp {
         };
         let started = started.unwrap_or_else(Instant::now);
         let total = pending.len() + usize::from(refused.is_some());
-        for (bucket, work) in pending {
+        for (bucket, wait) in pending {
             let what = format!("all-reduce of bucket {bucket}");
-            self.peers
-                .waiting(&what, started, || work.wait().map_err(|e| e.to_string()))?;
+            self.peers.waiting(&what, started, wait)?;
         }
         if let Some((bucket, error)) = refused {
             let what = format!("all-reduce of bucket {bucket} of {total}");
@@ -267,6 +295,15 @@ impl Ddp {
 }
 
 impl State {
+    /// The element that holds the vote; `None` without parameters.
+    fn vote(&self) -> Result<Option<Tensor>> {
+        let Some(bucket) = self.buckets.last() else {
+            return Ok(None);
+        };
+        let behind = bucket.flat.numel() as i64;
+        Ok(Some(bucket.wire.f_select(0, behind)?))
+    }
+
     /// Called by parameter `i`'s hook, on the thread that runs backward.
     fn arrive(&mut self, i: usize) -> Result<(), String> {
         let name = &self.names[i];
@@ -310,19 +347,10 @@ impl State {
             return;
         }
         self.started.get_or_insert_with(Instant::now);
-        let world_size = f64::from(self.peers.world_size());
-        let flat = &mut self.buckets[b].flat;
-        let mut start = || -> Result<Work> {
-            if flat.device().is_cuda() {
-                return Ok(self.peers.group()?.all_reduce_async(flat, ReduceOp::Avg)?);
-            }
-            // gloo cannot average; dividing first also keeps half sums in range.
-            let _ = flat.f_div_scalar_(world_size)?;
-            Ok(self.peers.group()?.all_reduce_async(flat, ReduceOp::Sum)?)
-        };
-        match start() {
-            Ok(work) => self.pending.push((b, work)),
-            Err(e) => self.refused = Some((b, format!("{e:#}"))),
+        let wire = &self.buckets[b].wire;
+        match self.peers.transport().and_then(|t| t.start_mean(wire)) {
+            Ok(wait) => self.pending.push((b, wait)),
+            Err(e) => self.refused = Some((b, e)),
         }
     }
 

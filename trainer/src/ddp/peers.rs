@@ -1,19 +1,21 @@
 //! The other ranks: collectives whose failures name the rank that is missing.
 
 use super::blame::{Watcher, sentence};
+use super::transport::{self, Transport};
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 use tsm_job::config::BnBuffers;
 use tsm_job::exit::{self, Coded};
-use tsm_torch_ext::dist::{ProcessGroup, ReduceOp, Store};
+use tsm_torch_ext::dist::{ReduceOp, Store};
 
 /// What connects the ranks of a job.
 pub struct Link {
     pub store: Arc<Store>,
-    pub group: Arc<ProcessGroup>,
+    pub group: Arc<dyn Transport>,
 }
 
 /// This rank among the others. With one rank every collective does nothing.
@@ -22,6 +24,8 @@ pub struct Peers {
     world_size: u32,
     link: Option<Link>,
     watcher: Option<Watcher>,
+    /// Nanoseconds since [`Peers::take_waited`].
+    waited: AtomicU64,
 }
 
 impl Peers {
@@ -32,6 +36,7 @@ impl Peers {
             world_size: 1,
             link: None,
             watcher: None,
+            waited: AtomicU64::new(0),
         }
     }
 
@@ -49,6 +54,7 @@ impl Peers {
             world_size,
             link: Some(link),
             watcher: Some(watcher),
+            waited: AtomicU64::new(0),
         })
     }
 
@@ -59,8 +65,9 @@ impl Peers {
             return;
         };
         watcher.stop();
-        // NCCL's threads end while every rank and the store are still there; gloo has none. What
-        // fails now cannot harm a run that is over.
+        // NCCL's threads end while every rank and the store are still there, and MPI would call an
+        // end without it an accident; gloo has nothing to close. What fails now cannot harm a run
+        // that is over.
         let _ = link.group.shutdown();
         let key = |rank: u32| format!("tsm/left/{rank}");
         if self.rank > 0 {
@@ -81,12 +88,11 @@ impl Peers {
         self.world_size
     }
 
-    pub(super) fn group(&self) -> Result<&ProcessGroup> {
-        Ok(&self
-            .link
-            .as_ref()
-            .context("a rank alone has no process group")?
-            .group)
+    pub(super) fn transport(&self) -> transport::Result<&dyn Transport> {
+        match &self.link {
+            Some(link) => Ok(&*link.group),
+            None => Err("a rank alone has no transport".into()),
+        }
     }
 
     /// Runs one collective; `what` names it in the error.
@@ -99,7 +105,10 @@ impl Peers {
         if let Some(w) = &self.watcher {
             w.set_in_collective(true);
         }
+        let since = Instant::now();
         let result = run();
+        let waited = since.elapsed().as_nanos() as u64;
+        self.waited.fetch_add(waited, Ordering::Relaxed);
         if let Some(w) = &self.watcher {
             w.set_in_collective(false);
         }
@@ -123,12 +132,15 @@ impl Peers {
     fn collective<R>(
         &self,
         what: &str,
-        run: impl FnOnce(&ProcessGroup) -> tsm_torch_ext::Result<R>,
+        run: impl FnOnce(&dyn Transport) -> transport::Result<R>,
     ) -> Result<R> {
-        let group = self.group()?;
-        self.waiting(what, Instant::now(), || {
-            run(group).map_err(|e| e.to_string())
-        })
+        self.waiting(what, Instant::now(), || run(self.transport()?))
+    }
+
+    /// Host time spent in collectives since the last call. With NCCL the host does not wait for
+    /// them, and this is only the time to queue them.
+    pub fn take_waited(&self) -> Duration {
+        Duration::from_nanos(self.waited.swap(0, Ordering::Relaxed))
     }
 
     /// Replaces `tensor` by its reduction over all ranks; `what` names it in an error, e.g.

@@ -1,11 +1,13 @@
 //! The training loop: the only module that knows all the others.
 
 mod feed;
+mod interfaces;
 mod log;
 mod outputs;
 mod pace;
 mod place;
 mod position;
+mod rendezvous;
 mod step;
 mod surroundings;
 mod validate;
@@ -17,29 +19,38 @@ use crate::checkpoint::Checkpoints;
 use crate::meter::Best;
 use crate::model::Network;
 use crate::optim::lr_at;
-use crate::{failure, report, weights};
+use crate::{checkpoint, failure, preempt, report, weights};
 use anyhow::{Context, Result};
 use feed::Feed;
 use log::{StepFacts, StepLog};
-use outputs::{Outputs, Shape};
+use outputs::Outputs;
 use pace::Pace;
-use position::Position;
+use position::{Position, Shape};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tch::{Kind, Tensor};
 use tsm_data::clip::Dataset;
 use tsm_data::list::Split;
 use tsm_data::loader::{BadSample, LoaderSpec};
-use tsm_data::order::{Cut, Share, SplitMix64, TrainOrder};
+use tsm_data::order::{Share, SplitMix64};
 use tsm_job::message::{AgentLink, WorkerMessage};
 use tsm_job::{Config, RunDir, WorkerEnv};
 use tsm_torch_ext::dist::ReduceOp;
 
-/// Trains this rank to the end of the job.
+/// How a training ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// All epochs are done.
+    Finished,
+    /// It was asked to save and leave (see [`preempt`]), and a checkpoint holds this many steps.
+    Saved { step: u64 },
+}
+
+/// Trains this rank to the end of the job, or until all ranks are asked to save and leave.
 ///
 /// # Errors
-/// Everything that ends a training, with its exit code (see [`tsm_job::exit`]).
-pub fn run(config: Config, env: &WorkerEnv, link: &AgentLink) -> Result<()> {
+/// Everything else that ends a training, with its exit code (see [`tsm_job::exit`]).
+pub fn run(config: Config, env: &WorkerEnv, link: &AgentLink) -> Result<Ended> {
     link.send(&WorkerMessage::Hello {
         rank: env.rank,
         pid: std::process::id(),
@@ -60,10 +71,19 @@ struct Training<'a> {
     shape: Shape,
     base_lr: f64,
     at: Position,
+    /// Where the last checkpoint of this process was made.
+    saved: Option<Position>,
+    /// The ranks have the same BatchNorm buffers.
+    buffers_agree: bool,
     num_bad: u64,
-    run_dir: RunDir,
     /// Rank 0 alone writes.
-    writer: Option<(Checkpoints, Outputs)>,
+    writer: Option<Writer<'a>>,
+}
+
+struct Writer<'a> {
+    run_dir: RunDir,
+    checkpoints: Checkpoints,
+    out: Outputs<'a>,
 }
 
 impl<'a> Training<'a> {
@@ -74,45 +94,50 @@ impl<'a> Training<'a> {
         // Lists first: a wrong path must not cost a rendezvous.
         let train_set = Arc::new(Dataset::open(&config, Split::Train)?);
         let val_set = Arc::new(Dataset::open(&config, Split::Val)?);
-        let run_dir = surroundings::run_dir(&config, env)?;
+        let (found, mut notes) = position::find(env)?;
+        let run_dir = match env.rank {
+            0 => Some(surroundings::run_dir(&config, env)?),
+            _ => None,
+        };
         let place = Place::new(&config, env)?;
         let network = Network::new(&config.model, place.device, config.run.seed)?;
-        let mut notes = Vec::new();
-        if let (Some(file), None) = (&config.model.weights, &env.resume_from) {
+        if let (Some(file), None) = (&config.model.weights, &found) {
             let loaded =
                 weights::load_pretrained(&network, file, config.model.weights_min_coverage)
                     .with_context(|| format!("model.weights {}", file.display()))?;
             notes.push(format!("{}: {loaded}", file.display()));
         }
         let mut stepper = Stepper::new(&config, &place, network)?;
-        let mut at = Position::default();
-        if let Some(from) = &env.resume_from {
-            let (position, said) = position::resume(&mut stepper, &config, env, from)?;
-            at = position;
-            notes.extend(said);
+        let (mut at, mut buffers_agree) = (Position::default(), true);
+        if let Some(found) = found {
+            let resumed = position::resume(&mut stepper, &config, env, train_set.len(), found)?;
+            (at, buffers_agree) = (resumed.at, resumed.buffers_agree);
+            notes.extend(resumed.notes);
         }
         // The same for every epoch.
-        let first_epoch = order(&config, env, &train_set);
+        let first_epoch = position::rest(&config, env, train_set.len(), &Position::default());
         let shape = Shape {
             num_epochs: config.train.epochs,
             steps_per_epoch: first_epoch.num_steps(),
+            global_batch: config.global_batch(env.world_size),
+            num_clips: train_set.len(),
         };
         let base_lr = config.scaled_lr(env.world_size);
-        let writer = match env.rank {
-            0 => {
-                let checkpoints =
-                    Checkpoints::open(&run_dir.checkpoints(), config.train.keep_last)?;
-                let outputs = Outputs::new(
+        let writer = match run_dir {
+            Some(run_dir) => Some(Writer {
+                checkpoints: Checkpoints::open(&run_dir.checkpoints(), config.train.keep_last)?,
+                out: Outputs::new(
                     &run_dir,
+                    link,
                     shape,
                     &at,
                     env.world_size,
                     config.model.num_segments,
                     place.cuda_index(),
-                );
-                Some((checkpoints, outputs))
-            }
-            _ => None,
+                ),
+                run_dir,
+            }),
+            None => None,
         };
         let feed = Feed::new(&config, &place);
         let mut training = Training {
@@ -127,8 +152,9 @@ impl<'a> Training<'a> {
             shape,
             base_lr,
             at,
+            saved: None,
+            buffers_agree,
             num_bad: 0,
-            run_dir,
             writer,
         };
         training.introduce(notes, first_epoch.num_left_out())?;
@@ -189,7 +215,7 @@ impl<'a> Training<'a> {
             config.train.channels_last
         );
         let yaml = config.to_yaml();
-        if let Some((_, out)) = &mut self.writer {
+        if let Some(Writer { out, .. }) = &mut self.writer {
             out.line(summary);
             for line in [&place, &data, &rule] {
                 out.line(line);
@@ -201,13 +227,21 @@ impl<'a> Training<'a> {
             out.text("model", &format!("```\n{summary}\n```"));
             out.text("config", &format!("```yaml\n{yaml}\n```"));
             out.text("learning rate", &rule);
+            if !notes.is_empty() {
+                out.text("start", &notes.join("\n\n"));
+            }
         }
         Ok(())
     }
 
-    fn run(mut self) -> Result<()> {
+    fn run(mut self) -> Result<Ended> {
+        let asked = preempt::asked();
+        let mut stop = position::agree(&self.stepper, self.place.device, &self.at, asked)?;
         while self.at.epoch < self.config.train.epochs {
-            self.epoch()?;
+            if stop {
+                return self.leave();
+            }
+            stop = self.epoch()?;
         }
         let bad = Tensor::from(self.num_bad as f64)
             .to_kind(Kind::Double)
@@ -217,7 +251,7 @@ impl<'a> Training<'a> {
             ReduceOp::Sum,
             "all-reduce of the count of bad samples",
         )?;
-        if let Some((_, out)) = self.writer.take() {
+        if let Some(Writer { out, run_dir, .. }) = self.writer.take() {
             out.finish();
             let end = report::RunEnd {
                 world_size: self.env.world_size,
@@ -225,46 +259,79 @@ impl<'a> Training<'a> {
                 bad_videos: bad.double_value(&[]) as u64,
                 environment: surroundings::environment(&self.place),
             };
-            report::write(&self.run_dir, &self.config, end)?;
+            report::write(&run_dir, &self.config, end)?;
             let best = self.at.best_top1.map_or("no validation".into(), |b| {
                 format!("best top1 {b:.2} at epoch {}", self.at.best_epoch)
             });
-            println!("{best}; report in {}", self.run_dir.report().display());
+            println!("{best}; report in {}", run_dir.report().display());
         }
-        // Rank 0 holds the store that the others need until here.
-        self.place
-            .peers
-            .barrier(self.config.launch.collective_timeout, "barrier at the end")?;
+        self.part()?;
+        Ok(Ended::Finished)
+    }
+
+    /// Rank 0 holds the store that the others need until here.
+    fn part(&self) -> Result<()> {
+        let timeout = self.config.launch.collective_timeout;
+        self.place.peers.barrier(timeout, "barrier at the end")?;
         self.place.peers.leave();
         Ok(())
     }
 
-    /// Trains the rest of the current epoch, validates and saves where it is due.
-    fn epoch(&mut self) -> Result<()> {
-        self.link.send(&WorkerMessage::Section {
-            name: "train".into(),
-        });
-        let epoch = u64::from(self.at.epoch);
-        let share = Share::new(self.env.rank, self.env.world_size);
-        if self.at.step_in_epoch < self.shape.steps_per_epoch {
+    /// Saves at exactly this step, as all ranks have agreed, and parts from the others once the
+    /// checkpoint has been read back.
+    fn leave(mut self) -> Result<Ended> {
+        self.section("checkpoint");
+        if self.saved != Some(self.at) {
+            let own_buffers = if self.buffers_agree {
+                None
+            } else {
+                position::gather_buffers(&self.stepper, &self.config)?
+            };
+            self.sync_buffers()?;
+            self.save(false, own_buffers.as_ref())?;
+        }
+        let step = self.at.step;
+        if let Some(Writer { out, run_dir, .. }) = self.writer.take() {
+            let file = format!("step-{step:08}.safetensors");
+            let file = run_dir.checkpoints().join(file);
+            checkpoint::find(&file).context("the checkpoint just written cannot be read back")?;
+            out.finish();
+        }
+        self.part()?;
+        Ok(Ended::Saved { step })
+    }
+
+    /// Trains the rest of the current epoch, validates and saves where it is due. Returns whether
+    /// all ranks have agreed to stop at the position reached.
+    fn epoch(&mut self) -> Result<bool> {
+        self.section("train");
+        let num_clips = self.shape.num_clips;
+        let rest = position::rest(&self.config, self.env, num_clips, &self.at);
+        if self.at.clips_in_epoch == 0 || rest.num_steps() > 0 {
             let spec = LoaderSpec::train(
                 &self.config,
                 self.train_set.clone(),
-                share,
-                epoch,
-                self.at.step_in_epoch,
+                Share::new(self.env.rank, self.env.world_size),
+                u64::from(self.at.epoch),
+                self.at.clips_in_epoch,
             )?;
             self.feed.start(spec)?;
-            self.steps()?;
+            let last_step = self.at.step + rest.num_steps();
+            let stop = self.steps(last_step)?;
             self.num_bad += self.feed.end()?;
-        }
-        if let Some((_, out)) = &mut self.writer {
-            out.epoch(&self.at);
+            if self.at.step == last_step
+                && let Some(Writer { out, .. }) = &mut self.writer
+            {
+                out.epoch(&self.at);
+            }
+            if stop {
+                return Ok(true);
+            }
         }
         let number = self.at.epoch + 1;
         let last = number == self.config.train.epochs;
         let due = |every: u32| last || (every > 0 && number.is_multiple_of(every));
-        let mut improved = false;
+        let (mut improved, mut stop) = (false, false);
         let (eval, save) = (
             due(self.config.train.eval_every),
             due(self.config.train.checkpoint_every),
@@ -273,33 +340,46 @@ impl<'a> Training<'a> {
             self.sync_buffers()?;
         }
         if eval {
-            improved = self.validate()?;
+            match self.validate()? {
+                Some(outcome) => (improved, stop) = outcome,
+                // What was trained is kept; the next start begins with this validation.
+                None => return Ok(true),
+            }
         }
         self.at.epoch = number;
         self.at.step_in_epoch = 0;
+        self.at.clips_in_epoch = 0;
         if save || improved {
-            self.save(improved)?;
+            self.save(improved, None)?;
         }
-        Ok(())
+        Ok(stop)
     }
 
-    fn steps(&mut self) -> Result<()> {
+    /// Trains until `last_step` steps are finished, or all ranks have agreed to stop: returns whether
+    /// they have.
+    fn steps(&mut self, last_step: u64) -> Result<bool> {
+        let steps_in_epoch = self.at.step_in_epoch + (last_step - self.at.step);
         let mut log = StepLog::new(self.env.rank);
         let mut pace = Pace::new(self.place.device);
         let mut ended = Instant::now();
         let mut data_time = Duration::ZERO;
         loop {
             let started = Instant::now();
+            pace.begin()?;
             let Some(first) = self.feed.next()? else {
                 break;
             };
+            self.place.peers.take_waited();
             data_time += started.elapsed();
             let (step_samples, micro_steps) = (first.step_samples, first.micro_steps);
             self.stepper.begin()?;
+            if preempt::asked() {
+                self.stepper.vote()?;
+            }
             let mut loss = Tensor::zeros([], (Kind::Float, self.place.device));
             let mut hits = Tensor::zeros([2], (Kind::Float, self.place.device));
             let mut batch = first;
-            loop {
+            let gradients = loop {
                 complain(&batch.skipped);
                 let micro_step = batch.micro_step;
                 let last = micro_step + 1 == micro_steps;
@@ -313,7 +393,7 @@ impl<'a> Training<'a> {
                 loss += &out.loss;
                 hits += log::hits(&out.logits_nk, &labels_n);
                 if last {
-                    break;
+                    break out.gradients;
                 }
                 let waiting = Instant::now();
                 batch = self
@@ -321,8 +401,7 @@ impl<'a> Training<'a> {
                     .next()?
                     .context("the loader ended in the middle of a step")?;
                 data_time += waiting.elapsed();
-            }
-            let schedule_step = self.at.schedule_step(self.shape.steps_per_epoch);
+            };
             let optim = &self.config.optim;
             let lr = lr_at(
                 &optim.schedule,
@@ -330,20 +409,31 @@ impl<'a> Training<'a> {
                 self.base_lr,
                 self.config.train.epochs,
                 self.shape.steps_per_epoch,
-                schedule_step,
+                self.shape.schedule_step(&self.at),
             );
             let scale = self.stepper.precision.scale().map(|s| s.value());
             let done = self.stepper.update(lr)?;
-            pace.step()?;
+            let finished = pace.end(gradients, self.stepper.votes()?)?;
+            let mut stop = finished.stop;
 
             self.at.step += 1;
             self.at.step_in_epoch += 1;
+            self.at.clips_in_epoch += step_samples;
             self.at.samples_seen += step_samples;
+            self.buffers_agree = false;
             failure::at_step(self.at.step);
+            let host_work = || {
+                let waited = self.place.peers.take_waited();
+                started.elapsed().saturating_sub(waited)
+            };
+            let work = match self.place.cuda_index() {
+                Some(_) => finished.work,
+                None => Some(host_work()),
+            };
             self.link.send(&WorkerMessage::Step {
                 step: self.at.step,
                 epoch: self.at.epoch,
-                work_ms: None,
+                work_ms: work.map(|w| w.as_secs_f64() * 1e3),
             });
             let step_time = ended.elapsed();
             ended = Instant::now();
@@ -356,7 +446,7 @@ impl<'a> Training<'a> {
                 ended: SystemTime::now(),
             };
             log.push(facts, &loss, &hits, &done.grad_norm, scale.as_ref());
-            if let Some((_, out)) = &mut self.writer {
+            if let Some(Writer { out, .. }) = &mut self.writer {
                 out.meter.step(step_samples, facts.data_time, step_time);
                 out.moved(&self.at);
             }
@@ -365,30 +455,47 @@ impl<'a> Training<'a> {
                 .train
                 .checkpoint_steps
                 .is_some_and(|n| self.at.step.is_multiple_of(n));
-            let inside = self.at.step_in_epoch < self.shape.steps_per_epoch;
+            let inside = self.at.step < last_step;
+            if !inside {
+                stop |= pace.drain()?;
+                // What no step took is behind as well, for whoever goes on with another batch.
+                self.at.clips_in_epoch = self.shape.num_clips;
+            }
             if self
                 .at
                 .step_in_epoch
                 .is_multiple_of(u64::from(self.config.train.log_every))
                 || !inside
                 || due
+                || stop
             {
                 let numbers = log.flush(&self.place.peers)?;
-                if let Some((_, out)) = &mut self.writer {
-                    out.steps(&numbers, &self.at);
+                if let Some(Writer { out, .. }) = &mut self.writer {
+                    out.steps(&numbers, &self.at, steps_in_epoch);
                 }
             }
             // At an epoch's end the save follows the validation.
             if due && inside {
                 self.sync_buffers()?;
-                self.save(false)?;
+                self.save(false, None)?;
+                if !stop {
+                    self.section("train");
+                }
+            }
+            if stop {
+                return Ok(true);
             }
         }
         debug_assert!(
             log.is_empty(),
             "the last step of an epoch reads the log back"
         );
-        Ok(())
+        Ok(false)
+    }
+
+    fn section(&self, name: &str) {
+        self.link
+            .send(&WorkerMessage::Section { name: name.into() });
     }
 
     /// Dropout draws from (seed, step, micro step, rank) alone, so that a resumed run repeats it.
@@ -400,81 +507,69 @@ impl<'a> Training<'a> {
         tch::manual_seed((seed >> 1) as i64);
     }
 
-    fn sync_buffers(&self) -> Result<()> {
-        let buffers = self.stepper.network.buffers().iter().map(|b| &b.tensor);
-        self.place
-            .peers
-            .sync_buffers(buffers, self.config.train.bn_buffers)
+    fn sync_buffers(&mut self) -> Result<()> {
+        // The mean of equal numbers may differ from them in the last bit.
+        if !self.buffers_agree {
+            let buffers = self.stepper.network.buffers().iter().map(|b| &b.tensor);
+            self.place
+                .peers
+                .sync_buffers(buffers, self.config.train.bn_buffers)?;
+            self.buffers_agree = true;
+        }
+        Ok(())
     }
 
-    /// Returns whether this is the best validation so far.
-    fn validate(&mut self) -> Result<bool> {
-        self.link.send(&WorkerMessage::Section {
-            name: "validate".into(),
-        });
+    /// Returns whether this is the best validation so far, and whether all ranks are to stop behind
+    /// it; `None` if it was abandoned for that.
+    fn validate(&mut self) -> Result<Option<(bool, bool)>> {
+        self.section("validate");
         let started = Instant::now();
-        let (result, bad) = validate::validate(
+        let done = validate::validate(
             &self.config,
             &self.place,
             &self.stepper,
             &mut self.feed,
             &self.val_set,
         )?;
-        complain(&bad);
-        self.num_bad += bad.len() as u64;
+        complain(&done.bad);
+        self.num_bad += done.bad.len() as u64;
+        let Some(result) = done.accuracy else {
+            return Ok(None);
+        };
         let improved =
             result.num_clips > 0 && self.at.best_top1.is_none_or(|best| result.top1 > best);
         if improved {
             self.at.best_top1 = Some(result.top1);
             self.at.best_epoch = self.at.epoch + 1;
         }
-        if let Some((_, out)) = &mut self.writer {
+        if let Some(Writer { out, .. }) = &mut self.writer {
             let best = Best {
                 top1: self.at.best_top1.unwrap_or(f64::NAN),
                 epoch: self.at.best_epoch,
             };
             out.validation(&self.at, &result, started.elapsed(), best);
         }
-        Ok(improved)
+        Ok(Some((improved, done.stop)))
     }
 
-    fn save(&mut self, best: bool) -> Result<()> {
-        let Some((checkpoints, _)) = &self.writer else {
+    fn save(&mut self, best: bool, own_buffers: Option<&Tensor>) -> Result<()> {
+        self.saved = Some(self.at);
+        let Some(Writer { checkpoints, .. }) = &self.writer else {
             return Ok(());
         };
-        self.link.send(&WorkerMessage::Section {
-            name: "checkpoint".into(),
-        });
+        self.section("checkpoint");
         let snapshot = position::snapshot(
             &self.stepper,
             &self.config,
             self.env,
             &self.train_set.class_names,
+            self.shape.num_clips,
             &self.at,
+            own_buffers,
         )?;
         checkpoints.save(&snapshot, best)?;
-        self.link.send(&WorkerMessage::Section {
-            name: "train".into(),
-        });
         Ok(())
     }
-}
-
-/// The samples and steps of the first epoch.
-fn order(config: &Config, env: &WorkerEnv, dataset: &Dataset) -> TrainOrder {
-    let cut = Cut {
-        batch_per_rank: config.train.batch_per_rank,
-        accumulation: config.train.accumulation,
-        drop_last: config.train.drop_last,
-    };
-    TrainOrder::new(
-        dataset.len(),
-        config.run.seed,
-        0,
-        Share::new(env.rank, env.world_size),
-        cut,
-        0,
-    )
 }
 
 /// Names every sample that was left out.

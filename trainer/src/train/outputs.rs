@@ -1,7 +1,7 @@
-//! What rank 0 writes while it trains: `metrics.jsonl`, TensorBoard events, the console.
+//! What rank 0 says while it trains: `metrics.jsonl`, TensorBoard events, the console, the launcher.
 
 use super::log::StepNumbers;
-use super::position::Position;
+use super::position::{Position, Shape};
 use crate::eval::AccuracyResult;
 use crate::meter::{
     Best, EpochRecord, EventWriter, LoadMeter, Metrics, Progress, Record, StartRecord, StepLine,
@@ -9,16 +9,11 @@ use crate::meter::{
 };
 use std::time::{Duration, Instant, SystemTime};
 use tsm_job::RunDir;
-
-/// Where a step lies in the training, for people.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    pub num_epochs: u32,
-    pub steps_per_epoch: u64,
-}
+use tsm_job::message::{AgentLink, WorkerMessage};
 
 /// The outputs of rank 0.
-pub struct Outputs {
+pub struct Outputs<'a> {
+    link: &'a AgentLink,
     metrics: Metrics,
     tb: EventWriter,
     progress: Progress,
@@ -27,19 +22,21 @@ pub struct Outputs {
     shape: Shape,
 }
 
-impl Outputs {
+impl<'a> Outputs<'a> {
     /// Opens the files of `run` and notes that a process trains on from `at`.
     pub fn new(
         run: &RunDir,
+        link: &'a AgentLink,
         shape: Shape,
         at: &Position,
         world_size: u32,
         num_segments: u32,
         cuda_index: Option<u32>,
-    ) -> Outputs {
+    ) -> Outputs<'a> {
         let now = SystemTime::now();
-        let finished = at.schedule_step(shape.steps_per_epoch);
+        let finished = shape.schedule_step(at) as u64;
         let mut outputs = Outputs {
+            link,
             metrics: Metrics::append(run.metrics()),
             tb: EventWriter::create(run.tb(), Some(at.step), Duration::from_secs(5), now),
             progress: Progress::new(
@@ -67,6 +64,14 @@ impl Outputs {
         self.tb.record(record, now);
     }
 
+    /// Tells the launcher a metric. JSON has no word for a number that is not finite.
+    fn tell(&self, name: &str, value: f64) {
+        if value.is_finite() {
+            let name = name.into();
+            self.link.send(&WorkerMessage::Metric { name, value });
+        }
+    }
+
     pub fn line(&mut self, text: &str) {
         self.progress.line(text);
     }
@@ -78,12 +83,12 @@ impl Outputs {
 
     /// Moves the progress bar; after every step.
     pub fn moved(&mut self, at: &Position) {
-        self.progress
-            .done(at.schedule_step(self.shape.steps_per_epoch));
+        self.progress.done(self.shape.schedule_step(at) as u64);
     }
 
-    /// Steps read back together: one record each, and one line for the last.
-    pub fn steps(&mut self, numbers: &[StepNumbers], at: &Position) {
+    /// Steps read back together: one record each, and one line and the launcher's metrics for the
+    /// last. `steps_in_epoch` is the number of steps that the epoch comes to.
+    pub fn steps(&mut self, numbers: &[StepNumbers], at: &Position, steps_in_epoch: u64) {
         let Some(last) = numbers.last() else { return };
         let load = self.load.load(Instant::now());
         let window = self.meter.take_window();
@@ -112,18 +117,25 @@ impl Outputs {
         }
         let mean =
             |f: fn(&StepNumbers) -> f64| numbers.iter().map(f).sum::<f64>() / numbers.len() as f64;
-        let finished = at.schedule_step(self.shape.steps_per_epoch);
+        let loss = mean(|n| n.loss);
+        let clips_per_s = window.and_then(|w| w.rate).map(|r| r.clips_per_s);
+        self.tell("loss", loss);
+        self.tell("lr", last.facts.lr);
+        if let Some(rate) = clips_per_s {
+            self.tell("clips_per_s", rate);
+        }
+        let finished = self.shape.schedule_step(at) as u64;
         let eta = self.progress.eta(finished, Instant::now());
         self.progress.step(&StepLine {
             epoch: at.epoch + 1,
             num_epochs: self.shape.num_epochs,
             step: at.step_in_epoch,
-            steps_per_epoch: self.shape.steps_per_epoch,
-            loss: Some(mean(|n| n.loss)),
+            steps_per_epoch: steps_in_epoch,
+            loss: Some(loss),
             top1: Some(mean(|n| n.top1)),
             top5: Some(mean(|n| n.top5)),
             lr: Some(last.facts.lr),
-            clips_per_s: window.and_then(|w| w.rate).map(|r| r.clips_per_s),
+            clips_per_s,
             data_time: window.map(|w| w.data_time),
             step_time: window.map(|w| w.step_time),
             eta,
@@ -156,6 +168,7 @@ impl Outputs {
             )),
             now,
         );
+        self.tell("top1", result.top1);
         self.progress.validation(&ValidationLine {
             epoch: at.epoch + 1,
             num_epochs: self.shape.num_epochs,

@@ -1,12 +1,13 @@
 //! Which device this rank computes on, with how many threads, and with which peers.
 
-use crate::ddp::{Link, Peers};
+use super::rendezvous;
+use crate::ddp::{Link, Peers, mpi};
 use anyhow::Result;
 use std::sync::Arc;
-use std::time::Duration;
 use tch::Device;
 use tsm_job::WorkerEnv;
-use tsm_job::config::{Config, DeviceKind};
+use tsm_job::config::{Collectives, Config, DeviceKind};
+use tsm_job::env::Starter;
 use tsm_job::exit::{self, Coded};
 use tsm_torch_ext::cuda;
 use tsm_torch_ext::dist::{ProcessGroup, Store};
@@ -28,16 +29,18 @@ impl Place {
     /// come in time (exit code PEER).
     pub fn new(config: &Config, env: &WorkerEnv) -> Result<Place> {
         let device = device(config, env)?;
-        let threads = threads();
+        check_collectives(config.launch.collectives, device)?;
+        let threads = threads(env);
         tch::set_num_threads(threads as i32);
         set_flags(Flags {
             cudnn_benchmark: !config.train.deterministic,
             deterministic: config.train.deterministic,
             allow_tf32: true,
         })?;
-        let peers = match env.world_size {
-            1 => Peers::alone(),
-            _ => meet(env, device, config.launch.collective_timeout)?,
+        let peers = match config.launch.collectives {
+            Collectives::Mpi => mpi::join(env, config.launch.collective_timeout)?,
+            _ if env.world_size == 1 => Peers::alone(),
+            _ => meet(config, env, device)?,
         };
         Ok(Place {
             device,
@@ -83,41 +86,94 @@ fn device(config: &Config, env: &WorkerEnv) -> Result<Device> {
     Ok(Device::Cuda(index))
 }
 
-/// `OMP_NUM_THREADS`, which the launcher sets to the rank's share of the cores, else all cores.
-fn threads() -> usize {
+/// Gloo's tensors lie on the CPU, NCCL's on GPUs.
+fn check_collectives(collectives: Collectives, device: Device) -> Result<(), Coded> {
+    let (given, device) = match (collectives, device.is_cuda()) {
+        (Collectives::Gloo, true) => ("gloo", "gpu"),
+        (Collectives::Nccl, false) => ("nccl", "cpu"),
+        _ => return Ok(()),
+    };
+    Err(Coded::new(
+        exit::CONFIG,
+        format!(
+            "launch.collectives is {given}, but launch.device is {device}\n  hint: set launch.collectives=auto, which takes NCCL on GPUs and Gloo on the CPU"
+        ),
+    ))
+}
+
+/// `OMP_NUM_THREADS`, which the launcher sets to the rank's share of the cores; without a launcher
+/// the same share of the cores this process may use.
+fn threads(env: &WorkerEnv) -> usize {
+    let share = |cores: usize| match env.started_by {
+        Starter::Nobody | Starter::Launcher => cores,
+        _ => (cores / env.local_world_size as usize).max(1),
+    };
     std::env::var("OMP_NUM_THREADS")
         .ok()
         .and_then(|t| t.parse().ok())
         .filter(|&t| t > 0)
-        .or_else(|| std::thread::available_parallelism().ok().map(|n| n.get()))
+        .or_else(|| {
+            std::thread::available_parallelism()
+                .ok()
+                .map(|n| share(n.get()))
+        })
         .unwrap_or(1)
 }
 
-fn meet(env: &WorkerEnv, device: Device, timeout: Duration) -> Result<Peers> {
+fn meet(config: &Config, env: &WorkerEnv, device: Device) -> Result<Peers> {
+    let timeout = config.launch.collective_timeout;
     let (rank, world_size) = (env.rank as usize, env.world_size as usize);
-    let address = env.master_addr.to_string();
-    let apart = |e: tsm_torch_ext::TorchError| {
-        Coded::new(
-            exit::PEER,
-            format!(
-                "rank {rank} could not meet the other {} ranks at {address}:{}: {e}",
-                world_size - 1,
-                env.master_port
-            ),
-        )
+    let at = match env.master_port {
+        0 => format!("through {}", config.run.dir.display()),
+        port => format!("at {}:{port}", env.master_addr),
     };
-    let store =
-        Store::tcp(&address, env.master_port, world_size, rank == 0, timeout).map_err(apart)?;
+    let apart = |e: tsm_torch_ext::TorchError| {
+        let others = world_size - 1;
+        let text = format!("rank {rank} could not meet the other {others} ranks {at}: {e}");
+        Coded::new(exit::PEER, text)
+    };
+    let named = std::env::var("GLOO_SOCKET_IFNAME").ok();
+    let (store, interface) = if env.master_port == 0 {
+        let met = rendezvous::meet(env, &config.run.dir, timeout)?;
+        (met.store, named.unwrap_or(met.interface))
+    } else {
+        let address = env.master_addr.to_string();
+        let store = Store::tcp(&address, env.master_port, world_size, rank == 0, timeout);
+        (store.map_err(apart)?, named.unwrap_or_default())
+    };
     let group = match device {
         Device::Cuda(index) => ProcessGroup::nccl(&store, rank, world_size, index, timeout),
-        _ => {
-            let interface = std::env::var("GLOO_SOCKET_IFNAME").unwrap_or_default();
-            ProcessGroup::gloo(&store, rank, world_size, &interface, timeout, 2)
-        }
+        _ => ProcessGroup::gloo(&store, rank, world_size, &interface, timeout, 2),
     }
     .map_err(apart)?;
     Peers::join(Link {
         store: Arc::new(store),
         group: Arc::new(group),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transport_of_another_device_is_refused() {
+        let (cpu, gpu) = (Device::Cpu, Device::Cuda(0));
+        for (collectives, device, refused) in [
+            (Collectives::Auto, cpu, false),
+            (Collectives::Auto, gpu, false),
+            (Collectives::Gloo, cpu, false),
+            (Collectives::Gloo, gpu, true),
+            (Collectives::Nccl, cpu, true),
+            (Collectives::Nccl, gpu, false),
+            (Collectives::Mpi, cpu, false),
+            (Collectives::Mpi, gpu, false),
+        ] {
+            let outcome = check_collectives(collectives, device);
+            assert_eq!(outcome.is_err(), refused, "{collectives:?} {device:?}");
+            if let Err(e) = outcome {
+                assert_eq!(e.code, exit::CONFIG);
+            }
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! One optimizer step: forward, loss, backward with overlapped reduction, update.
 
+use super::pace::Pace;
 use super::place::Place;
 use crate::ddp::{Ddp, Peers};
 use crate::model::Network;
@@ -9,6 +10,7 @@ use anyhow::Result;
 use std::sync::Arc;
 use tch::{Kind, Reduction, Tensor};
 use tsm_job::Config;
+use tsm_torch_ext::cuda::Event;
 use tsm_torch_ext::ops;
 
 /// Everything that a step changes.
@@ -28,6 +30,8 @@ pub struct MicroStep {
     pub loss: Tensor,
     /// float32 `[n, k]`, detached.
     pub logits_nk: Tensor,
+    /// When this rank had all its gradients, before it waits for the others'; `None` on the CPU.
+    pub gradients: Option<Event>,
 }
 
 impl Stepper {
@@ -83,6 +87,16 @@ impl Stepper {
         self.ddp.zero()
     }
 
+    /// Makes this rank vote to stop after this step; after [`Self::begin`].
+    pub fn vote(&self) -> Result<()> {
+        self.ddp.vote()
+    }
+
+    /// The votes of all ranks, after the last micro step: see [`Ddp::votes`].
+    pub fn votes(&self) -> Result<Tensor> {
+        self.ddp.votes()
+    }
+
     /// Forward and backward of one micro step; the `last` one of a step averages the gradients
     /// over the ranks. `frames` is `[n * t, 3, h, w]`, `labels_n` int64 `[n]`, and `step_samples`
     /// the clips of the whole step over ranks and micro steps, so that every clip weighs the same
@@ -109,10 +123,12 @@ impl Stepper {
         )?;
         let loss = sum * (f64::from(self.peers.world_size()) / step_samples as f64);
         ops::backward(&self.precision.scale_loss(&loss))?;
+        let gradients = Pace::event(frames.device())?;
         self.ddp.finish()?;
         Ok(MicroStep {
             loss: loss.detach(),
             logits_nk: logits.detach(),
+            gradients,
         })
     }
 

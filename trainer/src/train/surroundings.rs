@@ -3,41 +3,55 @@
 use super::Place;
 use anyhow::Result;
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::path::PathBuf;
 use std::time::SystemTime;
 use tsm_job::exit::{self, Coded};
 use tsm_job::{Config, RunDir, WorkerEnv};
 
-/// The run folder of the launcher, or one of our own for a trainer started alone.
+/// The run folder of the launcher, or a new one of our own for a trainer started without it. For
+/// rank 0, the only one that writes.
+///
+/// # Errors
+/// It cannot be made (exit code CANNOT_WRITE).
 pub fn run_dir(config: &Config, env: &WorkerEnv) -> Result<RunDir> {
-    let path = match &env.run_dir {
-        Some(path) => path.clone(),
-        None => {
-            let seconds = SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(0, |d| d.as_secs());
-            config
-                .run
-                .dir
-                .join(format!("{}-{seconds}", config.run.name))
-        }
+    let cannot = |e: std::io::Error| {
+        Coded::new(
+            exit::CANNOT_WRITE,
+            format!("cannot write the run folder: {e}"),
+        )
     };
-    let run = RunDir::new(path);
-    if env.rank == 0 {
-        let cannot = |e: std::io::Error| {
-            Coded::new(
-                exit::CANNOT_WRITE,
-                format!("cannot write the run folder: {e}"),
-            )
-        };
-        for folder in [run.tb(), run.checkpoints()] {
-            fs_err::create_dir_all(folder).map_err(cannot)?;
-        }
-        if env.run_dir.is_none() {
-            fs_err::write(run.config(), config.to_yaml()).map_err(cannot)?;
-            println!("run folder {}", run.path().display());
-        }
+    let run = match &env.run_dir {
+        Some(path) => RunDir::new(path),
+        None => RunDir::new(new_folder(config).map_err(cannot)?),
+    };
+    for folder in [run.tb(), run.checkpoints()] {
+        fs_err::create_dir_all(folder).map_err(cannot)?;
+    }
+    if env.run_dir.is_none() {
+        fs_err::write(run.config(), config.to_yaml()).map_err(cannot)?;
+        println!("run folder {}", run.path().display());
     }
     Ok(run)
+}
+
+/// `<name>-<seconds>`, with a number behind it for a second run of one second.
+fn new_folder(config: &Config) -> std::io::Result<PathBuf> {
+    let seconds = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs());
+    let name = format!("{}-{seconds}", config.run.name.replace('/', "-"));
+    fs_err::create_dir_all(&config.run.dir)?;
+    let mut path = config.run.dir.join(&name);
+    let mut attempt = 1;
+    while let Err(e) = fs_err::create_dir(&path) {
+        if e.kind() != ErrorKind::AlreadyExists {
+            return Err(e);
+        }
+        attempt += 1;
+        path = config.run.dir.join(format!("{name}-{attempt}"));
+    }
+    Ok(path)
 }
 
 /// Hardware and versions, by name.

@@ -4,16 +4,28 @@ use super::feed::Feed;
 use super::place::Place;
 use super::step::Stepper;
 use crate::eval::{Accuracy, AccuracyResult};
+use crate::preempt;
 use anyhow::Result;
 use std::sync::Arc;
-use tch::Kind;
+use tch::{Device, Kind, Tensor};
 use tsm_data::clip::Dataset;
 use tsm_data::loader::{BadSample, LoaderSpec};
 use tsm_data::order::Share;
 use tsm_job::Config;
 use tsm_torch_ext::dist::ReduceOp;
 
-/// Runs the validation list once. All ranks return the same numbers, each its own bad samples.
+/// What all ranks know after a validation.
+pub struct Validated {
+    /// `None` when it was abandoned.
+    pub accuracy: Option<AccuracyResult>,
+    /// A rank was asked to save and leave meanwhile.
+    pub stop: bool,
+    /// This rank's own.
+    pub bad: Vec<BadSample>,
+}
+
+/// Runs the validation list once, or abandons it on all ranks when one is asked to save and leave
+/// before its share is done.
 ///
 /// # Errors
 /// A clip that cannot be read under `data.on_error: fail`, or a peer that is gone.
@@ -23,14 +35,19 @@ pub fn validate(
     stepper: &Stepper,
     feed: &mut Feed,
     dataset: &Arc<Dataset>,
-) -> Result<(AccuracyResult, Vec<BadSample>)> {
+) -> Result<Validated> {
     let share = Share::new(place.peers.rank(), place.peers.world_size());
     let spec = LoaderSpec::val(config, dataset.clone(), share);
     let mut counts = Accuracy::new(i64::from(config.model.num_classes), place.device);
     let num_clips = spec.clip.num_clips() as i64;
     let mut bad = Vec::new();
     feed.start(spec)?;
+    let mut abandoned = false;
     while let Some(batch) = feed.next()? {
+        if preempt::asked() {
+            abandoned = true;
+            break;
+        }
         bad.extend(batch.skipped.iter().cloned());
         let n = batch.n as i64;
         if n == 0 {
@@ -47,9 +64,20 @@ pub fn validate(
         );
     }
     feed.end()?;
-    let total = counts.to_tensor();
+    let counts = counts.to_tensor();
+    let flags = [abandoned, preempt::asked()].map(|flag| f64::from(u8::from(flag)));
+    let flags = Tensor::from_slice(&flags).f_to_device(place.device)?;
+    let total = Tensor::f_cat(&[&counts, &flags], 0)?;
     place
         .peers
         .all_reduce(&total, ReduceOp::Sum, "all-reduce of the validation counts")?;
-    Ok((Accuracy::from_tensor(&total).result(), bad))
+    let behind = counts.size()[0];
+    let flags: Vec<f64> = Vec::try_from(&total.f_narrow(0, behind, 2)?.to_device(Device::Cpu))?;
+    let complete = flags[0] == 0.0;
+    let accuracy = complete.then(|| Accuracy::from_tensor(&total.narrow(0, 0, behind)).result());
+    Ok(Validated {
+        accuracy,
+        stop: flags[1] > 0.0,
+        bad,
+    })
 }

@@ -15,6 +15,7 @@ use super::Setup;
 use crate::cluster::message::{NodeReport, Progress, Start};
 use crate::console::lines::Lines;
 use crate::cores;
+use crate::doctor::kmsg;
 use crate::logs::{Logs, Shown, Sink, Source, Tail};
 use crate::manifest::environment::{self, Change};
 use crate::plan::{self, REMOVED_VARIABLES, Seat, Shape, WorkerPlan, error_file};
@@ -60,6 +61,8 @@ pub struct Generation {
     descendants: Descendants,
     stuck: Vec<String>,
     began_at: Duration,
+    /// The same by the kernel's log.
+    kernel_time: Duration,
     _port: Option<Port>,
 }
 
@@ -142,7 +145,7 @@ impl Generation {
         let remove = removed.chain(identity_in_mpi(names)).collect();
         process::allow_open_files(FILES + FILES_PER_RANK * num_ranks as u64);
         Ok(Generation {
-            state: State::new(num_ranks, start.grace, start.saves),
+            state: State::new(num_ranks, start.grace, start.saves, start.shielded),
             plans,
             remove,
             dir,
@@ -162,6 +165,7 @@ impl Generation {
             descendants: Descendants::NotLooked,
             stuck: Vec::new(),
             began_at: now,
+            kernel_time: kmsg::now(),
             _port: port,
             start,
         })
@@ -205,6 +209,7 @@ impl Generation {
             env: &plan.env,
             remove: &self.remove,
             cores: &plan.cores,
+            shielded: self.start.shielded,
         };
         let log = |stderr: bool| {
             let path = self.dir.log(&self.host, plan.rank, stderr);
@@ -271,6 +276,26 @@ impl Generation {
         environment::difference(inherited, &ranks, &self.remove)
     }
 
+    /// Rank and device of each worker that was started.
+    pub fn places(&self) -> Vec<(u32, String)> {
+        let started = self.plans.iter().take(self.workers.len());
+        started
+            .map(|plan| (plan.rank, plan.device.clone()))
+            .collect()
+    }
+
+    /// Where NCCL answers on this node, where there are GPUs.
+    pub fn ras_address(&self) -> Option<String> {
+        let own = self
+            .plans
+            .first()?
+            .env
+            .iter()
+            .find(|(name, _)| name == "NCCL_RAS_ADDR");
+        own.map(|(_, value)| value.clone())
+            .or_else(|| std::env::var("NCCL_RAS_ADDR").ok())
+    }
+
     pub fn pids(&self) -> Vec<i32> {
         self.workers
             .iter()
@@ -296,7 +321,9 @@ impl Generation {
                 }) => {
                     let progress = self.progress_of(rank);
                     (progress.step, progress.epoch) = (Some(step), Some(epoch));
-                    progress.work_ms.extend(work_ms.map(|ms| ms as f32));
+                    progress
+                        .work_ms
+                        .extend(work_ms.filter(|ms| ms.is_finite()).map(|ms| ms as f32));
                     Event::Step { rank, step }
                 }
                 Happening::Said(WorkerMessage::Section { name }) => {
@@ -312,10 +339,17 @@ impl Generation {
                 }
                 Happening::Said(WorkerMessage::Failure(record)) => Event::Failing { rank, record },
                 Happening::Said(WorkerMessage::Metric { name, value }) => {
-                    self.metrics.insert(name, value);
+                    // JSON has no word for the others.
+                    if value.is_finite() {
+                        self.metrics.insert(name, value);
+                    }
                     continue;
                 }
-                Happening::Said(WorkerMessage::Hello { .. }) => continue,
+                Happening::Said(WorkerMessage::Hello { .. }) => {
+                    // That it talks is news too.
+                    self.progress_of(rank);
+                    Event::Hello { rank }
+                }
             });
         }
         Ok(events)
@@ -456,6 +490,11 @@ impl Generation {
                 self.stuck.join(", ")
             ));
         }
+        let gpus = self.plans.iter().any(|plan| plan.device.starts_with("GPU"));
+        let xids = match gpus.then(|| kmsg::xids(self.kernel_time)).flatten() {
+            Some(xids) => xids.into_iter().map(|xid| xid.text).collect(),
+            None => Vec::new(),
+        };
         let places: Vec<Place> = (0..self.workers.len()).map(place).collect();
         self.workers.iter().for_each(Worker::reap);
         self.guard.dismiss();
@@ -463,7 +502,7 @@ impl Generation {
             ranks: self.state.ranks.into_iter().zip(places).collect(),
             started_at: self.began_at,
             oom_kills: oom_kills().saturating_sub(self.oom_before),
-            xids: Vec::new(),
+            xids,
             warnings,
         }
     }

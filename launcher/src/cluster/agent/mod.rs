@@ -4,34 +4,34 @@
 //! agent's lease: without an acknowledged beat for that long it kills its ranks and leaves.
 
 mod generation;
+pub mod lease;
 
 use anyhow::Context;
-use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tsm_job::exit;
 
-use super::coordinator::FENCE;
 use super::key::Key;
 use super::link::{Link, Outbox};
-use super::message::{BEATS_PER_LEASE, Beat, FromAgent, Join, LEASE, NodeReport, ToAgent};
+use super::message::{Beat, FromAgent, Join, NodeReport, ToAgent};
 use crate::addresses::{self, ProbeListener};
 use crate::console::queue::{LIMIT, queue};
+use crate::hang::report::Inspection;
+use crate::hang::{self, ras};
 use crate::logs::Shown;
 use crate::plan::Devices;
 use crate::port::Port;
 use crate::signals::Signals;
 use crate::supervisor::{Action, Event, Phase};
 use generation::Generation;
+use lease::Lease;
 
 /// Bytes of output that may wait for the connection.
 const OUTPUT: usize = 1 << 20;
 /// How long a probe waits for the first answer, and after it for others.
 const PROBE: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_millis(300);
-/// A coordinator that was told of a signal answers within this time, or the agent stops by itself.
-const ANSWER: Duration = Duration::from_secs(2);
 
 /// What an agent is made of.
 pub struct Setup {
@@ -62,8 +62,8 @@ enum Wake {
     Message(Option<ToAgent>),
     Workers(anyhow::Result<Vec<Event>>),
     Signal(i32),
-    Reached(u32, Vec<(std::net::IpAddr, String)>),
-    Inspected(u32, String),
+    Reached(u32, u32, Vec<(std::net::IpAddr, String)>),
+    Inspected(u32, Vec<Inspection>, Option<ras::Answer>),
     Drained(Vec<String>),
     StartMore,
     Time,
@@ -76,25 +76,19 @@ struct Agent {
     generation: Option<Generation>,
     /// Ports held for rank 0, and answers to probes, by generation.
     reserved: Option<(Port, Option<ProbeListener>)>,
-    seq: u64,
-    /// Beats that are not answered yet: number and time.
-    unanswered: VecDeque<(u64, Duration)>,
-    rtt: Option<Duration>,
-    lease: Duration,
-    lease_until: Duration,
-    next_beat: Duration,
+    lease: Lease,
     /// The coordinator is gone, or said so: leave when nothing runs any more.
     leaving: Option<Leave>,
-    /// When to stop for a signal by itself.
-    unheard: Option<Duration>,
     draining: Option<tokio::task::JoinHandle<Vec<String>>>,
+    /// Debuggers are at work.
+    looking: bool,
     reach: (UnboundedSender<Found>, UnboundedReceiver<Found>),
     load: crate::machine::Load,
 }
 
 enum Found {
-    Reached(u32, Vec<(std::net::IpAddr, String)>),
-    Inspected(u32, String),
+    Reached(u32, u32, Vec<(std::net::IpAddr, String)>),
+    Inspected(u32, Vec<Inspection>, Option<ras::Answer>),
 }
 
 /// Runs an agent to its end. Call on the main thread, see [`crate::process::spawn`]; inside a `LocalSet`.
@@ -119,16 +113,10 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         shown,
         generation: None,
         reserved: None,
-        seq: 0,
-        unanswered: VecDeque::new(),
-        rtt: None,
-        lease: LEASE,
-        // The first words of the coordinator may take their time; its socket tells whether it lives.
-        lease_until: now + 10 * LEASE,
-        next_beat: now,
+        lease: Lease::new(now),
         leaving: None,
-        unheard: None,
         draining: None,
+        looking: false,
         reach: unbounded_channel(),
         load: crate::machine::Load::new(),
         setup,
@@ -178,9 +166,10 @@ impl Agent {
         let deadline = self
             .deadline()
             .map(|at| tokio::time::Instant::from_std(self.setup.start + at));
-        let starting = self.generation.as_ref().is_some_and(|g| {
-            !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
-        });
+        let starting = !self.looking
+            && self.generation.as_ref().is_some_and(|g| {
+                !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
+            });
         let connected = self.leaving.is_none();
         let is_draining = self.draining.is_some();
         let (generation, draining) = (&mut self.generation, &mut self.draining);
@@ -200,8 +189,8 @@ impl Agent {
                 }
             } => Wake::Signal(signal),
             Some(found) = self.reach.1.recv() => match found {
-                Found::Reached(generation, by) => Wake::Reached(generation, by),
-                Found::Inspected(generation, text) => Wake::Inspected(generation, text),
+                Found::Reached(generation, attempt, by) => Wake::Reached(generation, attempt, by),
+                Found::Inspected(generation, looks, ras) => Wake::Inspected(generation, looks, ras),
             },
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Wake::Time,
             warnings = async {
@@ -221,12 +210,9 @@ impl Agent {
             Phase::Finished => Some(self.now() + Duration::from_millis(5)),
             _ => g.state.deadline(),
         });
-        let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease_until);
-        let beat = self.leaving.is_none().then_some(self.next_beat);
-        [decided, lease, beat, self.unheard]
-            .into_iter()
-            .flatten()
-            .min()
+        let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease.until);
+        let beat = self.leaving.is_none().then_some(self.lease.next_beat);
+        [decided, lease, beat].into_iter().flatten().min()
     }
 
     fn handle(&mut self, wake: Wake) {
@@ -235,16 +221,20 @@ impl Agent {
             Wake::Message(None) => self.cut_off("the connection to the coordinator is gone"),
             Wake::Workers(Ok(events)) => self.decide(&events),
             Wake::Workers(Err(e)) => self.cut_off(&format!("{e:#}")),
-            Wake::Signal(signal) => {
-                self.say(FromAgent::Signal { signal });
-                if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGHUP) {
-                    let now = self.now();
-                    self.unheard.get_or_insert(now + ANSWER);
-                }
-            }
-            Wake::Reached(generation, by) => self.say(FromAgent::Reached { generation, by }),
-            Wake::Inspected(generation, text) => {
-                self.say(FromAgent::Inspected { generation, text })
+            // The coordinator decides; if it does not answer, the lease runs out.
+            Wake::Signal(signal) => self.say(FromAgent::Signal { signal }),
+            Wake::Reached(generation, attempt, by) => self.say(FromAgent::Reached {
+                generation,
+                attempt,
+                by,
+            }),
+            Wake::Inspected(generation, looks, ras) => {
+                self.looking = false;
+                self.say(FromAgent::Inspected {
+                    generation,
+                    looks,
+                    ras,
+                });
             }
             Wake::Drained(warnings) => self.conclude(warnings),
             Wake::StartMore => self.start_more(),
@@ -256,30 +246,22 @@ impl Agent {
         let now = self.now();
         let number = self.generation.as_ref().map(|g| g.start.generation);
         match message {
-            ToAgent::Welcome { lease } => {
-                (self.lease, self.lease_until) = (lease, now + lease);
-                self.next_beat = now;
-            }
+            ToAgent::Welcome { lease } => self.lease.begin(lease, now),
             ToAgent::Ack { seq } => {
-                while let Some(&(number, sent)) = self.unanswered.front()
-                    && number <= seq
-                {
-                    self.unanswered.pop_front();
-                    if number == seq {
-                        self.rtt = Some(now.saturating_sub(sent));
-                        self.lease_until = self.lease_until.max(sent + self.lease);
-                    }
-                }
+                self.lease.answered(seq, now);
                 if !self.setup.local
                     && let Some(generation) = &mut self.generation
                 {
-                    let left = self.lease_until.saturating_sub(now);
-                    generation.lease(left + FENCE / 2);
+                    generation.lease(self.lease.guard(now));
                 }
             }
-            ToAgent::Reserve { generation } => match self.reserve(generation) {
+            ToAgent::Reserve {
+                generation,
+                attempt,
+            } => match self.reserve(generation) {
                 Ok((master_port, probe_port)) => self.say(FromAgent::Reserved {
                     generation,
+                    attempt,
                     master_port,
                     probe_port,
                 }),
@@ -287,9 +269,12 @@ impl Agent {
             },
             ToAgent::Probe {
                 generation,
+                attempt,
                 addresses,
                 port,
-            } => self.probe(generation, addresses, port),
+            } => self.probe(generation, attempt, addresses, port),
+            // It waited here while the agent was stopped: the coordinator may have given this node up since.
+            ToAgent::Start(_) if !self.setup.local && self.lease.is_over(now) => {}
             ToAgent::Start(start) => {
                 let generation = start.generation;
                 if number.is_some() {
@@ -302,7 +287,7 @@ impl Agent {
                 match Generation::prepare(&self.setup, *start, now) {
                     Ok(mut generation) => {
                         if !self.setup.local {
-                            generation.lease(self.lease_until.saturating_sub(now) + FENCE / 2);
+                            generation.lease(self.lease.guard(now));
                         }
                         self.generation = Some(generation);
                         self.start_more();
@@ -315,7 +300,6 @@ impl Agent {
                 signal,
                 grace,
             } if number == Some(generation) => {
-                self.unheard = None;
                 self.decide(&[Event::Stop { signal, grace }]);
             }
             ToAgent::Signal { generation, signal } if number == Some(generation) => {
@@ -324,10 +308,9 @@ impl Agent {
             ToAgent::Kill { generation } if number == Some(generation) => {
                 self.decide(&[Event::KillAll])
             }
-            ToAgent::Inspect {
-                generation,
-                local_ranks,
-            } if number == Some(generation) => self.inspect(generation, &local_ranks),
+            ToAgent::Inspect { generation } if number == Some(generation) => {
+                self.inspect(generation)
+            }
             ToAgent::Exit { code, message } => {
                 self.decide(&[Event::KillAll]);
                 self.leaving = Some(Leave { code, message });
@@ -358,7 +341,13 @@ impl Agent {
         Ok(numbers)
     }
 
-    fn probe(&mut self, generation: u32, addresses: Vec<std::net::IpAddr>, port: u16) {
+    fn probe(
+        &mut self,
+        generation: u32,
+        attempt: u32,
+        addresses: Vec<std::net::IpAddr>,
+        port: u16,
+    ) {
         let (found, key) = (self.reach.0.clone(), self.setup.key.clone());
         tokio::task::spawn_local(async move {
             let check = |nonce: [u8; 16], answer: [u8; 32]| {
@@ -367,45 +356,34 @@ impl Agent {
                     .is_some_and(|key| super::wire::is_proof(key, nonce, of, &answer))
             };
             let by = addresses::reach(&addresses, port, check, PROBE, LINGER).await;
-            let _ = found.send(Found::Reached(generation, by));
+            let _ = found.send(Found::Reached(generation, attempt, by));
         });
     }
 
-    fn inspect(&mut self, generation: u32, local_ranks: &[u32]) {
-        let Some(current) = &self.generation else {
+    /// Looks into the ranks with debuggers and the like, which takes its time. No worker is started meanwhile: a
+    /// debugger would inherit its socket.
+    fn inspect(&mut self, generation: u32) {
+        let Some(current) = self.generation.as_ref().filter(|_| !self.looking) else {
             return;
         };
-        let (pids, first, host) = (
-            current.pids(),
-            current.start.first_rank,
-            self.setup.host.clone(),
-        );
-        let chosen: Vec<(u32, i32)> = local_ranks
-            .iter()
-            .filter_map(|&local| Some((first + local, *pids.get(local as usize)?)))
-            .collect();
+        self.looking = true;
+        let (pids, ras) = (current.pids(), current.ras_address());
+        let places: Vec<(u32, String)> = current.places();
+        let host = self.setup.host.clone();
         let found = self.reach.0.clone();
-        // It runs debuggers, which take their time.
-        let look = move || {
-            let text = |(rank, pid): &(u32, i32)| {
-                format!(
-                    "rank {rank} on {host}, pid {pid}\n{}",
-                    crate::hang::stacks::describe(*pid)
-                )
+        let looked = hang::look_into(hang::stacks::Probe::default(), pids, ras);
+        tokio::task::spawn_local(async move {
+            let findings = looked.await;
+            let (processes, ras) = findings.map_or((Vec::new(), None), |f| (f.processes, f.ras));
+            let look = |((rank, device), process): ((u32, String), _)| Inspection {
+                rank,
+                host: host.clone(),
+                device,
+                process,
             };
-            let text = chosen.iter().map(text).collect::<Vec<_>>().join("\n");
-            let _ = found.send(Found::Inspected(generation, text));
-        };
-        if std::thread::Builder::new()
-            .name("inspect".into())
-            .spawn(look)
-            .is_err()
-        {
-            let _ = self.reach.0.send(Found::Inspected(
-                generation,
-                "no thread for a look at the ranks".into(),
-            ));
-        }
+            let looks = places.into_iter().zip(processes).map(look).collect();
+            let _ = found.send(Found::Inspected(generation, looks, ras));
+        });
     }
 
     fn start_more(&mut self) {
@@ -496,19 +474,11 @@ impl Agent {
     /// What is due by the clock alone.
     fn tick(&mut self) {
         let now = self.now();
-        if !self.setup.local && self.leaving.is_none() && now >= self.lease_until {
-            let lease = tsm_job::config::duration::format(self.lease);
+        if !self.setup.local && self.leaving.is_none() && self.lease.is_over(now) {
+            let lease = tsm_job::config::duration::format(self.lease.length());
             self.cut_off(&format!("no answer from the coordinator for {lease}"));
         }
-        if self.unheard.is_some_and(|at| now >= at) {
-            self.unheard = None;
-            if self.generation.is_none() {
-                self.cut_off("stopped by a signal");
-            } else {
-                self.cut_off("stopped by a signal, and the coordinator does not answer");
-            }
-        }
-        if self.leaving.is_none() && now >= self.next_beat {
+        if self.leaving.is_none() && now >= self.lease.next_beat {
             self.beat(now);
         }
         if let Some(generation) = &self.generation
@@ -520,9 +490,7 @@ impl Agent {
     }
 
     fn beat(&mut self, now: Duration) {
-        self.seq += 1;
-        self.next_beat = now + self.lease / BEATS_PER_LEASE;
-        self.unanswered.push_back((self.seq, now));
+        let seq = self.lease.beat(now);
         let (load, mem_used_bytes) = self.load.read(now);
         let (ranks, metrics) = self
             .generation
@@ -530,10 +498,10 @@ impl Agent {
             .map(Generation::news)
             .unwrap_or_default();
         let beat = Beat {
-            seq: self.seq,
+            seq,
             generation: self.generation.as_ref().map_or(0, |g| g.start.generation),
             at: now,
-            rtt: self.rtt,
+            rtt: self.lease.rtt,
             ranks,
             metrics,
             load,
@@ -579,10 +547,13 @@ impl Agent {
             let number = generation.start.generation;
             let report: NodeReport = generation.conclude(warnings);
             self.reserved = None;
-            self.say(FromAgent::Clean {
-                generation: number,
-                report: Box::new(report),
-            });
+            // Ranks that were killed since this node was cut off did not fail: the node is lost.
+            if self.leaving.is_none() {
+                self.say(FromAgent::Clean {
+                    generation: number,
+                    report: Box::new(report),
+                });
+            }
         }
     }
 }

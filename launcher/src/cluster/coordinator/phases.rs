@@ -11,11 +11,14 @@ use super::{
     Phase, REPORT, State, nodes, record, send,
 };
 use crate::addresses;
-use crate::cluster::message::{Beat, Join, NodeReport, Start, ToAgent};
+use crate::cluster::message::{Beat, Join, NodeReport, Severity, Start, ToAgent};
 use crate::cluster::policy::LeftOut;
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
+use crate::doctor::{self, ClockSample};
 use crate::end::{End, signal_name};
 use crate::hang::progress::{Event as Pace, Tracker};
+use crate::hang::ras::Answer;
+use crate::hang::report::{Inspection as Look, report};
 use crate::manifest::environment::Change;
 use crate::supervisor::count;
 
@@ -155,6 +158,9 @@ impl State {
         if matches!(self.phase, Phase::Leave { .. }) {
             return;
         }
+        if self.member(id).is_some() {
+            self.gone.insert(id, node.clone());
+        }
         actions.push(record(
             "lost",
             json!({"node": id, "host": host, "how": how}),
@@ -227,7 +233,17 @@ impl State {
                 actions.push(Action::Notice(format!(
                     "{name}{place}: stopping {ranks}{again}"
                 )));
+                self.interrupted = vec![place.into()];
                 self.stop(Cause::Signal(signal), signal, now, actions);
+            }
+            // The same key, pressed once, reaches an agent with a terminal of its own as well.
+            Phase::Stop { .. }
+                if signal == libc::SIGINT
+                    && self.cause == Some(Cause::Signal(signal))
+                    && !self.interrupted.iter().any(|p| p == place) =>
+            {
+                self.interrupted.push(place.into());
+                self.end_by(Cause::Signal(signal));
             }
             Phase::Stop { .. } if signal == libc::SIGINT => {
                 actions.push(Action::Notice("killing the workers".into()));
@@ -256,7 +272,10 @@ impl State {
 
     /// Keeps a stop that was begun for another reason from being followed by a new start.
     fn end_by(&mut self, cause: Cause) {
-        if matches!(self.cause, Some(Cause::Grow | Cause::Hang { .. })) {
+        let killed = cause == Cause::Signal(libc::SIGINT);
+        if matches!(self.cause, Some(Cause::Grow | Cause::Hang { .. }))
+            || (killed && self.cause == Some(Cause::Preempt))
+        {
             self.cause = Some(cause);
         }
         self.last = true;
@@ -267,6 +286,8 @@ impl State {
         actions.push(Action::Notice(format!(
             "{why}: the workers save and end, grace {grace}"
         )));
+        // Whatever comes of it, the nodes are wanted back.
+        self.last = true;
         self.stop(Cause::Preempt, libc::SIGUSR2, now, actions);
     }
 
@@ -451,26 +472,81 @@ impl State {
             return;
         }
         self.members = assign(&self.places, &candidates, max);
+        if self.generation == 0 && !self.compare_nodes(now, actions) {
+            return;
+        }
         self.places = self.members.iter().map(|m| m.id).collect();
         (self.cause, self.inspection) = (None, None);
+        self.interrupted.clear();
         self.reports.clear();
         self.lost.clear();
+        self.gone.clear();
+        self.attempt += 1;
         self.progress.clear();
         (self.checkpoint_step, self.steps) = (None, None);
-        let ports = if self.members.len() == 1 {
-            Some((0, 0))
-        } else {
-            None
-        };
+        // Another node answers first: it may be heard for the last time before it learns of its lease, which then
+        // ends later than anybody here would think.
+        let here = |m: &Member| self.nodes.get(&m.id).is_some_and(|n| n.local);
+        let alone = self.members.len() == 1 && self.members.iter().all(here);
+        let ports = alone.then_some((0, 0));
         self.phase = Phase::Form {
             deadline: now + FORM,
             ports,
         };
         if ports.is_none() {
-            let generation = self.generation;
-            actions.push(send(self.members[0].id, ToAgent::Reserve { generation }));
+            let (generation, attempt) = (self.generation, self.attempt);
+            let reserve = ToAgent::Reserve {
+                generation,
+                attempt,
+            };
+            actions.push(send(self.members[0].id, reserve));
         }
         self.try_to_start(now, actions);
+    }
+
+    /// Tells what differs between the nodes; false when the job would fail of it.
+    fn compare_nodes(&mut self, now: Duration, actions: &mut Vec<Action>) -> bool {
+        let joined: Vec<&Node> = self
+            .members
+            .iter()
+            .filter_map(|m| self.nodes.get(&m.id))
+            .collect();
+        if joined.len() < 2 {
+            return true;
+        }
+        let joins: Vec<&Join> = joined.iter().map(|n| &n.join).collect();
+        let looked: Vec<&Join> = joins
+            .iter()
+            .copied()
+            .filter(|j| j.facts.clock_ms > 0)
+            .collect();
+        let clock = |join: &&Join| ClockSample {
+            host: join.host.clone(),
+            sent_ms: join.facts.clock_ms,
+            received_ms: join.received_ms,
+            rtt: Duration::ZERO,
+        };
+        let mut findings = doctor::across(&joins);
+        findings.extend(doctor::clock_findings(
+            &looked.iter().map(clock).collect::<Vec<_>>(),
+        ));
+        let of = |severity| findings.iter().filter(move |f| f.severity == severity);
+        for finding in of(Severity::Warning) {
+            actions.push(Action::Notice(format!(
+                "warning: {}\n  hint: {}",
+                finding.text, finding.hint
+            )));
+        }
+        let Some(finding) = of(Severity::Error).next() else {
+            return true;
+        };
+        let text = format!(
+            "{}\n  hint: {}; --preflight off starts all the same",
+            finding.text, finding.hint
+        );
+        actions.push(Action::Notice(text));
+        self.leave(exit::PREFLIGHT, now, actions);
+        false
     }
 
     pub(super) fn reserved(
@@ -487,7 +563,7 @@ impl State {
             return;
         }
         *ports = Some((master_port, probe_port));
-        let generation = self.generation;
+        let (generation, attempt) = (self.generation, self.attempt);
         let addresses: Vec<IpAddr> = self
             .first_addresses()
             .into_iter()
@@ -500,6 +576,7 @@ impl State {
                     member.id,
                     ToAgent::Probe {
                         generation,
+                        attempt,
                         addresses,
                         port,
                     },
@@ -586,6 +663,7 @@ impl State {
             show: job.show.clone(),
             affinity: job.affinity,
             saves: job.saves,
+            shielded: job.shielded,
         };
         for (node_rank, (member, interface)) in self.members.iter().zip(interfaces).enumerate() {
             let start = Start {
@@ -674,10 +752,17 @@ impl State {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
+        if self.member(id).is_none() {
+            return;
+        }
         let host = self.host(id).to_string();
         actions.push(Action::Notice(format!(
             "the workers on {host} cannot be started: {message}"
         )));
+        if let Phase::Form { .. } = self.phase {
+            // Nowhere else were any started.
+            return self.leave(code, now, actions);
+        }
         self.reports.insert(
             id,
             NodeReport {
@@ -690,8 +775,8 @@ impl State {
         );
         // It would fail again, here and elsewhere.
         self.last = true;
-        self.refusal.get_or_insert(code);
         if self.cause.is_none() {
+            self.refusal = Some(code);
             self.stop(Cause::Failure, libc::SIGTERM, now, actions);
         }
     }
@@ -707,7 +792,7 @@ impl State {
         if self.cause.is_some() {
             return;
         }
-        let Some(rank) = self.member(id).map(|m| m.ranks.start + local_rank) else {
+        let Some(rank) = self.member(id).and_then(|m| rank_of(m, local_rank)) else {
             return;
         };
         let others = self.world_size().saturating_sub(1) as usize;
@@ -739,8 +824,8 @@ impl State {
             return;
         };
         let host = self.host(id).to_string();
-        for (i, (rank, _)) in report.ranks.iter().enumerate() {
-            let fields = json!({"generation": self.generation, "rank": member.ranks.start + i as u32, "host": host,
+        for (number, (rank, _)) in member.ranks.clone().zip(&report.ranks) {
+            let fields = json!({"generation": self.generation, "rank": number, "host": host,
                 "end": rank.end, "order": rank.order});
             actions.push(record("exit", fields));
         }
@@ -752,7 +837,16 @@ impl State {
             };
             actions.push(Action::Notice(format!("warning: {at}{warning}")));
         }
+        let well = |end: End| end.is_success() || end == End::Code(exit::REQUEUE);
+        let failed = report
+            .ranks
+            .iter()
+            .any(|(rank, _)| !rank.end.is_some_and(well));
         self.reports.insert(id, report);
+        // It was not said before where a rank that saved by itself was not followed by the others in time.
+        if failed && self.cause.is_none() {
+            self.stop(Cause::Failure, libc::SIGTERM, now, actions);
+        }
         member.ranks.for_each(|rank| self.watch.ended(rank, now));
     }
 
@@ -775,11 +869,13 @@ impl State {
         {
             return;
         }
-        let Some(first) = self.member(id).map(|m| m.ranks.start) else {
+        let Some(member) = self.member(id).cloned() else {
             return;
         };
         for progress in beat.ranks {
-            let number = first + progress.local_rank;
+            let Some(number) = rank_of(&member, progress.local_rank) else {
+                continue;
+            };
             let rank = self.progress.entry(number).or_default();
             rank.take(&progress, now);
             if let Some(step) = progress.step {
@@ -825,12 +921,14 @@ impl State {
         if let Some(inspection) = &self.inspection {
             if now >= inspection.deadline || inspection.waiting.is_empty() {
                 let inspection = self.inspection.take().unwrap_or_default();
-                let cause = Cause::Hang {
-                    late: inspection.late,
-                    text: inspection.texts.join("\n"),
-                    at: inspection.found,
+                let report = report(&self.watch, &inspection.looks, inspection.ras.as_ref(), now);
+                let late = if report.late.is_empty() {
+                    inspection.late
+                } else {
+                    report.late
                 };
-                self.stop(cause, libc::SIGTERM, now, actions);
+                let (text, at) = (report.text, inspection.found);
+                self.stop(Cause::Hang { late, text, at }, libc::SIGTERM, now, actions);
             }
             return;
         }
@@ -864,39 +962,32 @@ impl State {
         }
     }
 
-    /// Asks the nodes of the late ranks what those are doing.
+    /// Asks all nodes what their ranks are doing: the late ones are understood beside the others.
     fn inspect(&mut self, late: Vec<u32>, now: Duration, actions: &mut Vec<Action>) {
-        let mut waiting = Vec::new();
-        for member in &self.members {
-            let local_ranks: Vec<u32> = late
-                .iter()
-                .filter(|r| member.ranks.contains(r))
-                .map(|r| r - member.ranks.start)
-                .collect();
-            if !local_ranks.is_empty() && self.nodes.contains_key(&member.id) {
-                waiting.push(member.id);
-                actions.push(send(
-                    member.id,
-                    ToAgent::Inspect {
-                        generation: self.generation,
-                        local_ranks,
-                    },
-                ));
-            }
-        }
+        self.to_members(|generation| ToAgent::Inspect { generation }, actions);
         self.inspection = Some(Inspection {
             late,
-            texts: Vec::new(),
-            waiting,
+            looks: Vec::new(),
+            ras: None,
+            waiting: self
+                .members
+                .iter()
+                .map(|m| m.id)
+                .filter(|id| self.is_awaited(*id))
+                .collect(),
             found: now,
             deadline: now + INSPECT,
         });
     }
 
-    pub(super) fn inspected(&mut self, id: NodeId, text: String) {
+    pub(super) fn inspected(&mut self, id: NodeId, looks: Vec<Look>, ras: Option<Answer>) {
         if let Some(inspection) = &mut self.inspection {
             inspection.waiting.retain(|&node| node != id);
-            inspection.texts.push(text);
+            inspection.looks.extend(looks);
+            let knows = |answer: &Answer| answer.status.nccl.is_some();
+            if inspection.ras.is_none() || ras.as_ref().is_some_and(knows) {
+                inspection.ras = ras.or(inspection.ras.take());
+            }
             if inspection.waiting.is_empty() {
                 // The next look finds it due.
                 inspection.deadline = Duration::ZERO;
@@ -953,13 +1044,12 @@ impl State {
     }
 
     pub(super) fn host(&self, id: NodeId) -> &str {
-        match self.nodes.get(&id) {
-            Some(node) => &node.join.host,
-            None => self
-                .lost
-                .iter()
-                .find(|l| l.member.id == id)
-                .map_or("a lost node", |l| &l.host),
-        }
+        self.known(id).map_or("a lost node", |n| &n.join.host)
     }
+}
+
+/// Number in the job of a node's rank; `None` for one that the node does not have.
+fn rank_of(member: &Member, local_rank: u32) -> Option<u32> {
+    let rank = member.ranks.start.checked_add(local_rank)?;
+    member.ranks.contains(&rank).then_some(rank)
 }

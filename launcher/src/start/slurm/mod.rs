@@ -27,6 +27,7 @@ mod job;
 pub mod nodelist;
 mod srun;
 mod submit;
+mod turn;
 
 pub use allocation::{Allocation, Place, Request};
 pub use job::{
@@ -34,3 +35,4 @@ pub use job::{
 };
 pub use srun::{Srun, srun};
 pub use submit::{Options, Submit, Submitted, render};
+pub use turn::Turn;

@@ -44,7 +44,7 @@ pub struct Batch<B> {
     pub skipped: Vec<BadSample>,
     /// Time that threads spent on this batch, added up.
     pub decode_time: Duration,
-    /// Optimizer step within the epoch; in validation the number of the batch.
+    /// Optimizer step, counted from the loader's first; in validation the number of the batch.
     pub step: u64,
     /// Position within the step, below `micro_steps`.
     pub micro_step: u32,

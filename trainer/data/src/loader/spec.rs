@@ -25,16 +25,16 @@ pub struct LoaderSpec {
 }
 
 impl LoaderSpec {
-    /// Training clips of `epoch`, from step `first_step` of it on.
+    /// Training clips of `epoch`, behind the first `num_done` of its order.
     ///
     /// # Errors
-    /// With exit code [`exit::CONFIG`] if the list is too short for one step.
+    /// With exit code [`exit::CONFIG`] if no step is left, the list being too short.
     pub fn train(
         config: &Config,
         dataset: Arc<Dataset>,
         share: Share,
         epoch: u64,
-        first_step: u64,
+        num_done: u64,
     ) -> Result<LoaderSpec> {
         let train = &config.train;
         let cut = Cut {
@@ -43,7 +43,7 @@ impl LoaderSpec {
             drop_last: train.drop_last,
         };
         let seed = config.run.seed;
-        let order = TrainOrder::new(dataset.len(), seed, epoch, share, cut, first_step);
+        let order = TrainOrder::new(dataset.len(), seed, epoch, share, cut, num_done);
         if order.num_steps() == 0 {
             let message = format!(
                 "{} has {} samples, a step takes {} ({} ranks x batch_per_rank {} x accumulation {}); \

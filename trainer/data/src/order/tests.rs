@@ -9,14 +9,14 @@ fn plan(
     b: u32,
     accumulation: u32,
     drop_last: bool,
-    first: u64,
+    num_done: u64,
 ) -> TrainOrder {
     let cut = Cut {
         batch_per_rank: b,
         accumulation,
         drop_last,
     };
-    TrainOrder::new(n, 7, 3, Share::new(share.0, share.1), cut, first)
+    TrainOrder::new(n, 7, 3, Share::new(share.0, share.1), cut, num_done)
 }
 
 fn batches(order: &TrainOrder) -> Vec<BatchPlan> {
@@ -106,17 +106,17 @@ fn the_samples_of_a_step_depend_on_the_global_batch_alone() {
 fn a_final_partial_step_is_divided_evenly() {
     let mut sizes = Vec::new();
     for rank in 0..4 {
-        let last = batches(&plan(16 + 7, (rank, 4), 2, 2, false, 1));
+        let last = batches(&plan(16 + 7, (rank, 4), 2, 2, false, 16));
         assert_eq!(last.len(), 1);
         assert_eq!(
             (last[0].step, last[0].micro_steps, last[0].step_samples),
-            (1, 1, 7)
+            (0, 1, 7)
         );
         sizes.push(last[0].indices.len());
     }
     assert_eq!(sizes, [2, 2, 2, 1]);
     // 9 samples need a second micro step; no slice may be empty.
-    let last = batches(&plan(16 + 9, (3, 4), 2, 2, false, 1));
+    let last = batches(&plan(16 + 9, (3, 4), 2, 2, false, 16));
     assert_eq!(
         last.iter().map(|b| b.indices.len()).collect::<Vec<_>>(),
         [1, 1]
@@ -130,8 +130,8 @@ fn a_final_step_with_fewer_samples_than_ranks_is_left_out_and_counted() {
     let order = plan(16 + 4, (0, 4), 2, 2, false, 0);
     assert_eq!((order.num_steps(), order.num_left_out()), (2, 0));
     // 5 samples, one per rank and micro step: four ranks share four of them.
-    let order = plan(8 + 5, (3, 4), 1, 2, false, 1);
-    assert_eq!((order.num_steps(), order.num_left_out()), (2, 1));
+    let order = plan(8 + 5, (3, 4), 1, 2, false, 8);
+    assert_eq!((order.num_steps(), order.num_left_out()), (1, 1));
     assert_eq!(batches(&order).len(), 1);
 }
 
@@ -162,12 +162,44 @@ fn no_slice_is_empty_and_micro_steps_agree() {
 }
 
 #[test]
-fn starting_at_a_step_continues_the_epoch() {
+fn starting_behind_whole_steps_continues_the_epoch() {
     let whole = batches(&plan(103, (1, 2), 4, 2, false, 0));
-    let rest = batches(&plan(103, (1, 2), 4, 2, false, 3));
-    assert_eq!(whole[6..], rest[..]);
-    assert_eq!(rest[0].step, 3);
-    assert!(batches(&plan(103, (1, 2), 4, 2, false, 7)).is_empty());
+    let rest = batches(&plan(103, (1, 2), 4, 2, false, 3 * 16));
+    let content = |all: &[BatchPlan]| -> Vec<(u32, Vec<u64>)> {
+        let pair = |b: &BatchPlan| (b.micro_step, b.indices.clone());
+        all.iter().map(pair).collect()
+    };
+    assert_eq!(content(&whole[6..]), content(&rest));
+    assert_eq!(rest[0].step, 0);
+    assert!(batches(&plan(103, (1, 2), 4, 2, false, 103)).is_empty());
+}
+
+/// Ranks that come and go inside an epoch: each crew takes some steps and hands over by samples.
+#[test]
+fn no_sample_comes_twice_however_often_the_number_of_ranks_changes() {
+    for drop_last in [true, false] {
+        let (n, mut done) = (211, 0);
+        let mut seen = BTreeSet::new();
+        for (world, num_steps) in [(4, 3), (3, 2), (2, 4), (5, 1), (4, u64::MAX)] {
+            let of = |rank| plan(n, (rank, world), 3, 2, drop_last, done);
+            let taken = num_steps.min(of(0).num_steps());
+            for batch in (0..world).flat_map(|rank| batches(&of(rank))) {
+                if batch.step < taken {
+                    for i in batch.indices {
+                        assert!(seen.insert(i), "{i} twice");
+                    }
+                }
+            }
+            if taken < num_steps {
+                let left_out = of(0).num_left_out();
+                assert!(left_out < if drop_last { 4 * 3 * 2 } else { 4 });
+                assert_eq!(seen.len() as u64 + left_out, n);
+            } else {
+                done += taken * of(0).global_batch();
+                assert_eq!(seen.len() as u64, done);
+            }
+        }
+    }
 }
 
 #[test]

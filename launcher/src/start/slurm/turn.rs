@@ -1,0 +1,213 @@
+//! One turn of a job: from where SLURM starts it to where it asks to be queued again.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+use tsm_job::RunDir;
+use tsm_job::exit;
+
+use super::allocation::{Allocation, Place};
+use super::job::{
+    Allowed, Ended, Entry, Job, Slurm, StopCause, on_entry, run_folder_name, should_requeue,
+};
+use crate::manifest::files::checkpoints;
+
+/// A job without `--signal` saves itself so long before its end; never more than a tenth of its time.
+const LEAD: Duration = Duration::from_secs(120);
+
+/// What the job does in this turn.
+pub struct Turn {
+    pub allocation: Allocation,
+    slurm: Slurm,
+    /// As it was when the turn began; `None` where SLURM did not answer.
+    job: Option<Job>,
+}
+
+impl Turn {
+    /// Asks SLURM about the job, which takes it some ten milliseconds.
+    pub fn begin(allocation: Allocation) -> Turn {
+        let slurm = Slurm::default();
+        let job = slurm.job(allocation.job).ok();
+        Turn {
+            allocation,
+            slurm,
+            job,
+        }
+    }
+
+    /// Its run folder, the same in every turn.
+    pub fn folder(&self, root: &Path, run: &str) -> PathBuf {
+        root.join(run_folder_name(run, self.allocation.job))
+    }
+
+    /// What to do with that folder.
+    pub fn entry(&self, folder: &Path) -> Entry {
+        let text = fs_err::read_to_string(RunDir::new(folder).manifest()).ok();
+        let manifest = text.and_then(|t| serde_json::from_str::<serde_json::Value>(&t).ok());
+        let last = manifest.as_ref().map(|m| {
+            let outcome = m["outcome"].as_str().unwrap_or("running");
+            let code = m["exit_code"].as_i64();
+            (outcome, code.and_then(|code| i32::try_from(code).ok()))
+        });
+        on_entry(self.allocation.restart_count, last)
+    }
+
+    /// How long until the job should save itself, if it has a time limit.
+    pub fn save_in(&self, now: SystemTime) -> Option<Duration> {
+        let job = self.job.as_ref()?;
+        let end = self
+            .allocation
+            .end
+            .or(job.end.filter(|_| job.limit.is_some()))?;
+        let left = end.duration_since(now).unwrap_or_default();
+        let lead = job.limit.map_or(LEAD, |limit| LEAD.min(limit / 10));
+        Some(left.saturating_sub(lead))
+    }
+
+    /// For the question why this job is being stopped, which waits for SLURM.
+    pub fn asker(&self) -> impl Fn() -> StopCause + Send + 'static {
+        let (slurm, job) = (self.slurm.clone(), self.allocation.job);
+        let restart_count = self.allocation.restart_count;
+        move || {
+            let job = slurm.job(job);
+            job.map_or(StopCause::Other, |job| job.stop_cause(restart_count))
+        }
+    }
+
+    /// Queues the job again where that is right, and says what was done. SLURM then ends this process.
+    /// `stopped`: SLURM had a reason of its own to end the turn.
+    pub fn end(
+        &self,
+        code: i32,
+        outcome: &str,
+        folder: &Path,
+        stopped: Option<StopCause>,
+    ) -> Option<String> {
+        let job = self.allocation.job;
+        if code != exit::REQUEUE || self.allocation.place != Place::Batch {
+            return None;
+        }
+        if stopped == Some(StopCause::Requeued) {
+            return Some(format!("SLURM has queued job {job} again"));
+        }
+        let ended = Ended {
+            exit_code: code,
+            outcome,
+            restart_count: self.allocation.restart_count,
+            fruitless: fruitless(folder),
+        };
+        let allowed = Allowed {
+            requeue: self.job.as_ref().is_none_or(|job| job.requeue),
+            limit: None,
+        };
+        Some(match should_requeue(ended, allowed) {
+            Err(why) => format!("job {job} is not queued again: {why}"),
+            Ok(()) => match self.slurm.requeue(job) {
+                Ok(()) => format!("job {job} is queued again, and goes on from here"),
+                Err(e) => format!("warning: {e}"),
+            },
+        })
+    }
+}
+
+/// How many turns in a row, up to the present one, have ended with the same newest checkpoint.
+fn fruitless(folder: &Path) -> u32 {
+    let run = RunDir::new(folder);
+    let newest = checkpoints(&run).iter().map(|c| c.step).max();
+    let before = (1..)
+        .map(|n| folder.join(format!("manifest-{n}.json")))
+        .take_while(|path| path.is_file());
+    let step_of = |path: PathBuf| {
+        let text = fs_err::read_to_string(path).ok()?;
+        let manifest: serde_json::Value = serde_json::from_str(&text).ok()?;
+        let steps = manifest["checkpoints"].as_array()?.iter();
+        steps.filter_map(|c| c["step"].as_u64()).max()
+    };
+    let mut turns: Vec<Option<u64>> = before.map(step_of).collect();
+    turns.reverse();
+    let same = turns.iter().take_while(|step| **step == newest).count();
+    match (newest, same) {
+        (None, same) => same as u32 + 1,
+        // The turn that made the checkpoint was of use.
+        (Some(_), same) => same as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::start::slurm::JobId;
+
+    fn turn(restart_count: u32) -> Turn {
+        let allocation = Allocation {
+            job: JobId { id: 7, array: None },
+            nodes: vec!["n1".into()],
+            gpus_per_node: None,
+            cpus: Vec::new(),
+            end: None,
+            restart_count,
+            place: Place::Batch,
+        };
+        Turn {
+            allocation,
+            slurm: Slurm::default(),
+            job: None,
+        }
+    }
+
+    #[test]
+    fn the_manifest_of_the_last_turn_decides_how_this_one_begins() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = turn(0).folder(root.path(), "a/b");
+        assert_eq!(folder, root.path().join("a-b-slurm-7"));
+        assert_eq!(turn(1).entry(&folder), Entry::Fresh);
+        fs_err::create_dir(&folder).unwrap();
+        for (manifest, entry) in [
+            (r#"{"outcome":"stopped","exit_code":75}"#, Entry::Resume),
+            (r#"{"outcome":"running","exit_code":null}"#, Entry::Resume),
+            (
+                r#"{"outcome":"succeeded","exit_code":0}"#,
+                Entry::AlreadyFinished(0),
+            ),
+            (
+                r#"{"outcome":"failed","exit_code":93}"#,
+                Entry::AlreadyFinished(93),
+            ),
+        ] {
+            fs_err::write(folder.join("manifest.json"), manifest).unwrap();
+            assert_eq!(turn(1).entry(&folder), entry, "{manifest}");
+            assert_eq!(turn(0).entry(&folder), Entry::Fresh);
+        }
+    }
+
+    #[test]
+    fn a_job_saves_before_its_end() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        let with = |limit: u64| {
+            let mut turn = turn(0);
+            turn.job = Some(Job {
+                limit: Some(Duration::from_secs(limit)),
+                end: Some(now + Duration::from_secs(limit)),
+                ..Job::default()
+            });
+            turn.save_in(now)
+        };
+        assert_eq!(with(3600), Some(Duration::from_secs(3480)));
+        assert_eq!(with(100), Some(Duration::from_secs(90)));
+        assert_eq!(turn(0).save_in(now), None, "SLURM did not answer");
+    }
+
+    #[test]
+    fn turns_without_a_new_checkpoint_are_counted() {
+        let root = tempfile::tempdir().unwrap();
+        let old = |n: u32, steps: &str| {
+            let text = format!(r#"{{"checkpoints":[{steps}]}}"#);
+            fs_err::write(root.path().join(format!("manifest-{n}.json")), text).unwrap();
+        };
+        assert_eq!(fruitless(root.path()), 1, "no checkpoint at all");
+        old(1, "");
+        old(2, "");
+        assert_eq!(fruitless(root.path()), 3);
+        old(2, r#"{"step":5}"#);
+        assert_eq!(fruitless(root.path()), 1);
+    }
+}

@@ -1,0 +1,255 @@
+//! The launcher in jobs of SLURM: two nodes, a rank that fails, pre-emption with requeue and resume, the
+//! time limit, and nothing that is left behind.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::cluster;
+use crate::cluster::Cluster;
+
+const LAUNCH: &str = env!("CARGO_BIN_EXE_tsm-launch");
+const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
+
+/// A worker that counts to the number in the file `goal`, 20 steps a second, goes on where it was, and saves on
+/// SIGUSR2: all that the launcher needs to know of a trainer.
+const TRAINER: &str = r#"#!/bin/bash
+steps="$TSM_RUN_DIR/steps-$RANK"
+n=$(cat "$steps" 2>/dev/null || echo 0)
+echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME from step $n, resume ${TSM_RESUME_FROM:-none}" >> "$TSM_RUN_DIR/starts"
+trap 'echo $n > "$steps"; exit 75' USR2
+while [ "$n" -lt "$(cat goal)" ]; do
+  n=$((n + 1))
+  echo "{\"kind\":\"step\",\"step\":$n,\"epoch\":0}" >&"$TSM_AGENT_FD"
+  touch "$TSM_RUN_DIR/going-$RANK"
+  sleep 0.05
+done
+echo $n > "$steps"
+"#;
+
+/// A folder of its own on the cluster, with a stand-in for the trainer and the demo's lists.
+struct Scene {
+    cluster: Arc<Cluster>,
+    dir: PathBuf,
+}
+
+impl Scene {
+    fn new(name: &str) -> Option<Scene> {
+        let cluster = cluster()?;
+        let dir = cluster.path().join(name);
+        fs_err::create_dir_all(dir.join("data/demo")).unwrap();
+        for file in ["train.txt", "val.txt", "classes.txt"] {
+            fs_err::write(dir.join("data/demo").join(file), "").unwrap();
+        }
+        let trainer = dir.join("trainer");
+        fs_err::write(&trainer, TRAINER).unwrap();
+        fs_err::set_permissions(&trainer, PermissionsExt::from_mode(0o755)).unwrap();
+        Some(Scene { cluster, dir })
+    }
+
+    /// Submits a script of two nodes that execs the launcher with these words, as `tsm-launch slurm` writes it.
+    fn submit(&self, options: &[&str], words: &str) -> crate::JobId {
+        let script = format!(
+            "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=1\n\
+             #SBATCH --requeue\n#SBATCH --open-mode=append\ncd {}\nexec {LAUNCH} {words}\n",
+            self.dir.display()
+        );
+        self.cluster.sbatch(options, &script)
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs_err::read_to_string(self.dir.join(name)).unwrap_or_default()
+    }
+
+    /// Waits for a file.
+    fn until_there(&self, path: &Path) {
+        self.cluster
+            .until(&path.display().to_string(), || path.exists().then_some(()));
+    }
+
+    /// No process that was started in this folder lives.
+    fn assert_nothing_is_left(&self) {
+        let here = |pid: &str| {
+            let cwd = fs_err::read_link(format!("/proc/{pid}/cwd")).ok()?;
+            let words = fs_err::read(format!("/proc/{pid}/cmdline")).ok()?;
+            let words = String::from_utf8_lossy(&words).replace('\0', " ");
+            (cwd.starts_with(&self.dir) && !words.is_empty()).then_some(words)
+        };
+        self.cluster.until("the end of all processes", || {
+            let all = fs_err::read_dir("/proc").unwrap().flatten();
+            let left: Vec<_> = all.filter_map(|e| here(e.file_name().to_str()?)).collect();
+            left.is_empty().then_some(())
+        });
+    }
+}
+
+#[test]
+fn a_job_of_two_nodes_finds_everything_by_itself() {
+    let Some(scene) = Scene::new("two") else {
+        return;
+    };
+    let job = scene.submit(
+        &[],
+        r#"--cpus 2 --run-dir run -- sh -c 'echo rank $RANK of $WORLD_SIZE node $NODE_RANK on $SLURMD_NODENAME'"#,
+    );
+    let end = scene.cluster.wait(job);
+    let said = scene.cluster.job_output(job);
+    assert_eq!(
+        (end.state.as_str(), end.exit),
+        ("COMPLETED", (0, 0)),
+        "{said}"
+    );
+    let nodes: Vec<String> = tsm_launch::start::slurm::nodelist::expand(&end.nodes).unwrap();
+    for rank in 0..4 {
+        let line = format!("rank {rank} of 4 node {} on {}", rank / 2, nodes[rank / 2]);
+        assert!(said.contains(&line), "{line}\n{said}");
+        let log = scene.read(&format!("run/logs/{}-{rank}.out", nodes[rank / 2]));
+        assert_eq!(log.trim(), line);
+    }
+    let manifest: serde_json::Value =
+        serde_json::from_str(&scene.read("run/manifest.json")).unwrap();
+    assert_eq!(
+        (&manifest["outcome"], &manifest["world_size"]),
+        (&"succeeded".into(), &4.into())
+    );
+    scene.assert_nothing_is_left();
+}
+
+#[test]
+fn a_rank_that_fails_on_the_other_node_ends_the_job_with_its_code() {
+    let Some(scene) = Scene::new("fails") else {
+        return;
+    };
+    let job = scene.submit(
+        &[],
+        r#"--cpus 2 --run-dir run -- sh -c 'if [ $RANK = 3 ]; then echo "the disk is on fire" >&2; exit 17; fi; exec sleep 300'"#,
+    );
+    let end = scene.cluster.wait(job);
+    let said = scene.cluster.job_output(job);
+    assert_eq!((end.state.as_str(), end.exit.0), ("FAILED", 17), "{said}");
+    let node = tsm_launch::start::slurm::nodelist::expand(&end.nodes)
+        .unwrap()
+        .remove(1);
+    for part in [
+        "rank 3 failed first: exit code 17".to_string(),
+        format!("host {node}"),
+        "the disk is on fire".into(),
+    ] {
+        assert!(said.contains(&part), "{part}\n{said}");
+    }
+    assert!(!said.contains("queued again, and goes on"), "{said}");
+    scene.assert_nothing_is_left();
+}
+
+/// The folder of the run of `job`, below `runs`.
+fn run_of(scene: &Scene, job: crate::JobId) -> PathBuf {
+    scene.dir.join(format!("runs/demo-slurm-{job}"))
+}
+
+#[test]
+fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
+    let Some(scene) = Scene::new("preempted") else {
+        return;
+    };
+    fs_err::write(scene.dir.join("goal"), "100000").unwrap();
+    let nodes = "--nodelist=n[1-2]";
+    let job = scene.submit(
+        &["--partition=low", nodes],
+        &format!("--trainer trainer --cpus 1 {DEMO}"),
+    );
+    let run = run_of(&scene, job);
+    for rank in 0..2 {
+        scene.until_there(&run.join(format!("going-{rank}")));
+    }
+    let script = "#!/bin/bash\nuntil [ -e ".to_string()
+        + &scene.dir.join("go").display().to_string()
+        + " ]; do sleep 0.1; done\n";
+    let urgent = scene.cluster.sbatch(
+        &["--partition=high", "--nodes=2", "--exclusive", nodes],
+        &script,
+    );
+    // It has saved, and waits for its next turn.
+    for rank in 0..2 {
+        scene.until_there(&run.join(format!("steps-{rank}")));
+    }
+    let again = scene.cluster.until("the job to be queued again", || {
+        Some(scene.cluster.job(job)).filter(|j| j.restarts == 1)
+    });
+    assert!(again.requeue);
+    // The next turn is the last.
+    fs_err::write(scene.dir.join("goal"), "0").unwrap();
+    fs_err::write(scene.dir.join("go"), "").unwrap();
+    scene.cluster.wait(urgent);
+    let end = scene.cluster.wait(job);
+    let said = scene.cluster.job_output(job);
+    assert_eq!(
+        (end.state.as_str(), end.exit),
+        ("COMPLETED", (0, 0)),
+        "{said}"
+    );
+    let starts = fs_err::read_to_string(run.join("starts")).unwrap();
+    assert_eq!(starts.lines().count(), 4, "{starts}");
+    let resumed = starts
+        .lines()
+        .filter(|l| l.contains(&format!("resume {}", run.display())));
+    let resumed: Vec<_> = resumed.collect();
+    assert_eq!(
+        resumed.len(),
+        2,
+        "the second turn continues the run folder\n{starts}"
+    );
+    assert!(
+        resumed.iter().all(|line| !line.contains("from step 0,")),
+        "{starts}"
+    );
+    assert!(said.contains("the workers save and end"), "{said}");
+    let first: serde_json::Value =
+        serde_json::from_str(&fs_err::read_to_string(run.join("manifest-1.json")).unwrap())
+            .unwrap();
+    assert_eq!(first["exit_code"], 75, "{said}");
+    scene.assert_nothing_is_left();
+}
+
+#[test]
+fn a_job_saves_before_its_time_limit_and_a_finished_one_is_not_run_again() {
+    let Some(scene) = Scene::new("limit") else {
+        return;
+    };
+    fs_err::write(scene.dir.join("goal"), "100000").unwrap();
+    // SLURM signals up to 60 s early, so at once where the limit is a minute.
+    let job = scene.submit(
+        &["--time=1", "--signal=B:USR2@50", "--nodelist=n[3-4]"],
+        &format!("--trainer trainer --cpus 1 {DEMO}"),
+    );
+    let run = run_of(&scene, job);
+    for rank in 0..2 {
+        scene.until_there(&run.join(format!("steps-{rank}")));
+    }
+    fs_err::write(scene.dir.join("goal"), "0").unwrap();
+    let end = scene.cluster.wait(job);
+    let said = scene.cluster.job_output(job);
+    assert_eq!(
+        (end.state.as_str(), end.restarts),
+        ("COMPLETED", 1),
+        "{said}"
+    );
+    assert!(
+        said.contains(&format!("job {job} is queued again")),
+        "{said}"
+    );
+
+    // Somebody queues the finished job again: nothing is trained.
+    let before = fs_err::read_to_string(run.join("starts")).unwrap();
+    scene.cluster.until("the job to be queued again", || {
+        scene.cluster.slurm().requeue(job).is_ok().then_some(())
+    });
+    scene.cluster.until("its next turn", || {
+        Some(scene.cluster.job(job)).filter(|j| j.restarts == 2)
+    });
+    let end = scene.cluster.wait(job);
+    assert_eq!(end.exit, (0, 0));
+    let said = scene.cluster.job_output(job);
+    assert!(said.contains("has finished in"), "{said}");
+    assert_eq!(fs_err::read_to_string(run.join("starts")).unwrap(), before);
+    scene.assert_nothing_is_left();
+}
