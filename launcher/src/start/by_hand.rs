@@ -81,21 +81,24 @@ pub fn listen(port: u16) -> Result<TcpListener, Coded> {
 /// Listens at the meeting point if it is here and nobody else does. Call inside the tokio runtime.
 ///
 /// # Errors
-/// When the address is this node's, but cannot be used for another reason than that it is taken.
+/// When the point is on this node, but none of its addresses can be used for another reason than that it is taken.
 pub fn part(at: &[SocketAddr]) -> anyhow::Result<Part> {
     let own: Vec<IpAddr> = addresses::list().into_iter().map(|(ip, _)| ip).collect();
-    for address in at
-        .iter()
-        .filter(|a| a.ip().is_loopback() || own.contains(&a.ip()))
-    {
+    let is_here = |address: &&SocketAddr| address.ip().is_loopback() || own.contains(&address.ip());
+    let mut problem = None;
+    for address in at.iter().filter(is_here) {
         match wire::listen(*address) {
             Ok(listener) => return Ok(Part::Coordinator(listener)),
             // Another agent of this machine was first; the key tells whether it is one.
             Err(_) if is_taken(address) => return Ok(Part::Agent),
-            Err(e) => bail!(e),
+            // Such as an IPv6 address that is still being checked; the name may have others.
+            Err(e) => problem = Some(e),
         }
     }
-    Ok(Part::Agent)
+    match problem {
+        Some(e) => bail!(e),
+        None => Ok(Part::Agent),
+    }
 }
 
 fn is_taken(address: &SocketAddr) -> bool {
