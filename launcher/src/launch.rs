@@ -268,7 +268,10 @@ async fn over_ssh(
     };
     let mut prepared = prepare(&args, target, None, start)?;
     let session = &mut prepared.session;
-    session.settings.job.base_env = Some(ssh::environment(std::env::vars_os()));
+    let job = &mut session.settings.job;
+    let mut env = ssh::environment(std::env::vars_os());
+    env.push(("PWD".into(), job.directory.clone().into()));
+    job.base_env = Some(env);
     let (shim, key) = (std::env::current_exe()?, Key::random());
     for starter in plan.starters() {
         session
@@ -599,25 +602,27 @@ fn digest(target: &Target) -> String {
         .collect()
 }
 
-/// The command that continues the run in `dir` on the same devices.
+/// The command that continues the run in `dir` on the same devices and hosts.
 fn resume_command(args: &Args, dir: &Path) -> String {
-    let device = match (&args.gpus, args.cpus) {
-        (Some(gpus), _) => format!("--gpus {gpus} "),
-        (None, Some(n)) => format!("--cpus {n} "),
-        (None, None) => String::new(),
+    let mut words: Vec<OsString> = vec!["tsm-launch".into()];
+    let mut give = |flag: &str, value: Option<OsString>| {
+        words.extend(value.into_iter().flat_map(|value| [flag.into(), value]));
     };
-    let together = match (args.nodes, &args.rendezvous, &args.key_file) {
-        (Some(nodes), Some(point), Some(key)) => {
-            let words = [nodes.to_string().into(), point.into(), key.into()];
-            let [nodes, point, key] = words.map(|word| plan::shell(&[word]));
-            format!("--nodes {nodes} --rendezvous {point} --key-file {key} ")
-        }
-        _ => String::new(),
-    };
-    format!(
-        "tsm-launch {together}{device}--resume {}",
-        plan::shell(&[dir.into()])
-    )
+    give("--gpus", args.gpus.as_ref().map(|g| g.to_string().into()));
+    give("--cpus", args.cpus.map(|n| n.to_string().into()));
+    if args.rendezvous.is_some() {
+        give("--nodes", args.nodes.map(|n| n.to_string().into()));
+        give("--rendezvous", args.rendezvous.as_ref().map(OsString::from));
+        give("--key-file", args.key_file.as_ref().map(OsString::from));
+    }
+    give("--hosts", args.hosts.as_ref().map(OsString::from));
+    give("--hostfile", args.hostfile.as_ref().map(OsString::from));
+    let launcher = args.remote_launcher.as_ref();
+    give("--remote-launcher", launcher.map(OsString::from));
+    let own_ssh = (args.ssh != "ssh").then(|| OsString::from(&args.ssh));
+    give("--ssh", own_ssh);
+    give("--resume", Some(dir.into()));
+    plan::shell(&words)
 }
 
 /// A run is called after its folder.

@@ -249,6 +249,8 @@ impl Running {
     }
 
     fn started(&mut self, launched: &Launched, now: Duration) {
+        // From now on a node that is lost is worth waiting for; one that never came was not.
+        self.state.settings.open |= self.session.children.come_back;
         let workers = count(launched.world_size as usize, "worker");
         let hosts: Vec<String> = launched
             .members

@@ -118,13 +118,16 @@ pub enum Heard {
     Refused(Refusal),
 }
 
+/// Somebody who has proven to have the key, or why not.
+pub type Arrival = Result<Connection, Refusal>;
+
 /// A way into a [`Hub`] for connections that did not come through its listener.
 #[derive(Clone)]
-pub struct Door(mpsc::Sender<Result<Connection, Refusal>>);
+pub struct Door(mpsc::Sender<Arrival>);
 
 impl Door {
     /// Waits while many others are on their way in.
-    pub async fn enter(&self, arrival: Result<Connection, Refusal>) {
+    pub async fn enter(&self, arrival: Arrival) {
         let _ = self.0.send(arrival).await;
     }
 }

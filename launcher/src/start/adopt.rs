@@ -431,6 +431,40 @@ mod tests {
     }
 
     #[test]
+    fn the_command_line_adds_to_what_is_adopted_but_cannot_contradict_it() {
+        let args = |line: &str| <Args as clap::Parser>::try_parse_from(line.split(' ')).unwrap();
+        let adopted = found(PET).unwrap();
+        let applied = |line| adopted.applied_to(&args(line), None, || 8);
+        let all = applied("tsm-launch -- x").unwrap();
+        assert_eq!(
+            (all.nodes.unwrap().max, all.gpus),
+            (2, Some(Gpus::Count(4)))
+        );
+        let own = applied("tsm-launch --cpus 1 --nodes 1:2 -- x").unwrap();
+        assert_eq!(
+            (own.nodes.unwrap().min, own.gpus, own.cpus),
+            (1, None, Some(1))
+        );
+        let error = applied("tsm-launch --nodes 3 -- x").unwrap_err();
+        assert_eq!(error.code, exit::USAGE);
+        assert!(error.message.contains("PET_NNODES is 2"), "{error}");
+    }
+
+    #[test]
+    fn a_node_that_mpirun_has_bound_to_a_core_is_warned() {
+        let told = too_few_cores("mpirun", &[0], Some(96)).unwrap();
+        assert!(told.contains("1 of its 96 cores") && told.contains("--bind-to none"));
+        let all: Vec<usize> = (0..96).collect();
+        assert_eq!(too_few_cores("mpirun", &all, Some(96)), None);
+        assert_eq!(
+            too_few_cores("srun", &[0], Some(96)),
+            None,
+            "SLURM's own limit"
+        );
+        assert_eq!(too_few_cores("mpirun", &[0], None), None);
+    }
+
+    #[test]
     fn a_rank_of_mpi_is_known_by_its_variables() {
         let of = |names: &str| identity_in_mpi(names.split(' ').map(String::from)).join(" ");
         assert_eq!(of("PATH OMPI_MCA_btl"), "");

@@ -104,18 +104,26 @@ fn reachable(host: &str, address: SocketAddr) -> SocketAddr {
 /// Listens at the meeting point if it is here and nobody else does. Call inside the tokio runtime.
 ///
 /// # Errors
-/// When the address is this node's, but cannot be used for another reason than that it is taken.
+/// When the point is on this node, but none of its addresses can be used for another reason than that it is taken.
 pub fn part(at: &[SocketAddr]) -> anyhow::Result<Part> {
     let own = addresses::own();
-    let is_here = |ip: IpAddr| ip.is_loopback() || ip.is_unspecified() || own.contains(&ip);
-    let Some(address) = at.iter().find(|a| is_here(a.ip())) else {
-        return Ok(Part::Agent);
+    let is_here = |address: &&SocketAddr| {
+        let ip = address.ip();
+        ip.is_loopback() || ip.is_unspecified() || own.contains(&ip)
     };
-    match wire::listen(*address) {
-        Ok(listener) => Ok(Part::Coordinator(listener)),
-        // Another agent of this machine was first; the key tells whether it is one.
-        Err(_) if is_taken(address) => Ok(Part::Agent),
-        Err(e) => bail!(e),
+    let mut problem = None;
+    for address in at.iter().filter(is_here) {
+        match wire::listen(*address) {
+            Ok(listener) => return Ok(Part::Coordinator(listener)),
+            // Another agent of this machine was first; the key tells whether it is one.
+            Err(_) if is_taken(address) => return Ok(Part::Agent),
+            // Such as an IPv6 address that is still being checked; the name may have others.
+            Err(e) => problem = Some(e),
+        }
+    }
+    match problem {
+        Some(e) => bail!(e),
+        None => Ok(Part::Agent),
     }
 }
 

@@ -77,6 +77,8 @@ pub struct Children {
     running: Arc<Mutex<usize>>,
     /// Held while a connection is being made; closed at the end.
     places: Arc<Semaphore>,
+    /// Some are started again when they end.
+    pub come_back: bool,
 }
 
 impl Children {
@@ -87,6 +89,7 @@ impl Children {
             events,
             running: Arc::default(),
             places: Arc::new(Semaphore::new(AT_ONCE)),
+            come_back: false,
         }
     }
 
@@ -100,6 +103,7 @@ impl Children {
         key: &Key,
         voice: &Voice,
     ) {
+        self.come_back |= starter.retries > 0;
         let keeper = Keeper {
             shim: shim_path.into(),
             starter,

@@ -6,6 +6,7 @@
 mod cluster;
 mod contract;
 mod launcher;
+mod step;
 mod submit;
 
 use cluster::Cluster;

@@ -54,16 +54,19 @@ fn command(pid: i32) -> String {
 }
 
 /// The ssh that holds the agent on `host`.
-fn ssh_of(launcher: i32, host: &str) -> i32 {
+fn find_ssh(launcher: i32, host: &str) -> Option<i32> {
     let pids = fs_err::read_dir("/proc").unwrap().flatten();
-    let pids = pids.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
-    let mut of = pids.filter(|&pid| {
+    let mut pids = pids.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    pids.find(|&pid| {
         let words = command(pid);
         words.contains("/ssh -F ")
-            && words.contains(&format!(" {host} "))
+            && words.contains(&format!(" -- {host} exec "))
             && parent(pid) == Some(launcher)
-    });
-    of.next().expect("an ssh")
+    })
+}
+
+fn ssh_of(launcher: i32, host: &str) -> i32 {
+    find_ssh(launcher, host).expect("an ssh")
 }
 
 fn kill(pid: i32) {
@@ -98,6 +101,7 @@ fn two_hosts_run_the_job_in_the_same_folder_with_the_same_environment() {
         for line in [
             "TSM_TEST_VARIABLE=it's here",
             "EXTRA=a",
+            &format!("PWD={}", scene.path("").canonicalize().unwrap().display()),
             "WORLD_SIZE=3",
             &format!("RANK={rank}"),
             &format!("LOCAL_RANK={local}"),
@@ -280,6 +284,92 @@ fn a_signal_reaches_the_workers_of_all_hosts() {
         "{}",
         outcome.err
     );
+    assert_nothing_survives(&scene);
+}
+
+#[test]
+fn a_lost_host_is_tried_again_and_the_job_goes_on_meanwhile() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    let scene = Scene::new();
+    let (go, pids) = (scene.path("go"), scene.path("pid-{rank}"));
+    let actions = format!("--touch {} --wait-for {}", pids.display(), go.display());
+    let options = "--hosts node-a:1,node-b:1 --cpus 1 --nodes 1:2 --max-restarts 3 --grace 1s";
+    let running = start_on(&scene, &server, options, &actions);
+    let first = scene.wait_for_pids("pid-", 2);
+    for rank in 0..2 {
+        fs_err::remove_file(scene.path(&format!("pid-{rank}"))).unwrap();
+    }
+    let launcher = running.pid();
+    let lost = ssh_of(launcher, "node-b");
+    kill(lost);
+    let again = scene.wait_for_pids("pid-", 1);
+    assert_ne!(again[0], first[0]);
+    // It comes back, and waits until it is needed.
+    until("another ssh to the lost host", || {
+        find_ssh(launcher, "node-b").filter(|&ssh| ssh != lost)
+    });
+    until("its agent to join", || {
+        let events = fs_err::read_to_string(scene.run_dir().join("events.jsonl")).ok()?;
+        let joins = events.lines().filter(|line| line.contains("\"join\""));
+        (joins.count() == 3).then_some(())
+    });
+    fs_err::write(go, "").unwrap();
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert_nothing_survives(&scene);
+}
+
+#[test]
+fn a_job_that_needs_all_hosts_waits_for_the_lost_one() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    let scene = Scene::new();
+    let (go, pids) = (scene.path("go"), scene.path("pid-{rank}"));
+    let actions = format!("--touch {} --wait-for {}", pids.display(), go.display());
+    let options = "--hosts node-a:1,node-b:1 --cpus 1 --max-restarts 3 --grace 1s";
+    let running = start_on(&scene, &server, options, &actions);
+    scene.wait_for_pids("pid-", 2);
+    for rank in 0..2 {
+        fs_err::remove_file(scene.path(&format!("pid-{rank}"))).unwrap();
+    }
+    kill(ssh_of(running.pid(), "node-a"));
+    scene.wait_for_pids("pid-", 2);
+    fs_err::write(go, "").unwrap();
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    let generations = &scene.json("manifest.json")["generations"];
+    assert_eq!(generations.as_array().unwrap().len(), 2, "{generations}");
+    assert_nothing_survives(&scene);
+}
+
+#[test]
+fn no_more_than_64_connections_are_made_at_once() {
+    let scene = Scene::new();
+    let ssh = scene.path("ssh");
+    // It tells its host, and never gets anywhere.
+    let script = format!(
+        "#!/bin/sh\nfor word; do host=$last; last=$word; done\n: > {}/at-$host\nexec sleep 1000\n",
+        scene.path("").display()
+    );
+    fs_err::write(&ssh, script).unwrap();
+    fs_err::set_permissions(&ssh, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let hosts: Vec<String> = (0..70).map(|i| format!("host-{i}")).collect();
+    let (hosts, ssh) = (hosts.join(","), ssh.display().to_string());
+    let words = ["--hosts", &hosts, "--ssh", &ssh, "--cpus", "1", "--", FAKE];
+    let running = start(&mut scene.command(&words));
+    let tried = || {
+        let entries = fs_err::read_dir(scene.path("")).unwrap().flatten();
+        let names = entries.map(|e| e.file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("at-")).count()
+    };
+    until("64 connections", || (tried() >= 64).then_some(()));
+    running.signal(Signal::TERM);
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 143, "{}", outcome.err);
+    assert_eq!(tried(), 64);
     assert_nothing_survives(&scene);
 }
 

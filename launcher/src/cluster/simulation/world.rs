@@ -688,7 +688,7 @@ impl World {
             return;
         }
         self.ranks[r].step = step;
-        let saved = self.ranks[r].number == 0 && step % 10 == 0;
+        let saved = self.ranks[r].number == 0 && step.is_multiple_of(10);
         let local = self.ranks[r].local;
         // Every start goes on where the last one stopped.
         let step = step + 1000 * u64::from(generation);
