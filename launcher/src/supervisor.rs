@@ -96,6 +96,8 @@ pub struct Rank {
     /// Position among all such events of the first sign of its end: a failure record, the loss of its agent
     /// socket shortly before, or the end itself.
     pub order: usize,
+    /// When that sign came.
+    pub first_at: Duration,
     /// It ended after the launcher had begun to stop the job.
     pub after_stop: bool,
     /// When it closed its agent socket: position, time, and whether the job was being stopped.
@@ -187,8 +189,8 @@ impl State {
                 let rank = &mut self.ranks[*rank];
                 if rank.record.is_none() {
                     let dying = rank.left.filter(|(_, at, _)| now - *at <= DYING);
-                    let since = dying.map(|(order, _, after_stop)| (order, after_stop));
-                    (rank.order, rank.after_stop) = since.unwrap_or((order, after_stop));
+                    (rank.order, rank.first_at, rank.after_stop) =
+                        dying.unwrap_or((order, now, after_stop));
                 }
                 (rank.end, rank.ended_at) = (Some(*end), now);
             }
@@ -198,8 +200,8 @@ impl State {
             Event::Failing { rank, record } if self.ranks[*rank].record.is_none() => {
                 let order = self.next_order();
                 let rank = &mut self.ranks[*rank];
-                (rank.order, rank.after_stop, rank.record) =
-                    (order, after_stop, Some(record.clone()));
+                (rank.order, rank.first_at, rank.after_stop) = (order, now, after_stop);
+                rank.record = Some(record.clone());
             }
             Event::Step { rank, step } => self.ranks[*rank].step = Some(*step),
             Event::Section { rank, name } => self.ranks[*rank].section = Some(name.clone()),

@@ -540,6 +540,9 @@ impl Agent {
     /// The coordinator can no longer say anything: nothing may run on.
     fn cut_off(&mut self, why: &str) {
         if self.leaving.is_none() {
+            // Where only one direction is broken, the user learns what happened here.
+            let text = format!("{} leaves: {why}", self.setup.host);
+            self.say(FromAgent::Notice { text });
             self.leaving = Some(Leave {
                 code: exit::PEER,
                 message: Some(why.into()),
@@ -574,10 +577,13 @@ impl Agent {
             let number = generation.start.generation;
             let report: NodeReport = generation.conclude(warnings);
             self.reserved = None;
-            self.say(FromAgent::Clean {
-                generation: number,
-                report: Box::new(report),
-            });
+            // Ranks that were killed since this node was cut off did not fail: the node is lost.
+            if self.leaving.is_none() {
+                self.say(FromAgent::Clean {
+                    generation: number,
+                    report: Box::new(report),
+                });
+            }
         }
     }
 }

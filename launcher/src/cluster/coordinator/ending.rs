@@ -48,6 +48,12 @@ impl State {
         // Some may have come to the end of their work meanwhile.
         let saved = done && !all(End::is_success);
         let whole = self.lost.is_empty();
+        // A rank that was killed since it did not save in time has not failed, where nobody asked it to end for good.
+        let obeyed = ranks.iter().all(|rank| {
+            let by_us = |end| matches!(end, End::Signal(s) if rank.sent.contains(&s));
+            let well = |end: End| end.is_success() || end == End::Code(exit::REQUEUE) || by_us(end);
+            rank.end.is_some_and(well)
+        });
         let mut ending = Ending {
             generation: self.generation,
             world_size: self.world_size(),
@@ -65,7 +71,7 @@ impl State {
         };
         match self.cause.clone() {
             None | Some(Cause::Preempt | Cause::Grow) if whole && all(End::is_success) => {}
-            Some(Cause::Grow) if whole && done && !self.last => {
+            Some(Cause::Grow) if whole && obeyed && !self.last => {
                 (ending.outcome, ending.again) = ("grown", true)
             }
             Some(Cause::Signal(_)) if whole && saved => {
@@ -199,7 +205,7 @@ impl State {
                 ranks.get(number as usize).map(|rank| Seen {
                     number: number as usize,
                     rank,
-                    at: rank.ended_at,
+                    at: rank.first_at,
                 })
             };
             let lost = self.lost.iter().find(|l| l.member.id == member.id);
@@ -235,6 +241,7 @@ impl State {
                         let mut rank = rank.clone();
                         let map = |at| clock.map_or(at, |c| c.map(at));
                         rank.ended_at = map(rank.ended_at);
+                        rank.first_at = map(rank.first_at);
                         rank.left = rank.left.map(|(order, at, after)| (order, map(at), after));
                         (rank, place.clone())
                     }
@@ -252,6 +259,7 @@ impl State {
         let progress = self.progress.get(&number);
         let rank = Rank {
             ended_at: at,
+            first_at: at,
             step: progress.and_then(|p| p.step),
             section: progress.and_then(|p| p.section.clone()),
             ..Rank::default()

@@ -463,6 +463,11 @@ impl State {
         self.nodes.get(&id).or_else(|| self.gone.get(&id))
     }
 
+    #[cfg(test)]
+    pub(in crate::cluster) fn is_connected(&self, id: NodeId) -> bool {
+        self.nodes.contains_key(&id)
+    }
+
     fn member(&self, id: NodeId) -> Option<&Member> {
         self.members.iter().find(|m| m.id == id)
     }
@@ -482,4 +487,4 @@ fn nodes(number: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::cluster) mod tests;

@@ -117,7 +117,7 @@ impl State {
         ranks
             .map(|(member, node, i, rank)| {
                 let progress = self.progress.get(&rank).unwrap_or(&none);
-                let ended = self.reports.get(&member.id).is_some();
+                let ended = self.reports.contains_key(&member.id);
                 let state = match progress.step {
                     _ if ended || node.is_none() => "ended",
                     _ if late.contains(&rank) => "late",
