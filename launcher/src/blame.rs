@@ -82,6 +82,8 @@ pub fn role(rank: &Rank, stderr: impl FnOnce() -> String) -> Role {
             }
         }
         Some(End::Code(exit::PEER)) => Role::LostPeer,
+        // It saved, as it was asked to.
+        Some(End::Code(exit::REQUEUE)) if rank.sent.contains(&libc::SIGUSR2) => Role::Succeeded,
         Some(End::Signal(signal)) if rank.sent.contains(&signal) => Role::Stopped,
         // An abort is how collective libraries end a process that lost a peer; other signals come from elsewhere.
         Some(End::Signal(signal)) if signal != libc::SIGABRT => Role::Origin,

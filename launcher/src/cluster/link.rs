@@ -131,7 +131,6 @@ impl Door {
         let _ = self.0.send(arrival).await;
     }
 }
-type Arrival = Result<Connection, Refusal>;
 
 /// The coordinator's end of all connections.
 pub struct Hub {

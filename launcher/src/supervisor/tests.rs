@@ -108,6 +108,7 @@ fn workers_that_save_are_waited_for() {
     let saved = |rank| ended(rank, End::Code(exit::REQUEUE));
     // Also when one rank alone was signalled, and told the others itself.
     for order in [Some(stop(libc::SIGUSR2)), None] {
+        let by_itself = order.is_none();
         let mut state = State::new(2, GRACE, true, false);
         decide(
             &mut state,
@@ -119,9 +120,27 @@ fn workers_that_save_are_waited_for() {
         assert!(decide(&mut state, &[saved(1)], at(10)).is_empty());
         assert_eq!(
             (state.phase, blamed(&state).is_some()),
-            (Phase::Finished, true)
+            (Phase::Finished, by_itself)
         );
     }
+}
+
+#[test]
+fn the_first_sign_of_an_end_is_kept_with_its_time() {
+    let mut state = State::new(2, GRACE, false, false);
+    decide(&mut state, &[Event::Left { rank: 1 }], at(3));
+    decide(&mut state, &[ended(0, End::Code(1))], at(7));
+    decide(&mut state, &[ended(1, End::Code(17))], at(9));
+    let times = |rank: &Rank| (rank.first_at, rank.ended_at);
+    assert_eq!(times(&state.ranks[0]), (at(7), at(7)));
+    assert_eq!(times(&state.ranks[1]), (at(3), at(9)));
+    assert_eq!(blamed(&state), Some(1));
+
+    let mut state = State::new(1, GRACE, false, false);
+    let (rank, record) = (0, record("error"));
+    decide(&mut state, &[Event::Failing { rank, record }], at(2));
+    decide(&mut state, &[ended(0, End::Code(1))], at(8));
+    assert_eq!(times(&state.ranks[0]), (at(2), at(8)));
 }
 
 #[test]

@@ -513,6 +513,9 @@ impl Agent {
     /// The coordinator can no longer say anything: nothing may run on.
     fn cut_off(&mut self, why: &str) {
         if self.leaving.is_none() {
+            // Where only one direction is broken, the user learns what happened here.
+            let text = format!("{} leaves: {why}", self.setup.host);
+            self.say(FromAgent::Notice { text });
             self.leaving = Some(Leave {
                 code: exit::PEER,
                 message: Some(why.into()),

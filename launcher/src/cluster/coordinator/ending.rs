@@ -48,6 +48,12 @@ impl State {
         // Some may have come to the end of their work meanwhile.
         let saved = done && !all(End::is_success);
         let whole = self.lost.is_empty();
+        // A rank that was killed since it did not save in time has not failed, where nobody asked it to end for good.
+        let obeyed = ranks.iter().all(|rank| {
+            let by_us = |end| matches!(end, End::Signal(s) if rank.sent.contains(&s));
+            let well = |end: End| end.is_success() || end == End::Code(exit::REQUEUE) || by_us(end);
+            rank.end.is_some_and(well)
+        });
         let mut ending = Ending {
             generation: self.generation,
             world_size: self.world_size(),
@@ -65,7 +71,7 @@ impl State {
         };
         match self.cause.clone() {
             None | Some(Cause::Preempt | Cause::Grow) if whole && all(End::is_success) => {}
-            Some(Cause::Grow) if whole && done && !self.last => {
+            Some(Cause::Grow) if whole && obeyed && !self.last => {
                 (ending.outcome, ending.again) = ("grown", true)
             }
             Some(Cause::Signal(_)) if whole && saved => {

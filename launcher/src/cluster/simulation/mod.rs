@@ -20,10 +20,40 @@ mod plan;
 mod random;
 mod world;
 
+use std::collections::BTreeSet;
+
 use plan::Plan;
 use world::World;
 
 const RUNS: u64 = 3000;
+
+/// What the runs together come to see.
+const SEEN: [&str; 24] = [
+    "cut in Gather",
+    "cut in Form",
+    "cut in Run",
+    "cut in Stop",
+    "cut in Pause",
+    "cut in Leave",
+    "silent in Gather",
+    "silent in Form",
+    "silent in Run",
+    "silent in Stop",
+    "silent in Pause",
+    "silent in Leave",
+    "the guard kills",
+    "succeeded",
+    "failed",
+    "stopped",
+    "saved",
+    "grown",
+    "again",
+    "code 0",
+    "code 69",
+    "code 75",
+    "code 76",
+    "code 143",
+];
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
@@ -44,9 +74,11 @@ fn whatever_goes_wrong_the_rules_hold() {
         return;
     }
     let runs = number("TSM_SIMULATE").unwrap_or(RUNS);
-    let mut broken = Vec::new();
+    let (mut broken, mut seen) = (Vec::new(), BTreeSet::new());
     for seed in 0..runs {
-        if let Some(text) = run(seed).broken.into_iter().next() {
+        let mut world = run(seed);
+        seen.append(&mut world.seen);
+        if let Some(text) = world.broken.first() {
             broken.push(format!("TSM_SEED={seed}: {text}"));
         }
     }
@@ -60,6 +92,11 @@ fn whatever_goes_wrong_the_rules_hold() {
         broken.is_empty(),
         "{} of {runs} runs:\n{shown}",
         broken.len()
+    );
+    let missing: Vec<_> = SEEN.iter().filter(|what| !seen.contains(**what)).collect();
+    assert!(
+        runs < RUNS || missing.is_empty(),
+        "{missing:?} did not come to pass, but {seen:?}"
     );
 }
 

@@ -63,6 +63,8 @@ pub struct Plan {
     pub min_nodes: u32,
     pub max_nodes: u32,
     pub num_nodes: usize,
+    /// Some nodes come when the job runs.
+    pub late: bool,
     pub workers: u32,
     /// The first node's agent lives in the coordinator's process.
     pub local: bool,
@@ -88,7 +90,8 @@ impl Plan {
         let mut plan = Plan {
             min_nodes,
             max_nodes,
-            num_nodes: max_nodes as usize + spares,
+            num_nodes: random.pick(&[max_nodes as usize, min_nodes as usize]) + spares,
+            late: random.chance(30),
             workers: 1 + random.below(2) as u32,
             local: random.chance(50),
             open: random.chance(50),
@@ -101,9 +104,16 @@ impl Plan {
             stubborn: random.chance(40),
             faults: Vec::new(),
         };
-        if random.chance(8) {
-            plan.is_cancelled(&mut random);
-            return plan;
+        match random.below(12) {
+            0 => {
+                plan.cancel(&mut random);
+                return plan;
+            }
+            1 => {
+                plan.tear(&mut random);
+                return plan;
+            }
+            _ => {}
         }
         let num_faults = random.pick(&[0, 1, 1, 1, 1, 2, 3, 4, 6]);
         let mut last = Duration::ZERO;
@@ -122,7 +132,7 @@ impl Plan {
     }
 
     /// A scheduler sends SIGTERM to everybody, in any order.
-    fn is_cancelled(&mut self, random: &mut Random) {
+    fn cancel(&mut self, random: &mut Random) {
         self.stubborn = false;
         self.grace += Duration::from_secs(3);
         let at = random.ms(500, 4000);
@@ -131,6 +141,30 @@ impl Plan {
         for pick in 0..self.num_nodes {
             let signal = Fault::NodeSignal(pick, libc::SIGTERM);
             self.faults.push((near(random), signal));
+        }
+    }
+
+    /// The way takes longer than a fence lasts beyond a lease, and nodes fall silent on it.
+    fn tear(&mut self, random: &mut Random) {
+        self.latency = random.ms(600, 1100);
+        self.local = false;
+        self.restarts = 3;
+        self.max_nodes = random.pick(&[1, 1, 2]);
+        self.min_nodes = self.max_nodes;
+        self.num_nodes = self.max_nodes as usize + 1;
+        self.steps = 60;
+        for _ in 0..2 {
+            let node = random.below(100);
+            let fault = match random.below(2) {
+                0 => Fault::AgentStopped(node, random.ms(2200, 6000)),
+                _ => Fault::Partition {
+                    node,
+                    up: true,
+                    down: false,
+                    time: None,
+                },
+            };
+            self.faults.push((random.ms(0, 5000), fault));
         }
     }
 
@@ -150,6 +184,7 @@ impl Plan {
         settings.job.grace = self.grace;
         settings.job.saves = self.saves;
         settings.open = self.open;
+        settings.last_call = Duration::from_secs(1);
         settings.policy.max_restarts = self.restarts;
         settings.hang.hang_timeout = Some(Duration::from_secs(10));
         settings

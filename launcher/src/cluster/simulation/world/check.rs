@@ -1,0 +1,109 @@
+//! What must hold in the end.
+
+use super::*;
+
+impl World {
+    pub(super) fn check_end(&mut self) {
+        let agents = (0..self.nodes.len()).find(|&n| self.nodes[n].agent.is_some());
+        if let Some(n) = agents {
+            self.fault(format!("the agent of node {n} does not end"));
+        }
+        if let Some(rank) = self.ranks.iter().find(|r| r.alive) {
+            let text = format!("rank {} on node {} does not end", rank.number, rank.node);
+            self.fault(text);
+        }
+        let Some(code) = self.code else {
+            if self.coordinator_up {
+                let text = format!("the coordinator does not finish: {:?}", self.state.phase);
+                self.fault(text);
+            }
+            return;
+        };
+        self.check_code(code);
+        self.check_restarts();
+        self.check_blame(code);
+    }
+
+    pub(super) fn check_code(&mut self, code: i32) {
+        let signals = [1, 2, 15, libc::SIGUSR2].map(|s| exit::SIGNAL_BASE + s);
+        let of_rank = |e: &Ending| e.ends.iter().flatten().any(|end| end.exit_code() == code);
+        let known = [
+            exit::OK,
+            exit::PREFLIGHT,
+            exit::REQUEUE,
+            exit::PEER,
+            exit::DO_NOT_REQUEUE,
+        ];
+        let announced = self.plan.announces(code);
+        if !known.contains(&code)
+            && !signals.contains(&code)
+            && !announced
+            && !self.endings.iter().any(of_rank)
+        {
+            self.fault(format!(
+                "exit code {code} is none of a rank, and not documented"
+            ));
+        }
+        if self.plan.faults.is_empty() && code != exit::OK {
+            self.fault(format!("nothing went wrong, and the exit code is {code}"));
+        }
+        let succeeded = self
+            .endings
+            .last()
+            .is_some_and(|e| e.ends.iter().all(|end| *end == Some(End::Code(0))));
+        if code == exit::OK && !succeeded {
+            self.fault("exit code 0 without success".into());
+        }
+    }
+
+    pub(super) fn check_restarts(&mut self) {
+        let (mut left, mut newest) = (self.plan.restarts, 0);
+        for ending in self.endings.clone() {
+            if ending.checkpoint_step.is_some_and(|step| step > newest) {
+                newest = ending.checkpoint_step.unwrap_or(0);
+                left = self.plan.restarts;
+            }
+            if ending.again && ending.outcome == "failed" {
+                match left.checked_sub(1) {
+                    Some(less) => left = less,
+                    None => return self.fault("more restarts than were allowed".into()),
+                }
+            }
+        }
+        if self.starts as usize != self.endings.len() {
+            let text = format!("{} starts, {} ends", self.starts, self.endings.len());
+            self.fault(text);
+        }
+    }
+
+    /// Where only one thing went wrong, that is the first failure.
+    pub(super) fn check_blame(&mut self, code: i32) {
+        let Some(expected) = self.expected.clone().filter(|_| self.plan.is_single()) else {
+            return;
+        };
+        let failure = self.endings.iter().find_map(|e| e.failure.as_ref());
+        let failure = failure.map(|f| (f.rank, f.host.clone(), f.late.clone()));
+        let right = match (&expected, &failure) {
+            (Expected::Rank(number, _), Some((rank, _, late))) => {
+                *rank == Some(*number as usize) && late.is_empty()
+            }
+            (Expected::Node(host), Some((rank, named, _))) => rank.is_none() && named == host,
+            (Expected::Late(number), Some((_, _, late))) => *late == [*number as usize],
+            // The work was done before anybody had to notice.
+            (Expected::Node(_) | Expected::Late(_), None) if code == exit::OK => return,
+            (_, None) => false,
+        };
+        if !right {
+            self.fault(format!(
+                "{expected:?} was the first failure, {failure:?} is named"
+            ));
+        }
+        let own = match expected {
+            Expected::Rank(_, code) => code,
+            Expected::Node(_) | Expected::Late(_) => exit::PEER,
+        };
+        if self.plan.restarts == 0 && code != own {
+            self.fault(format!("the exit code is {code}, not {own}"));
+        }
+    }
+}
