@@ -42,6 +42,7 @@ if [ "$want" = test ]; then
   need munge sh -c 'PATH=$PATH:/usr/sbin; command -v munged'
   need openmpi-bin command -v mpirun
   need libopenmpi-dev command -v mpicc
+  need libclang-dev sh -c 'ls /usr/lib*/llvm-*/lib/clang/*/include/stddef.h /usr/lib*/clang/*/include/stddef.h 2>/dev/null | grep -q .'
   need openssh-server sh -c 'PATH=$PATH:/usr/sbin; command -v sshd'
   need openssh-client command -v ssh
   need iproute2 sh -c 'PATH=$PATH:/usr/sbin:/sbin; command -v ip'

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 use tsm_job::config::duration;
+use tsm_job::exit::{self, Coded};
 
+use crate::cluster::key::Key;
 use crate::console::screen::Format;
 use crate::status::http::Port;
 
@@ -15,6 +17,8 @@ const EXAMPLES: &str = "Examples:
   tsm-launch --cpus 2 configs/demo.yaml
   tsm-launch --gpus auto -- python train.py --epochs 10
   tsm-launch --gpus 8 --resume runs/demo-20260131-120000
+  tsm-launch --hosts gpu-01:8,gpu-02:8 configs/ucf101.yaml
+  mpirun -N 1 --bind-to none tsm-launch --gpus 8 configs/ucf101.yaml
   tsm-launch --nodes 2 --rendezvous gpu-01:29400 --key-file job.key --gpus 8 configs/ucf101.yaml   (on every node)
 
 Exit codes: 0; the first failing rank's own code, or 128 + its signal; 128 + the signal that stopped
@@ -40,13 +44,38 @@ pub struct Args {
     pub cpus: Option<u32>,
 
     /// Nodes of the job; with MIN:MAX it starts with MIN and goes on with as few, and more join up to MAX
-    /// [default: those of the SLURM job, else 1].
+    /// [default: all that --hosts, SLURM or mpirun gives, or else 1].
     #[arg(long, value_name = "N|MIN:MAX")]
     pub nodes: Option<Nodes>,
+
+    /// Start the workers on these hosts by ssh; N: how many, of the kind that --gpus or --cpus says.
+    #[arg(long, value_name = "HOST[:N],...", conflicts_with_all = ["hostfile", "rendezvous"])]
+    pub hosts: Option<String>,
+
+    /// The same, with one host a line: `gpu-01 slots=8`, or `gpu-01:8`.
+    #[arg(long, value_name = "FILE", conflicts_with = "rendezvous")]
+    pub hostfile: Option<PathBuf>,
+
+    /// The ssh to use for --hosts, and options of its own, separated by spaces.
+    #[arg(long, value_name = "COMMAND", default_value = "ssh")]
+    pub ssh: String,
+
+    /// Where tsm-launch is on the other hosts [default: where it is here].
+    #[arg(long, value_name = "PATH")]
+    pub remote_launcher: Option<PathBuf>,
 
     /// Where the nodes meet, for the same command on every node: whoever can listen there coordinates.
     #[arg(long, value_name = "HOST:PORT", requires = "key_file")]
     pub rendezvous: Option<String>,
+
+    /// Where processes that mpirun or srun started on several nodes find each other: a folder that all nodes share
+    /// [default: the one of run folders].
+    #[arg(long, value_name = "PATH")]
+    pub rendezvous_dir: Option<PathBuf>,
+
+    /// Take several processes that mpirun started on one machine for nodes, as tests do.
+    #[arg(long)]
+    pub share_host: bool,
 
     /// The job's key, in a file that is yours alone; `tsm-launch key FILE` makes one.
     #[arg(long, value_name = "FILE")]
@@ -112,7 +141,8 @@ pub struct Args {
     #[arg(long)]
     pub no_affinity: bool,
 
-    /// Replace RANK, WORLD_SIZE, MASTER_ADDR and the like found in the environment instead of refusing them.
+    /// Replace RANK, WORLD_SIZE, MASTER_ADDR and the like found in the environment instead of refusing them, and
+    /// start a job of its own in a process of mpirun, srun or Kubeflow.
     #[arg(long)]
     pub ignore_env: bool,
 
@@ -139,6 +169,27 @@ pub enum Preflight {
     Off,
     /// GPUs, driver, disks, limits: less than a second.
     Quick,
+}
+
+impl Args {
+    /// How many nodes, where nothing else says it.
+    pub fn num_nodes(&self) -> Nodes {
+        self.nodes.unwrap_or(Nodes { min: 1, max: 1 })
+    }
+
+    /// The key of a job whose nodes are not started from here.
+    ///
+    /// # Errors
+    /// [`exit::USAGE`] without `--key-file`, or when it cannot be used.
+    pub fn key(&self) -> Result<Key, Coded> {
+        let Some(file) = &self.key_file else {
+            let hint = "make one with tsm-launch key FILE, and give --key-file FILE on every node";
+            let text =
+                format!("the nodes of this job need a key to know each other\n  hint: {hint}");
+            return Err(Coded::new(exit::USAGE, text));
+        };
+        Key::read_file(file)
+    }
 }
 
 /// How many nodes.
@@ -261,6 +312,8 @@ impl std::fmt::Display for Gpus {
         match self {
             Gpus::Auto => f.write_str("auto"),
             Gpus::Count(n) => write!(f, "{n}"),
+            // A number alone would be a count.
+            Gpus::List(list) if list.len() == 1 => write!(f, "{},", list[0]),
             Gpus::List(list) => {
                 let list: Vec<_> = list.iter().map(u32::to_string).collect();
                 f.write_str(&list.join(","))
@@ -325,6 +378,9 @@ mod tests {
         assert_eq!("auto".parse(), Ok(Gpus::Auto));
         assert_eq!("0,1,3".parse(), Ok(Gpus::List(vec![0, 1, 3])));
         assert_eq!("2,".parse(), Ok(Gpus::List(vec![2])));
+        for text in ["8", "auto", "0,1,3", "2,"] {
+            assert_eq!(text.parse::<Gpus>().unwrap().to_string(), text);
+        }
         for bad in ["0", "", ",", "1,1", "x", "-1", "1,x"] {
             assert!(bad.parse::<Gpus>().is_err(), "{bad}");
         }

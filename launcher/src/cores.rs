@@ -21,6 +21,12 @@ pub fn allowed() -> Vec<usize> {
     cores
 }
 
+/// How many cores the machine has, whoever may use them.
+pub fn online() -> Option<usize> {
+    let text = fs_err::read_to_string("/sys/devices/system/cpu/online").ok()?;
+    Some(from_list(text.trim())?.count() as usize)
+}
+
 fn topology(cpu: usize, name: &str) -> i64 {
     fs_err::read_to_string(format!("/sys/devices/system/cpu/cpu{cpu}/topology/{name}"))
         .ok()

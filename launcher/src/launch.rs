@@ -1,5 +1,7 @@
 //! From the command line to a job: everything that can be refused is refused here, before anything starts.
 
+mod in_slurm;
+
 use anyhow::{Context as _, bail};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
@@ -10,16 +12,15 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tsm_job::Config;
-use tsm_job::config::DeviceKind;
 use tsm_job::exit::{self, Coded};
 
-use crate::cli::{Args, Gpus, Nodes, Preflight, Show};
-use crate::cluster::agent;
+use crate::cli::{Args, Preflight, Show};
+use crate::cluster::agent::{self, Leave};
 use crate::cluster::coordinator::{Job, Settings};
 use crate::cluster::key::Key;
 use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
-use crate::cluster::wire;
+use crate::cluster::wire::Connection;
 use crate::console::screen::{Outputs, Screen, Style};
 use crate::doctor::Context;
 use crate::folder::{self, Folder};
@@ -28,11 +29,12 @@ use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Devices, Seat, Shape};
 use crate::session::{End, Session, Voice};
+use crate::start::adopt::{self, Kind};
 use crate::start::agent::Parts;
 use crate::start::by_hand::{self, Part};
-use crate::start::children::{Children, Starter};
-use crate::start::slurm::{self, Allocation, Entry, Place, Request, Turn};
-use crate::start::{agent as start_agent, run_here};
+use crate::start::children::Children;
+use crate::start::slurm::{Allocation, Place, Turn};
+use crate::start::{agent as start_agent, meet, run_here, ssh};
 use crate::status::Snapshot;
 use crate::status::http::Server;
 use crate::status::view::{View, wants_colour};
@@ -49,9 +51,17 @@ const FLUSH: Duration = Duration::from_secs(2);
 /// # Errors
 /// With an exit code for whatever is wrong with the command line, the config, or the machine.
 pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
-    let mut args = args.clone();
+    let lookup = |name: &str| std::env::var(name).ok();
+    let is_told = args.rendezvous.is_some() || args.hosts.is_some() || args.hostfile.is_some();
+    let adopted = if args.ignore_env || is_told {
+        None
+    } else {
+        adopt::adopt(lookup, args.share_host)?
+    };
+    // Kubeflow sets torch's variables too, for nodes instead of ranks.
+    let is_meant = matches!(&adopted, Some(a) if matches!(a.kind, Kind::Point { .. }));
     if let Some((name, value)) =
-        plan::stale_variable(|name| std::env::var(name).ok()).filter(|_| !args.ignore_env)
+        plan::stale_variable(lookup).filter(|_| !args.ignore_env && !is_meant)
     {
         let hint = format!("unset {name}, or give --ignore-env to replace it");
         let text = format!(
@@ -59,273 +69,213 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         );
         bail!(Coded::new(exit::USAGE, text));
     }
-    let mut target = Target::resolve(&args)?;
-    let allocation = Allocation::from_env(|name| std::env::var(name).ok())?;
-    if let Some(allocation) = allocation.filter(|a| !matches!(a.place, Place::Step { .. }))
-        && !args.dry_run
-        && args.rendezvous.is_none()
-    {
-        let request = Request {
-            nodes: args.nodes.map(|n| n.max),
-            gpus: args.gpus.as_ref().and_then(Gpus::count),
-        };
-        allocation.check(request)?;
-        let turn = Turn::begin(allocation);
-        if let Some(code) = take_up(&turn, &mut args, &mut target) {
-            return Ok(code);
+    let mut target = Target::resolve(args)?;
+    if !args.dry_run && !is_told && adopted.is_none() {
+        // A user's own srun of one task is a node alone.
+        let allocation = Allocation::from_env(lookup)?;
+        if let Some(allocation) = allocation.filter(|a| !matches!(a.place, Place::Step { .. })) {
+            return in_slurm::launch(args, target, allocation, start);
         }
-        return run_here(in_slurm(&args, target, turn, start));
     }
-    let args = &args;
-    let nodes = args.nodes.unwrap_or(Nodes::ONE);
+    if let Some(plan) = ssh::Plan::new(args, &mut target)? {
+        if args.dry_run {
+            return show(&plan.describe(&target, &run_dir(args, &target)?));
+        }
+        return run_here(over_ssh(args, target, plan, start));
+    }
     let launch = target.config().map(|config| &config.launch);
+    let args = &match &adopted {
+        Some(adopted) => adopted.applied_to(args, launch, || gpus::visible().len())?,
+        None => args.clone(),
+    };
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
     if args.dry_run {
         return dry_run(args, target, &devices);
     }
-    let Some(point) = &args.rendezvous else {
-        if nodes.max > 1 {
-            let hint = "give --rendezvous HOST:PORT and --key-file FILE on every node";
-            let text = format!(
-                "--nodes is {}, and nothing says how the nodes find each other\n  hint: {hint}",
-                nodes.max
-            );
-            bail!(Coded::new(exit::USAGE, text));
-        }
-        return run_here(alone(args, target, devices, start));
-    };
-    let Some(key_file) = &args.key_file else {
-        unreachable!("clap asks for both")
-    };
-    let key = Key::read_file(key_file)?;
-    let (host, port, addresses) = by_hand::resolve(point)?;
-    run_here(async {
-        match by_hand::part(&addresses)? {
-            Part::Coordinator(listener) => {
-                together(args, target, devices, start, key, listener).await
-            }
-            Part::Agent => {
-                let digest = digest(&target);
-                let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
-                let (host, job, key) = (manifest::host(), Some(digest), Some(key));
-                let preflight = (args.preflight != Preflight::Off)
-                    .then(|| start_agent::context(&devices, None, None));
-                let parts = Parts {
-                    preflight,
-                    start,
-                    host,
-                    devices,
-                    order: None,
-                    job,
-                    key,
-                    local: false,
-                    shown: None,
-                };
-                let leave = agent::run(parts.setup()?, Link::over(connection)).await?;
-                Ok(start_agent::finish(leave))
-            }
-        }
-    })
-}
-
-/// Decides by what an earlier turn of the same job has left; the exit code, where there is nothing left to do.
-fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
-    if args.run_dir.is_some() || target.resume.is_some() {
-        return None;
-    }
-    let (root, name) = target.place();
-    let folder = std::path::absolute(turn.folder(&root, &name)).unwrap_or_default();
-    match turn.entry(&folder) {
-        Entry::AlreadyFinished(code) => {
-            let job = turn.allocation.job;
-            println!(
-                "tsm-launch: job {job} has finished in {} with exit code {code}",
-                folder.display()
-            );
-            return Some(code);
-        }
-        Entry::Resume => target.resume = Some(Resume::Run(folder)),
-        Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),
-        // Another run of the same job has that name.
-        Entry::Fresh => {}
-    }
-    None
-}
-
-/// A job of SLURM: on one node like any other, on several with agents that srun starts.
-async fn in_slurm(
-    args: &Args,
-    mut target: Target,
-    turn: Turn,
-    start: Instant,
-) -> anyhow::Result<i32> {
-    let launch = target.config().map(|config| &config.launch);
-    let hosts = turn.allocation.nodes.clone();
-    let wanted = args.nodes.map_or(hosts.len(), |n| n.max as usize);
-    let save_in = turn.save_in(std::time::SystemTime::now());
-    if wanted == 1 && turn.allocation.place == Place::Batch {
-        let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
-        return alone_in(args, target, devices, start, Some(turn)).await;
-    }
-    let device = device_arguments(args, target.config());
-    if let [kind, count] = device.as_slice() {
-        target.settle_as(
-            kind == "--gpus",
-            count.to_str().and_then(|n| n.parse().ok()),
+    let nodes = args.num_nodes().max;
+    if nodes > 1 && adopted.is_none() && args.rendezvous.is_none() {
+        let hint = "name them with --hosts, or give --rendezvous HOST:PORT and --key-file FILE on every node";
+        let text = format!(
+            "--nodes is {nodes}, and nothing says how the nodes find each other\n  hint: {hint}"
         );
+        bail!(Coded::new(exit::USAGE, text));
     }
-    let gpus = device
-        .get(1)
-        .filter(|_| device[0] == "--gpus")
-        .and_then(|n| n.to_str()?.parse().ok());
-    let mut prepared = prepare(args, target, None, start)?;
-    let session = &mut prepared.session;
-    session.settings.max_nodes = wanted as u32;
-    session.settings.min_nodes = args.nodes.map_or(wanted as u32, |n| n.min);
-    if session.settings.job.saves {
-        session.settings.save_at = save_in.map(|d| start.elapsed() + d);
-    }
-    let key = Key::random();
-    let listener = wire::listen(std::net::SocketAddr::from(([0, 0, 0, 0], 0)))?;
-    let port = listener.local_addr()?.port();
-    session.hub.listen(listener, key.clone(), None);
-    let own = addresses::list()
-        .into_iter()
-        .filter(|(ip, _)| ip.is_ipv4())
-        .map(|(ip, _)| ip);
-    let loopback = std::net::IpAddr::from([127, 0, 0, 1]);
-    let points: Vec<String> = own
-        .chain([loopback])
-        .map(|ip| format!("{ip}:{port}"))
-        .collect();
-    let shim = std::env::current_exe().context("cannot find this program")?;
-    let mut agent: Vec<OsString> = vec![shim.clone().into(), start_agent::AGENT.into()];
-    agent.extend(
-        [
-            "--connect",
-            &points.join(","),
-            "--order-from",
-            "SLURM_NODEID",
-            "--host-from",
-            "SLURMD_NODENAME",
-        ]
-        .map(OsString::from),
-    );
-    if args.preflight == Preflight::Off {
-        agent.push("--no-preflight".into());
-    }
-    agent.extend(device);
-    let srun = slurm::srun(
-        &turn.allocation,
-        &hosts[..wanted.min(hosts.len())],
-        gpus,
-        &agent,
-    );
-    let starter = Starter {
-        host: "srun".into(),
-        argv: srun.argv,
-        env_remove: srun.env_remove,
-        is_wire: false,
-        code_meaning: |_| None,
+    let order = adopted
+        .as_ref()
+        .map(|a| a.order)
+        .or(adopt::completion_index(lookup));
+    let node = Node {
+        args,
+        target,
+        devices,
+        start,
+        order,
     };
-    let voice = session.voice.clone();
-    session
-        .children
-        .start(&shim, starter, &session.hub, &key, &voice)?;
-    session.turn = Some(turn);
-    prepared.run(None).await
+    match adopted.map(|a| a.kind).filter(|_| nodes > 1) {
+        Some(Kind::File { by, id }) => run_here(node.meet_by_file(by, &id)),
+        Some(Kind::Point { host, port, .. }) => {
+            let key = args.key()?;
+            run_here(async {
+                if order == Some(0) {
+                    return node.coordinate(key, by_hand::listen(port)?).await;
+                }
+                let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
+                Ok(start_agent::finish(node.attend(key, connection).await?))
+            })
+        }
+        None => match &args.rendezvous {
+            Some(point) => node.meet_by_hand(point),
+            None => run_here(node.alone(None)),
+        },
+    }
 }
 
-/// By which an agent is told what its workers run on.
-fn device_arguments(args: &Args, config: Option<&Config>) -> Vec<OsString> {
-    let pair = |flag: &str, value: String| vec![OsString::from(flag), OsString::from(value)];
-    match (&args.gpus, args.cpus, config.map(|c| &c.launch)) {
-        (Some(gpus), _, _) => pair("--gpus", gpus.to_string()),
-        (None, Some(n), _) => pair("--cpus", n.to_string()),
-        (None, None, Some(launch)) => {
-            let count = launch.nproc_per_node;
-            match launch.device {
-                DeviceKind::Cpu => pair("--cpus", count.unwrap_or(1).to_string()),
-                DeviceKind::Gpu => pair("--gpus", count.map_or("auto".into(), |n| n.to_string())),
+/// This node of a job.
+struct Node<'a> {
+    args: &'a Args,
+    target: Target,
+    devices: Devices,
+    start: Instant,
+    /// Its place, where something gave it one.
+    order: Option<u32>,
+}
+
+impl Node<'_> {
+    /// At a point that everybody was told, whoever can listen there coordinates.
+    fn meet_by_hand(self, point: &str) -> anyhow::Result<i32> {
+        let (args, key) = (self.args, self.args.key()?);
+        let late = adopt::names_come_late(|name| std::env::var(name).ok());
+        let patience = if late {
+            args.join_timeout
+        } else {
+            Duration::ZERO
+        };
+        let (host, port, addresses) = by_hand::resolve(point, patience)?;
+        run_here(async {
+            match by_hand::part(&addresses)? {
+                Part::Coordinator(listener) => self.coordinate(key, listener).await,
+                Part::Agent => {
+                    let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
+                    Ok(start_agent::finish(self.attend(key, connection).await?))
+                }
             }
+        })
+    }
+
+    /// By a file in a folder that all nodes share; `id` is the same on all, and `by` has started them.
+    async fn meet_by_file(self, by: &str, id: &str) -> anyhow::Result<i32> {
+        if let Some(text) = adopt::too_few_cores(by, &cores::allowed(), cores::online()) {
+            eprintln!("tsm-launch: warning: {text}");
         }
-        // The agents refuse, and say what is missing.
-        (None, None, None) => Vec::new(),
+        let run_dir = run_dir(self.args, &self.target)?;
+        let dir = match (&self.args.rendezvous_dir, run_dir.parent()) {
+            (Some(dir), _) => dir,
+            (None, Some(root)) => root,
+            (None, None) => &run_dir,
+        };
+        if self.order == Some(0) {
+            let listener = TcpListener::from_std(addresses::listen_on_all()?)?;
+            let (port, key) = (listener.local_addr()?.port(), Key::random());
+            let _announced = meet::announce(dir, id, port, &key)?;
+            return self.coordinate(key, listener).await;
+        }
+        let say = |text: &str| eprintln!("tsm-launch: {text}");
+        let (connection, key) = meet::join(dir, id, self.args.join_timeout, say).await?;
+        let leave = self.attend(key, connection).await?;
+        // mpirun and srun end all others at once for a code that is not 0. So only the first node, which is
+        // still writing down what happened, ends with the code of the job.
+        let is_told = leave.message.is_none();
+        let code = start_agent::finish(leave);
+        Ok(if is_told { exit::OK } else { code })
+    }
+
+    /// A job of one node: coordinator and agent in one process, and nothing listens. `turn`: of a job of SLURM.
+    async fn alone(self, turn: Option<Turn>) -> anyhow::Result<i32> {
+        let mut prepared = prepare(self.args, self.target, Some(&self.devices), self.start)?;
+        if let Some(turn) = turn {
+            prepared.take_turn(turn, self.start);
+        }
+        let preflight = prepared.preflight(self.args, &self.devices);
+        let link = prepared.session.hub.local();
+        let shown = Some(prepared.shown());
+        let parts = Parts {
+            start: self.start,
+            host: manifest::host(),
+            devices: self.devices,
+            order: None,
+            job: None,
+            key: None,
+            local: true,
+            shown,
+            preflight,
+        };
+        prepared.run(Some((parts, link))).await
+    }
+
+    /// The first of several nodes.
+    async fn coordinate(self, key: Key, listener: TcpListener) -> anyhow::Result<i32> {
+        let digest = digest(&self.target);
+        let mut prepared = prepare(self.args, self.target, Some(&self.devices), self.start)?;
+        prepared.session.settings.open = true;
+        prepared.session.settings.job.digest = digest;
+        prepared.session.hub.listen(listener, key.clone(), None);
+        let link = prepared.session.hub.local();
+        let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
+        let preflight = prepared.preflight(self.args, &self.devices);
+        let parts = Parts {
+            start: self.start,
+            host,
+            devices: self.devices,
+            order: self.order.or(Some(0)),
+            job: None,
+            key,
+            local: true,
+            shown,
+            preflight,
+        };
+        prepared.run(Some((parts, link))).await
+    }
+
+    /// One of the others.
+    async fn attend(self, key: Key, connection: Connection) -> anyhow::Result<Leave> {
+        let looks = self.args.preflight != Preflight::Off;
+        let preflight = looks.then(|| start_agent::context(&self.devices, None, None));
+        let parts = Parts {
+            preflight,
+            start: self.start,
+            host: manifest::host(),
+            order: self.order,
+            job: Some(digest(&self.target)),
+            devices: self.devices,
+            key: Some(key),
+            local: false,
+            shown: None,
+        };
+        agent::run(parts.setup()?, Link::over(connection)).await
     }
 }
 
-/// A job of one node: coordinator and agent in one process, and nothing listens.
-async fn alone(
+/// Nodes that are started from here; this one has no ranks of its own.
+async fn over_ssh(
     args: &Args,
     target: Target,
-    devices: Devices,
+    plan: ssh::Plan,
     start: Instant,
 ) -> anyhow::Result<i32> {
-    alone_in(args, target, devices, start, None).await
-}
-
-/// The same, where it is a turn of a job of SLURM.
-async fn alone_in(
-    args: &Args,
-    target: Target,
-    devices: Devices,
-    start: Instant,
-    turn: Option<Turn>,
-) -> anyhow::Result<i32> {
-    let mut prepared = prepare(args, target, Some(&devices), start)?;
-    if let Some(turn) = turn {
-        if prepared.session.settings.job.saves {
-            let save_in = turn.save_in(std::time::SystemTime::now());
-            prepared.session.settings.save_at = save_in.map(|d| start.elapsed() + d);
-        }
-        prepared.session.turn = Some(turn);
+    let args = Args {
+        nodes: Some(plan.nodes),
+        ..args.clone()
+    };
+    let mut prepared = prepare(&args, target, None, start)?;
+    let session = &mut prepared.session;
+    session.settings.job.base_env = Some(ssh::environment(std::env::vars_os()));
+    let (shim, key) = (std::env::current_exe()?, Key::random());
+    for starter in plan.starters() {
+        session
+            .children
+            .start(&shim, starter, &session.hub, &key, &session.voice);
     }
-    let link = prepared.session.hub.local();
-    let shown = Some(prepared.shown());
-    let preflight = prepared.preflight(args, &devices);
-    let parts = Parts {
-        preflight,
-        start,
-        host: manifest::host(),
-        devices,
-        order: None,
-        job: None,
-        key: None,
-        local: true,
-        shown,
-    };
-    prepared.run(Some((parts, link))).await
-}
-
-/// The first of several nodes.
-async fn together(
-    args: &Args,
-    target: Target,
-    devices: Devices,
-    start: Instant,
-    key: Key,
-    listener: TcpListener,
-) -> anyhow::Result<i32> {
-    let digest = digest(&target);
-    let mut prepared = prepare(args, target, Some(&devices), start)?;
-    prepared.session.settings.open = true;
-    prepared.session.settings.job.digest = digest;
-    prepared.session.hub.listen(listener, key.clone(), None);
-    let link = prepared.session.hub.local();
-    let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
-    let preflight = prepared.preflight(args, &devices);
-    let parts = Parts {
-        preflight,
-        start,
-        host,
-        devices,
-        order: Some(0),
-        job: None,
-        key,
-        local: true,
-        shown,
-    };
-    prepared.run(Some((parts, link))).await
+    prepared.run(None).await
 }
 
 /// A session that is ready to run.
@@ -355,6 +305,17 @@ impl Prepared {
         let folder = self.session.folder.dir.path().to_path_buf();
         (args.preflight != Preflight::Off)
             .then(|| start_agent::context(devices, Some(folder), program))
+    }
+
+    /// Makes it a turn of a job of SLURM, which saves before its time is over.
+    fn take_turn(&mut self, turn: Turn, start: Instant) {
+        let settings = &mut self.session.settings;
+        if settings.job.saves {
+            let save_in = turn.save_in(std::time::SystemTime::now());
+            settings.save_at = save_in.map(|d| start.elapsed() + d);
+            settings.job.shielded = true;
+        }
+        self.session.turn = Some(turn);
     }
 
     /// Runs the job, and the agent of this node where it has ranks.
@@ -493,11 +454,11 @@ fn prepare(
         affinity: !args.no_affinity,
         resume: is_trainer.then(|| resume_command(args, &dir)),
         saves: is_trainer,
+        shielded: false,
     };
-    let nodes = args.nodes.unwrap_or(Nodes::ONE);
     let settings = Settings {
-        min_nodes: nodes.min,
-        max_nodes: nodes.max,
+        min_nodes: args.num_nodes().min,
+        max_nodes: args.num_nodes().max,
         join: args.join_timeout,
         last_call: LAST_CALL,
         lease: args.node_timeout,
@@ -514,7 +475,8 @@ fn prepare(
         },
         save_at: None,
     };
-    let here = devices.map_or(1, Devices::len) as u32;
+    // Nodes that are not there yet say later how many ranks they have; this is for the width of the labels.
+    let here = devices.map_or(8, Devices::len) as u32;
     let world_size = here * settings.max_nodes;
     let style = Style {
         format: args.log_format,
@@ -557,19 +519,13 @@ fn prepare(
 
 fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result<i32> {
     target.settle(devices);
-    let (root, name) = target.place();
-    let dir = match (&args.run_dir, &target.resume) {
-        (Some(dir), _) | (None, Some(Resume::Run(dir))) => std::path::absolute(dir)?,
-        (None, _) => {
-            std::path::absolute(folder::name(&root, &name, &clock::Utc::now().compact(), 1))?
-        }
-    };
+    let dir = run_dir(args, &target)?;
     let cores = if args.no_affinity {
         Vec::new()
     } else {
         cores::allowed()
     };
-    let mut seat = Seat::alone(devices.len() * args.nodes.unwrap_or(Nodes::ONE).max as usize);
+    let mut seat = Seat::alone(devices.len() * args.num_nodes().max as usize);
     seat.max_restarts = args.max_restarts;
     let shape = Shape {
         devices,
@@ -585,7 +541,25 @@ fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result
     };
     let inherited = |name: &str| std::env::var_os(name).is_some();
     let command = target.command(&tsm_job::RunDir::new(&dir).config());
-    let text = plan::describe(&shape, &plan::workers(&shape, inherited), &command);
+    show(&plan::describe(
+        &shape,
+        &plan::workers(&shape, inherited),
+        &command,
+    ))
+}
+
+/// Where a dry run would have its folder.
+fn run_dir(args: &Args, target: &Target) -> std::io::Result<PathBuf> {
+    let (root, name) = target.place();
+    match (&args.run_dir, &target.resume) {
+        (Some(dir), _) | (None, Some(Resume::Run(dir))) => std::path::absolute(dir),
+        (None, _) => {
+            std::path::absolute(folder::name(&root, &name, &clock::Utc::now().compact(), 1))
+        }
+    }
+}
+
+fn show(text: &str) -> anyhow::Result<i32> {
     std::io::stdout()
         .write_all(text.as_bytes())
         .context("cannot print the plan")?;

@@ -317,7 +317,7 @@ pub fn describe(shape: &Shape, workers: &[WorkerPlan], command: &[OsString]) -> 
         "run folder  {}\nhost        {}\nworld size  {}\ncommand     {}\n",
         shape.run_dir.display(),
         shape.host,
-        workers.len(),
+        shape.seat.world_size,
         shell(command)
     );
     let (common, own): (Vec<_>, Vec<_>) = match workers {

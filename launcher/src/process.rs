@@ -34,9 +34,11 @@ pub struct Spec<'a> {
     pub directory: Option<&'a Path>,
     /// Set on top of the environment, after `remove`.
     pub env: &'a [(String, String)],
-    pub remove: &'a [&'a str],
+    pub remove: &'a [String],
     /// Cores to bind to; empty: no binding.
     pub cores: &'a [usize],
+    /// It ignores SIGTERM.
+    pub shielded: bool,
 }
 
 /// A started worker. It leads a session of its own and dies with this process.
@@ -76,7 +78,14 @@ pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)
     command
         .arg(crate::shim::WORKER)
         .arg(std::process::id().to_string());
-    command.arg(cores::to_list(spec.cores)).args(spec.command);
+    command.arg(cores::to_list(spec.cores));
+    command
+        .arg(if spec.shielded {
+            crate::shim::SHIELD
+        } else {
+            ""
+        })
+        .args(spec.command);
     if let Some(directory) = spec.directory {
         command.current_dir(directory);
     }

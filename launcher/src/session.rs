@@ -150,8 +150,8 @@ impl Running {
                 if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. }) {
                     return;
                 }
-                let (host, code) = (ended.host, if ended.code == 0 { exit::PREFLIGHT } else { ended.code });
-                let message = FromAgent::Unfit { host, code, message: ended.message };
+                let code = ended.exit_code();
+                let message = FromAgent::Unfit { host: ended.host, code, message: ended.message };
                 Event::Said { node: NodeId::MAX, local: false, message }
             }
             cause = async {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::{cores, process};
 
-/// First argument of a shim: `__worker PARENT_PID CORES PROGRAM ARGS...`.
+/// First argument of a shim: `__worker PARENT_PID CORES SHIELD PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
 /// First argument of the guard: `__guard`.
 pub const GUARD: &str = "__guard";
@@ -20,6 +20,9 @@ pub const DISMISS: &str = "done";
 /// Before the milliseconds within which the next such line must come.
 pub const LEASE: &str = "lease";
 
+/// Third argument of a worker that is to ignore SIGTERM.
+pub const SHIELD: &str = "shield";
+
 /// The code of a shell for a program that cannot be executed.
 const CANNOT_EXECUTE: u8 = 126;
 
@@ -28,6 +31,7 @@ const CANNOT_EXECUTE: u8 = 126;
 pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let parent = args.next().and_then(|a| a.to_str()?.parse::<i32>().ok());
     let cores = args.next().unwrap_or_default();
+    let shield = args.next().unwrap_or_default();
     let (Some(parent), Some(program)) = (parent, args.next()) else {
         eprintln!("error: {WORKER} is for tsm-launch itself");
         return ExitCode::from(tsm_job::exit::USAGE as u8);
@@ -51,8 +55,21 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     {
         return fail("its cores are not available", &e);
     }
+    if shield == SHIELD {
+        ignore_sigterm();
+    }
     let error = Command::new(&program).args(args).exec();
     fail("exec", &error)
+}
+
+/// Both dispositions outlive the exec. SIGINT may have been ignored by a shell that started us in the background.
+#[expect(unsafe_code, reason = "rustix sets no dispositions")]
+fn ignore_sigterm() {
+    // SAFETY: neither SIG_IGN nor SIG_DFL runs code of ours.
+    unsafe {
+        libc::signal(libc::SIGTERM, libc::SIG_IGN);
+        libc::signal(libc::SIGINT, libc::SIG_DFL);
+    }
 }
 
 /// Waits for the launcher to end. Workers die with it by themselves; what they started does

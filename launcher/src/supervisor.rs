@@ -43,6 +43,10 @@ pub enum Event {
         rank: usize,
         name: String,
     },
+    /// It talks to us, so it hears us too.
+    Hello {
+        rank: usize,
+    },
     /// The coordinator wants all ranks to end.
     Stop {
         signal: i32,
@@ -96,6 +100,8 @@ pub struct Rank {
     /// Position among all such events of the first sign of its end: a failure record, the loss of its agent
     /// socket shortly before, or the end itself.
     pub order: usize,
+    /// When that sign came.
+    pub first_at: Duration,
     /// It ended after the launcher had begun to stop the job.
     pub after_stop: bool,
     /// When it closed its agent socket: position, time, and whether the job was being stopped.
@@ -113,22 +119,33 @@ pub struct State {
     grace: Duration,
     /// The workers end with code 75 once they have saved.
     saves: bool,
+    /// Ends a worker. SIGTERM, unless the workers are shielded from it.
+    stop_signal: i32,
     pub phase: Phase,
     pub ranks: Vec<Rank>,
     order: usize,
     /// A rank that announced its failure must end by then.
     record_deadline: Option<Duration>,
+    /// Ranks that have said something: before, a worker has not got ready to save on a signal.
+    ready: Vec<bool>,
     /// The stop lets the ranks save and end by themselves: one that fails meanwhile is a failure.
     saving: bool,
 }
 
 impl State {
-    pub fn new(num_ranks: usize, grace: Duration, saves: bool) -> State {
+    /// `shielded`: the workers ignore SIGTERM, which a scheduler sends to all processes before it is time to end.
+    pub fn new(num_ranks: usize, grace: Duration, saves: bool, shielded: bool) -> State {
         let ranks = vec![Rank::default(); num_ranks];
         State {
             grace,
             saves,
+            stop_signal: if shielded {
+                libc::SIGINT
+            } else {
+                libc::SIGTERM
+            },
             phase: Phase::Running,
+            ready: vec![false; num_ranks],
             ranks,
             order: 0,
             record_deadline: None,
@@ -153,7 +170,14 @@ impl State {
         self.phase = Phase::Stopping {
             deadline: now + grace,
         };
-        self.saving = self.saves && signal == libc::SIGUSR2;
+        let save = self.saves && signal == libc::SIGUSR2;
+        self.saving = save && self.alive().all(|rank| self.ready[rank]);
+        // Who is not ready would be killed by it, and the others would wait for them: there is nothing to save yet.
+        let signal = match signal {
+            libc::SIGTERM => self.stop_signal,
+            _ if save && !self.saving => self.stop_signal,
+            signal => signal,
+        };
         self.send(signal, actions);
     }
 
@@ -181,14 +205,19 @@ impl State {
     }
 
     fn note(&mut self, event: &Event, now: Duration, after_stop: bool) {
+        if let Event::Hello { rank } | Event::Step { rank, .. } | Event::Section { rank, .. } =
+            event
+        {
+            self.ready[*rank] = true;
+        }
         match event {
             Event::Ended { rank, end } => {
                 let order = self.next_order();
                 let rank = &mut self.ranks[*rank];
                 if rank.record.is_none() {
                     let dying = rank.left.filter(|(_, at, _)| now - *at <= DYING);
-                    let since = dying.map(|(order, _, after_stop)| (order, after_stop));
-                    (rank.order, rank.after_stop) = since.unwrap_or((order, after_stop));
+                    (rank.order, rank.first_at, rank.after_stop) =
+                        dying.unwrap_or((order, now, after_stop));
                 }
                 (rank.end, rank.ended_at) = (Some(*end), now);
             }
@@ -198,12 +227,13 @@ impl State {
             Event::Failing { rank, record } if self.ranks[*rank].record.is_none() => {
                 let order = self.next_order();
                 let rank = &mut self.ranks[*rank];
-                (rank.order, rank.after_stop, rank.record) =
-                    (order, after_stop, Some(record.clone()));
+                (rank.order, rank.first_at, rank.after_stop) = (order, now, after_stop);
+                rank.record = Some(record.clone());
             }
             Event::Step { rank, step } => self.ranks[*rank].step = Some(*step),
             Event::Section { rank, name } => self.ranks[*rank].section = Some(name.clone()),
             Event::Failing { .. }
+            | Event::Hello { .. }
             | Event::Stop { .. }
             | Event::Pass { .. }
             | Event::KillAll

@@ -1,7 +1,7 @@
 //! What is to be run: the trainer with a config, or any program; new, or continued.
 
 use anyhow::{Context, bail};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use tsm_job::config::DeviceKind;
 use tsm_job::exit::{self, Coded};
@@ -106,29 +106,21 @@ impl Target {
         }
     }
 
-    /// The same for nodes that choose for themselves.
-    pub fn settle_as(&mut self, gpus: bool, count: Option<u32>) {
-        if let What::Trainer { config, .. } = &mut self.what {
-            config.launch.device = if gpus {
-                DeviceKind::Gpu
-            } else {
-                DeviceKind::Cpu
-            };
-            config.launch.nproc_per_node = count;
-        }
-    }
-
     /// Writes the devices chosen into the config, which is where the trainer learns of them.
     pub fn settle(&mut self, devices: &Devices) {
-        let What::Trainer { config, .. } = &mut self.what else {
-            return;
+        let device = match devices {
+            Devices::Cpu(_) => DeviceKind::Cpu,
+            Devices::Gpus(_) => DeviceKind::Gpu,
         };
-        let (device, count) = match devices {
-            Devices::Cpu(n) => (DeviceKind::Cpu, *n),
-            Devices::Gpus(gpus) => (DeviceKind::Gpu, gpus.len() as u32),
-        };
-        config.launch.device = device;
-        config.launch.nproc_per_node = Some(count);
+        self.settle_as(device, Some(devices.len() as u32));
+    }
+
+    /// As [`Target::settle`], for nodes that are not this one. `None`: as many as each has.
+    pub fn settle_as(&mut self, device: DeviceKind, nproc_per_node: Option<u32>) {
+        if let What::Trainer { config, .. } = &mut self.what {
+            config.launch.device = device;
+            config.launch.nproc_per_node = nproc_per_node;
+        }
     }
 
     /// Folder of run folders, and the name of this run.
@@ -190,7 +182,10 @@ fn last_config(dir: &Path) -> PathBuf {
 }
 
 /// Looks a program up as a shell does, so that a missing one is known before anything starts.
-fn find_program(name: &OsString) -> anyhow::Result<PathBuf> {
+///
+/// # Errors
+/// [`exit::PREFLIGHT`] when there is none.
+pub fn find_program(name: &OsStr) -> anyhow::Result<PathBuf> {
     let path = Path::new(name);
     let found = if path.components().count() > 1 {
         std::path::absolute(path).ok().filter(|p| is_executable(p))
@@ -219,12 +214,12 @@ mod tests {
 
     #[test]
     fn programs_are_found_as_a_shell_does() {
-        assert!(find_program(&"sh".into()).unwrap().is_absolute());
-        let error = find_program(&"no-such-program".into()).unwrap_err();
+        assert!(find_program("sh".as_ref()).unwrap().is_absolute());
+        let error = find_program("no-such-program".as_ref()).unwrap_err();
         assert_eq!(exit::code_of(&error), exit::PREFLIGHT);
         let text = tempfile::NamedTempFile::new().unwrap();
         assert!(
-            find_program(&text.path().into()).is_err(),
+            find_program(text.path().as_os_str()).is_err(),
             "a file that is no program"
         );
     }

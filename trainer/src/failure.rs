@@ -58,10 +58,14 @@ pub fn install(rank: u32, link: Arc<AgentLink>) {
     }));
 }
 
-/// Ends the process at once. Other threads may hold locks or wait in a collective, and exit
-/// handlers of libtorch or NCCL would wait for them for ever.
+/// Ends the process at once, and with an error code the other ranks too where they run under MPI.
+/// Other threads may hold locks or wait in a collective, and exit handlers of libtorch or NCCL
+/// would wait for them for ever.
 #[expect(unsafe_code, reason = "std has no exit without exit handlers")]
 pub fn leave(code: i32) -> ! {
+    if code != exit::OK {
+        crate::ddp::mpi::abort(code);
+    }
     // SAFETY: `_exit` never returns and touches no memory of ours.
     unsafe { libc::_exit(code) }
 }

@@ -149,7 +149,7 @@ pub(super) fn random<const N: usize>() -> [u8; N] {
 ///
 /// # Errors
 /// [`exit::USAGE`], with the command that puts it right.
-pub(super) fn open_private(path: &Path, what: &str) -> Result<File, Coded> {
+pub fn open_private(path: &Path, what: &str) -> Result<File, Coded> {
     let shown = path.display();
     let refuse = |problem: String| {
         Coded::new(
@@ -183,7 +183,7 @@ pub(super) fn open_private(path: &Path, what: &str) -> Result<File, Coded> {
 }
 
 /// Hexadecimal digits with or without the end of the line. Says what is wrong without what was read.
-pub(super) fn parse(text: &[u8]) -> Result<Key, String> {
+pub fn parse(text: &[u8]) -> Result<Key, String> {
     let digits = text.strip_suffix(b"\n").unwrap_or(text);
     if digits.len() != NUM_DIGITS {
         let len = match digits.len() {

@@ -120,6 +120,17 @@ pub enum Heard {
 
 type Arrival = Result<Connection, Refusal>;
 
+/// A way into a [`Hub`] for connections that did not come through its listener.
+#[derive(Clone)]
+pub struct Door(mpsc::Sender<Arrival>);
+
+impl Door {
+    /// Waits while many others are on their way in.
+    pub async fn enter(&self, arrival: Arrival) {
+        let _ = self.0.send(arrival).await;
+    }
+}
+
 /// The coordinator's end of all connections.
 pub struct Hub {
     heard: UnboundedReceiver<Heard>,
@@ -164,16 +175,9 @@ impl Hub {
         tokio::spawn(wire::serve(listener, key, tls, self.arrivals.0.clone()));
     }
 
-    /// Takes in an agent over a stream of its own, such as the stdin and stdout of ssh.
-    pub fn arrive(
-        &self,
-        connection: impl Future<Output = Result<Connection, Refusal>> + Send + 'static,
-    ) {
-        let arrivals = self.arrivals.0.clone();
-        tokio::spawn(async move {
-            let connection = connection.await;
-            let _ = arrivals.send(connection).await;
-        });
+    /// Where agents come in over streams of their own, such as the stdin and stdout of ssh.
+    pub fn door(&self) -> Door {
+        Door(self.arrivals.0.clone())
     }
 
     fn attach(&mut self, connection: Connection) {

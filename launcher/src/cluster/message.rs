@@ -36,6 +36,7 @@ pub enum FromAgent {
     /// Answer to [`ToAgent::Reserve`].
     Reserved {
         generation: u32,
+        attempt: u32,
         master_port: u16,
         probe_port: u16,
     },
@@ -43,6 +44,7 @@ pub enum FromAgent {
     /// interface through which it did, the quickest first.
     Reached {
         generation: u32,
+        attempt: u32,
         by: Vec<(IpAddr, String)>,
     },
     /// All ranks of this node are started.
@@ -101,10 +103,13 @@ pub enum ToAgent {
     /// To the first node: hold a port for rank 0, and answer probes.
     Reserve {
         generation: u32,
+        /// Counts how often the nodes of a start were chosen: one that is lost before it leads to another choice.
+        attempt: u32,
     },
     /// To the other nodes: find out which of these addresses of the first node can be reached.
     Probe {
         generation: u32,
+        attempt: u32,
         addresses: Vec<IpAddr>,
         port: u16,
     },
@@ -262,6 +267,10 @@ pub struct Start {
     pub affinity: bool,
     /// The worker is ours: SIGUSR2 makes it save and end with code 75.
     pub saves: bool,
+    /// The workers ignore SIGTERM, and SIGINT stops them instead: the scheduler sends SIGTERM to every process of
+    /// the job when it is time to save.
+    #[serde(default)]
+    pub shielded: bool,
 }
 
 /// What became of one generation on one node.

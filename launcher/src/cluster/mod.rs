@@ -6,6 +6,8 @@ pub mod key;
 pub mod link;
 pub mod message;
 pub mod policy;
+#[cfg(test)]
+mod simulation;
 pub mod tls;
 pub mod topology;
 pub mod wire;

@@ -124,6 +124,7 @@ mod tests {
             gpus: (0..num_gpus).map(gpu).collect(),
             addresses: Vec::new(),
             job: None,
+            received_ms: 0,
             facts: Facts {
                 driver: driver.map(String::from),
                 kernel: "6.1".into(),
@@ -131,7 +132,6 @@ mod tests {
                 num_cpus: 96,
                 ..Facts::default()
             },
-            received_ms: 0,
         }
     }
 

@@ -21,12 +21,13 @@ const SECRET: [&str; 6] = ["KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CRED
 pub fn difference(
     inherited: impl Fn(&str) -> Option<String>,
     ranks: &[&[(String, String)]],
-    removed: &[&str],
+    removed: &[impl AsRef<str>],
 ) -> Vec<Change> {
     let set = ranks
         .iter()
         .flat_map(|env| env.iter().map(|(name, _)| name.as_str()));
-    let names: BTreeSet<&str> = set.chain(removed.iter().copied()).collect();
+    let names: BTreeSet<&str> = set.chain(removed.iter().map(AsRef::as_ref)).collect();
+    let is_removed = |name: &str| removed.iter().any(|removed| removed.as_ref() == name);
     let change = |name: &str| {
         // The last one counts, as in a worker's environment.
         let own = |env: &&[(String, String)]| {
@@ -36,7 +37,7 @@ pub fn difference(
         let mut values: Vec<Option<String>> = ranks.iter().map(own).collect();
         values.dedup();
         let (before, after) = match (inherited(name), values.as_slice()) {
-            (before, [] | [None]) => (before.clone(), before.filter(|_| !removed.contains(&name))),
+            (before, [] | [None]) => (before.clone(), before.filter(|_| !is_removed(name))),
             (before, [Some(value)]) => (before, Some(value.clone())),
             (before, _) => (before, Some("(differs by rank)".into())),
         };
@@ -112,7 +113,7 @@ mod tests {
         let found = difference(inherited, &[&a], &["TSM_AGENT_FD"]);
         assert_eq!(found[0].after.as_deref(), Some("5"));
         // Set for one rank only.
-        let found = difference(inherited, &[&a, &[]], &[]);
+        let found = difference(inherited, &[&a, &[]], &[""; 0]);
         assert_eq!(found[0].after.as_deref(), Some("(differs by rank)"));
     }
 

@@ -223,6 +223,7 @@ async fn over_stdio(key: &Key) -> anyhow::Result<Connection> {
     use std::io::Write;
     let (ours, theirs) = StdStream::pair()?;
     {
+        std::io::stderr().write_all(HERE)?;
         let mut out = std::io::stdout().lock();
         out.write_all(HERE)?;
         out.flush()?;

@@ -2,8 +2,9 @@
 
 use anyhow::bail;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
+use tsm_job::config::duration;
 use tsm_job::exit::{self, Coded};
 
 use crate::addresses;
@@ -12,6 +13,8 @@ use crate::cluster::wire::{self, Connection, Why};
 
 /// Between two tries to reach the coordinator.
 const AGAIN: Duration = Duration::from_millis(200);
+/// Between two tries to find a name.
+const LOOK_UP: Duration = Duration::from_secs(1);
 /// One try.
 const TRY: Duration = Duration::from_secs(5);
 
@@ -21,11 +24,12 @@ pub enum Part {
     Agent,
 }
 
-/// `HOST:PORT`, with brackets around an IPv6 address.
+/// `HOST:PORT`, with brackets around an IPv6 address. A name that leads nowhere is looked up again for as long as
+/// `patience`. Blocks.
 ///
 /// # Errors
 /// [`exit::USAGE`] when it is not that, [`exit::PREFLIGHT`] when the name leads nowhere.
-pub fn resolve(point: &str) -> anyhow::Result<(String, u16, Vec<SocketAddr>)> {
+pub fn resolve(point: &str, patience: Duration) -> anyhow::Result<(String, u16, Vec<SocketAddr>)> {
     let Some((host, port)) = point
         .rsplit_once(':')
         .and_then(|(h, p)| Some((h, p.parse::<u16>().ok()?)))
@@ -46,18 +50,31 @@ pub fn resolve(point: &str) -> anyhow::Result<(String, u16, Vec<SocketAddr>)> {
         let text = format!("--rendezvous is {point:?}, which is on every node\n  hint: {hint}");
         bail!(Coded::new(exit::USAGE, text));
     }
-    match (host, port).to_socket_addrs() {
-        Ok(found) => Ok((
-            host.into(),
-            port,
-            found.map(|a| reachable(host, a)).collect(),
-        )),
-        Err(e) => {
+    let until = Instant::now() + patience;
+    let mut is_said = false;
+    loop {
+        let e = match (host, port).to_socket_addrs() {
+            Ok(found) => {
+                return Ok((
+                    host.into(),
+                    port,
+                    found.map(|a| reachable(host, a)).collect(),
+                ));
+            }
+            Err(e) => e,
+        };
+        if Instant::now() + LOOK_UP >= until {
             let text = format!(
                 "--rendezvous: {host} cannot be found: {e}\n  hint: give the address of the first node"
             );
-            bail!(Coded::new(exit::PREFLIGHT, text))
+            bail!(Coded::new(exit::PREFLIGHT, text));
         }
+        if !is_said {
+            is_said = true;
+            let wait = duration::format(patience);
+            eprintln!("tsm-launch: waiting up to {wait} for {host} to have an address: {e}");
+        }
+        std::thread::sleep(LOOK_UP);
     }
 }
 
@@ -74,6 +91,17 @@ fn reachable(host: &str, address: SocketAddr) -> SocketAddr {
         }
         address => address,
     }
+}
+
+/// Listens at `port` on all addresses: the first of several nodes, whose own name may not be known here yet. Call
+/// inside the tokio runtime.
+///
+/// # Errors
+/// [`exit::PREFLIGHT`] when the port is taken.
+pub fn listen(port: u16) -> Result<TcpListener, Coded> {
+    // A kernel without IPv6 has only the second.
+    wire::listen((Ipv6Addr::UNSPECIFIED, port).into())
+        .or_else(|_| wire::listen((Ipv4Addr::UNSPECIFIED, port).into()))
 }
 
 /// Listens at the meeting point if it is here and nobody else does. Call inside the tokio runtime.
@@ -132,10 +160,10 @@ mod tests {
     #[test]
     fn a_meeting_point_is_a_host_and_a_port() {
         assert_eq!(
-            resolve("127.0.0.1:29400").unwrap().2,
+            resolve("127.0.0.1:29400", Duration::ZERO).unwrap().2,
             ["127.0.0.1:29400".parse().unwrap()]
         );
-        assert_eq!(resolve("[::1]:1").unwrap().0, "::1");
+        assert_eq!(resolve("[::1]:1", Duration::ZERO).unwrap().0, "::1");
         for bad in [
             "gpu-01",
             "gpu-01:",
@@ -146,12 +174,14 @@ mod tests {
             "[::]:1",
         ] {
             assert_eq!(
-                exit::code_of(&resolve(bad).err().unwrap()),
+                exit::code_of(&resolve(bad, Duration::ZERO).err().unwrap()),
                 exit::USAGE,
                 "{bad}"
             );
         }
-        let none = resolve("no-such-host.invalid:1").err().unwrap();
+        let none = resolve("no-such-host.invalid:1", Duration::ZERO)
+            .err()
+            .unwrap();
         assert_eq!(exit::code_of(&none), exit::PREFLIGHT);
     }
 

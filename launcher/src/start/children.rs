@@ -1,32 +1,39 @@
 //! Programs that hold the agents of other nodes: ssh, srun.
 
-use anyhow::Context;
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::process::{ChildStderr, Command};
+use tokio::process::{ChildStderr, ChildStdin, ChildStdout, Command};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tsm_job::exit::{self, Coded};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tsm_job::config::duration;
+use tsm_job::exit;
 
 use crate::cluster::key::Key;
-use crate::cluster::link::Hub;
-use crate::cluster::wire::{self, Refusal, Why};
+use crate::cluster::link::{Door, Hub};
+use crate::cluster::wire;
 use crate::session::Voice;
 use crate::shim;
 
 /// How long a starter may take to end once its agents have left.
 const END: Duration = Duration::from_secs(3);
+/// Connections that are made at the same time.
+const AT_ONCE: usize = 64;
+/// Before the second try; each later one waits twice as long as the one before.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long to wait for a starter's last words.
+const WORDS_END: Duration = Duration::from_secs(1);
 /// Lines of a starter's stderr that are kept for the error.
 const WORDS: usize = 8;
 /// How long a remote shell may take until its agent speaks.
 const LOGIN: Duration = Duration::from_secs(60);
 /// What a remote shell may print before.
 const GREETING: usize = 64 << 10;
-/// The line by which an agent on stdout tells where its own words begin.
+/// The line by which an agent tells, on stdout and on stderr, where its own words begin.
 pub const HERE: &[u8] = b"\ntsm-launch agent\n";
 
 /// One program to start.
@@ -38,6 +45,8 @@ pub struct Starter {
     /// Its stdin and stdout are the connection to one agent; else agents dial, and only the key goes to stdin.
     pub is_wire: bool,
     pub code_meaning: fn(i32) -> Option<&'static str>,
+    /// How often it is started again, counted since its last agent came.
+    pub retries: u32,
 }
 
 /// A starter that has ended.
@@ -50,11 +59,24 @@ pub struct Ended {
     pub message: String,
 }
 
+impl Ended {
+    /// The exit code of a job that cannot start because of this: an agent's own, as the agents of
+    /// tsm-launch have them, or [`exit::PREFLIGHT`] for what went wrong on the way to it.
+    pub fn exit_code(&self) -> i32 {
+        match self.code {
+            code @ exit::USAGE..=exit::CONFIG => code,
+            _ => exit::PREFLIGHT,
+        }
+    }
+}
+
 /// All starters of a job. They end with this process.
 pub struct Children {
     ended: UnboundedReceiver<Ended>,
     events: UnboundedSender<Ended>,
     running: Arc<Mutex<usize>>,
+    /// Held while a connection is being made; closed at the end.
+    places: Arc<Semaphore>,
 }
 
 impl Children {
@@ -64,13 +86,12 @@ impl Children {
             ended,
             events,
             running: Arc::default(),
+            places: Arc::new(Semaphore::new(AT_ONCE)),
         }
     }
 
-    /// Starts one. Call on the main thread, inside the tokio runtime: the starter ends when this thread does.
-    ///
-    /// # Errors
-    /// [`exit::PREFLIGHT`] when the program is not there.
+    /// Starts one, as soon as few enough others are on their way. Call on the main thread, inside its tokio
+    /// runtime: the starter ends when this thread does.
     pub fn start(
         &mut self,
         shim_path: &Path,
@@ -78,97 +99,18 @@ impl Children {
         hub: &Hub,
         key: &Key,
         voice: &Voice,
-    ) -> anyhow::Result<()> {
-        let program = starter.argv.first().cloned().unwrap_or_default();
-        let mut command = Command::new(shim_path);
-        command
-            .arg(shim::WORKER)
-            .arg(std::process::id().to_string())
-            .arg("")
-            .args(&starter.argv);
-        for name in starter.env_remove {
-            command.env_remove(name);
-        }
-        let out = if starter.is_wire {
-            Stdio::piped()
-        } else {
-            Stdio::null()
+    ) {
+        let keeper = Keeper {
+            shim: shim_path.into(),
+            starter,
+            door: hub.door(),
+            key: key.clone(),
+            voice: voice.clone(),
+            events: self.events.clone(),
+            running: self.running.clone(),
+            places: self.places.clone(),
         };
-        command
-            .stdin(Stdio::piped())
-            .stdout(out)
-            .stderr(Stdio::piped());
-        let mut child = command.spawn().with_context(|| {
-            Coded::new(
-                exit::PREFLIGHT,
-                format!("cannot start {}", program.display()),
-            )
-        })?;
-        let (Some(mut stdin), Some(stderr)) = (child.stdin.take(), child.stderr.take()) else {
-            unreachable!("both streams were asked for")
-        };
-        let line = key.to_line();
-        if let Some(stdout) = child.stdout.take() {
-            let (key, host) = (key.clone(), starter.host.clone());
-            hub.arrive(async move {
-                let refusal = |why: Why| Refusal {
-                    peer: host.clone(),
-                    why,
-                };
-                stdin
-                    .write_all(line.as_bytes())
-                    .await
-                    .map_err(|e| refusal(Why::Io(e)))?;
-                let mut stdout = BufReader::new(stdout);
-                let found = tokio::time::timeout(LOGIN, skip_greeting(&mut stdout)).await;
-                if !matches!(found, Ok(Ok(true))) {
-                    return Err(refusal(Why::Closed));
-                }
-                wire::accept(
-                    tokio::io::join(stdout, stdin),
-                    &host,
-                    &key,
-                    wire::PROOF_DEADLINE * 5,
-                )
-                .await
-            });
-        } else {
-            tokio::spawn(async move {
-                let _ = stdin.write_all(line.as_bytes()).await;
-                // srun gives up its tasks' stdin with its own; nothing more is to come.
-            });
-        }
-        *lock(&self.running) += 1;
-        let (events, running, voice) = (self.events.clone(), self.running.clone(), voice.clone());
-        tokio::spawn(async move {
-            let words = repeat_words(stderr, &starter.host, &voice).await;
-            let status = child.wait().await;
-            let code = status.map_or(1, |s| {
-                s.code().unwrap_or_else(|| {
-                    128 + std::os::unix::process::ExitStatusExt::signal(&s).unwrap_or(0)
-                })
-            });
-            *lock(&running) -= 1;
-            let name = Path::new(&program)
-                .file_name()
-                .unwrap_or(&program)
-                .to_string_lossy()
-                .into_owned();
-            let meaning = (starter.code_meaning)(code)
-                .map(|m| format!(": {m}"))
-                .unwrap_or_default();
-            let mut message = format!("{name} ended with exit code {code}{meaning}");
-            if !words.is_empty() {
-                message = format!("{message}\n  {}", words.join("\n  "));
-            }
-            let host = starter.host;
-            let _ = events.send(Ended {
-                host,
-                code,
-                message,
-            });
-        });
-        Ok(())
+        tokio::spawn(keeper.keep());
     }
 
     /// The next that ends; never, where there is none.
@@ -180,8 +122,9 @@ impl Children {
         }
     }
 
-    /// Waits a little for those that still run. The rest is ended with this process.
+    /// Starts no more, and waits a little for those that still run. The rest is ended with this process.
     pub async fn end(&mut self) {
+        self.places.close();
         let all = async {
             while *lock(&self.running) > 0 {
                 if self.ended.recv().await.is_none() {
@@ -199,8 +142,181 @@ impl Default for Children {
     }
 }
 
-fn lock(running: &Mutex<usize>) -> std::sync::MutexGuard<'_, usize> {
-    running.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts one starter, and again where that is wanted.
+struct Keeper {
+    shim: PathBuf,
+    starter: Starter,
+    door: Door,
+    key: Key,
+    voice: Voice,
+    events: UnboundedSender<Ended>,
+    running: Arc<Mutex<usize>>,
+    places: Arc<Semaphore>,
+}
+
+impl Keeper {
+    async fn keep(self) {
+        let mut failed = 0;
+        loop {
+            let Ok(place) = self.places.clone().acquire_owned().await else {
+                return;
+            };
+            *lock(&self.running) += 1;
+            let (code, message, has_come) = self.run(place).await;
+            *lock(&self.running) -= 1;
+            let host = self.starter.host.clone();
+            let ended = Ended {
+                host,
+                code,
+                message,
+            };
+            // An agent that was sent away, or cannot run the job, would be the same again.
+            let is_final = (exit::USAGE..=exit::CONFIG).contains(&code) && code != exit::PEER;
+            let _ = self.events.send(ended);
+            failed = if has_come { 0 } else { failed + 1 };
+            if is_final || failed >= self.starter.retries {
+                return;
+            }
+            tokio::time::sleep(PAUSE * 2u32.saturating_pow(failed)).await;
+        }
+    }
+
+    /// From its start to its end: its code, why no agent may have come, and whether one has.
+    async fn run(&self, place: OwnedSemaphorePermit) -> (i32, String, bool) {
+        let argv = &self.starter.argv;
+        let program = argv.first().cloned().unwrap_or_default();
+        let mut command = Command::new(&self.shim);
+        command
+            .arg(shim::WORKER)
+            .arg(std::process::id().to_string())
+            .args(["", ""])
+            .args(argv);
+        for name in self.starter.env_remove {
+            command.env_remove(name);
+        }
+        let out = if self.starter.is_wire {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        };
+        command
+            .stdin(Stdio::piped())
+            .stdout(out)
+            .stderr(Stdio::piped());
+        let mut child = match command.spawn() {
+            Ok(child) => child,
+            Err(e) => {
+                let text = format!("cannot start {}: {e}", program.display());
+                return (exit::PREFLIGHT, text, false);
+            }
+        };
+        let (Some(stdin), Some(stderr)) = (child.stdin.take(), child.stderr.take()) else {
+            unreachable!("both streams were asked for")
+        };
+        let words = Arc::new(Words::default());
+        let reader = {
+            let (words, host, voice) =
+                (words.clone(), self.starter.host.clone(), self.voice.clone());
+            let is_shown = !self.starter.is_wire;
+            tokio::spawn(async move { words.read(stderr, is_shown, &host, &voice).await })
+        };
+        let mut has_come = false;
+        let connect = self.connect(stdin, child.stdout.take(), place);
+        let (late, status) = tokio::select! {
+            status = child.wait() => (false, status),
+            spoken = connect => {
+                has_come = spoken;
+                if !has_come {
+                    let _ = child.start_kill();
+                }
+                (!has_come, child.wait().await)
+            }
+        };
+        // A process that it left behind may hold its stderr open.
+        let _ = tokio::time::timeout(WORDS_END, reader).await;
+        let code = status.map_or(1, |s| {
+            s.code().unwrap_or_else(|| {
+                128 + std::os::unix::process::ExitStatusExt::signal(&s).unwrap_or(0)
+            })
+        });
+        let name = Path::new(&program).file_name().unwrap_or(&program);
+        let name = name.to_string_lossy();
+        let mut message = match (late, (self.starter.code_meaning)(code)) {
+            (true, _) => format!("{name} brought no agent within {}", duration::format(LOGIN)),
+            (false, Some(meaning)) => format!("{name} ended with exit code {code}: {meaning}"),
+            (false, None) => format!("{name} ended with exit code {code}"),
+        };
+        for line in lock(&words.0).iter() {
+            message = format!("{message}\n  {line}");
+        }
+        (code, message, has_come)
+    }
+
+    /// Hands the key over, and the connection to the hub where the starter is one; false when no agent spoke in
+    /// time. Where the stream ends, the end of the starter says why.
+    async fn connect(
+        &self,
+        mut stdin: ChildStdin,
+        stdout: Option<ChildStdout>,
+        place: OwnedSemaphorePermit,
+    ) -> bool {
+        let line = self.key.to_line();
+        let Some(stdout) = stdout else {
+            // srun gives up its tasks' stdin with its own; nothing more is to come.
+            let _ = stdin.write_all(line.as_bytes()).await;
+            return true;
+        };
+        let mut stdout = BufReader::new(stdout);
+        let greeting = async {
+            stdin.write_all(line.as_bytes()).await?;
+            skip_greeting(&mut stdout).await
+        };
+        match tokio::time::timeout(LOGIN, greeting).await {
+            Err(_) => return false,
+            Ok(Ok(true)) => {}
+            // A shell that talks without end is no better than one that is silent.
+            Ok(Ok(false)) | Ok(Err(_)) => {
+                tokio::time::sleep(LOGIN).await;
+                return false;
+            }
+        }
+        let stream = tokio::io::join(stdout, stdin);
+        let deadline = wire::PROOF_DEADLINE * 5;
+        let arrival = wire::accept(stream, &self.starter.host, &self.key, deadline).await;
+        self.door.enter(arrival).await;
+        drop(place);
+        true
+    }
+}
+
+/// The last lines of a starter's stderr that the user has not seen.
+#[derive(Default)]
+struct Words(Mutex<VecDeque<String>>);
+
+impl Words {
+    /// What a remote shell says before its agent is there explains a failure, and is noise otherwise; the rest
+    /// is shown as it comes.
+    async fn read(&self, stderr: ChildStderr, mut is_shown: bool, host: &str, voice: &Voice) {
+        let mut lines = BufReader::new(stderr).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            let mut last = lock(&self.0);
+            if line.as_bytes() == HERE.trim_ascii() {
+                is_shown = true;
+                last.clear();
+            } else if is_shown {
+                voice.say(&format!("{host}: {line}"));
+            } else {
+                if last.len() == WORDS {
+                    last.pop_front();
+                }
+                last.push_back(line);
+            }
+        }
+    }
 }
 
 /// Reads to just behind [`HERE`]; false when the stream ends before, or goes on for too long.
@@ -220,20 +336,6 @@ async fn skip_greeting(stream: &mut (impl AsyncReadExt + Unpin)) -> std::io::Res
         }
     }
     Ok(false)
-}
-
-/// Shows what a starter says, under the name of its host; the last lines come back at its end.
-async fn repeat_words(stderr: ChildStderr, host: &str, voice: &Voice) -> Vec<String> {
-    let mut lines = BufReader::new(stderr).lines();
-    let mut last = VecDeque::new();
-    while let Ok(Some(line)) = lines.next_line().await {
-        voice.say(&format!("{host}: {line}"));
-        if last.len() == WORDS {
-            last.pop_front();
-        }
-        last.push_back(line);
-    }
-    last.into()
 }
 
 #[cfg(test)]

@@ -1,9 +1,13 @@
 //! How the nodes of a job are found: SLURM, ssh, MPI, Kubernetes, or by hand.
 
+pub mod adopt;
 pub mod agent;
 pub mod by_hand;
 pub mod children;
+pub mod hosts;
+pub mod meet;
 pub mod slurm;
+pub mod ssh;
 
 use std::future::Future;
 use tokio::task::LocalSet;

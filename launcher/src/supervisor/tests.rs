@@ -41,7 +41,7 @@ fn stop(signal: i32) -> Event {
 
 #[test]
 fn success_is_when_all_ended_with_zero() {
-    let mut state = State::new(2, GRACE, false);
+    let mut state = State::new(2, GRACE, false, false);
     assert!(decide(&mut state, &[ended(1, End::Code(0))], at(1)).is_empty());
     assert_eq!(state.phase, Phase::Running);
     decide(&mut state, &[ended(0, End::Code(0))], at(2));
@@ -50,7 +50,7 @@ fn success_is_when_all_ended_with_zero() {
 
 #[test]
 fn a_failure_stops_the_living_and_gives_its_code() {
-    let mut state = State::new(4, GRACE, false);
+    let mut state = State::new(4, GRACE, false, false);
     decide(&mut state, &[ended(3, End::Code(0))], at(1));
     let actions = decide(&mut state, &[ended(1, End::Code(17))], at(5));
     assert_eq!(signals(&actions), [(0, libc::SIGTERM), (2, libc::SIGTERM)]);
@@ -67,7 +67,7 @@ fn a_failure_stops_the_living_and_gives_its_code() {
 
 #[test]
 fn after_the_grace_comes_sigkill_and_then_the_name_of_the_stuck() {
-    let mut state = State::new(2, GRACE, false);
+    let mut state = State::new(2, GRACE, false, false);
     decide(&mut state, &[ended(0, End::Code(3))], at(0));
     assert!(decide(&mut state, &[Event::Deadline], at(29_999)).is_empty());
     assert_eq!(
@@ -81,7 +81,7 @@ fn after_the_grace_comes_sigkill_and_then_the_name_of_the_stuck() {
 
 #[test]
 fn a_stop_is_a_signal_and_what_follows_is_no_failure() {
-    let mut state = State::new(2, GRACE, false);
+    let mut state = State::new(2, GRACE, false, false);
     let actions = decide(&mut state, &[stop(libc::SIGINT)], at(1));
     assert_eq!(signals(&actions), [(0, libc::SIGINT), (1, libc::SIGINT)]);
     assert!(decide(&mut state, &[stop(libc::SIGTERM)], at(2)).is_empty());
@@ -94,7 +94,7 @@ fn a_stop_is_a_signal_and_what_follows_is_no_failure() {
 
 #[test]
 fn a_signal_is_passed_on_and_stops_nothing() {
-    let mut state = State::new(1, GRACE, true);
+    let mut state = State::new(1, GRACE, true, false);
     let signal = libc::SIGUSR1;
     assert_eq!(
         signals(&decide(&mut state, &[Event::Pass { signal }], at(1))),
@@ -108,7 +108,12 @@ fn workers_that_save_are_waited_for() {
     let saved = |rank| ended(rank, End::Code(exit::REQUEUE));
     // Also when one rank alone was signalled, and told the others itself.
     for order in [Some(stop(libc::SIGUSR2)), None] {
-        let mut state = State::new(2, GRACE, true);
+        let mut state = State::new(2, GRACE, true, false);
+        decide(
+            &mut state,
+            &[Event::Hello { rank: 0 }, Event::Hello { rank: 1 }],
+            at(0),
+        );
         decide(&mut state, order.as_slice(), at(1));
         assert!(decide(&mut state, &[saved(0)], at(9)).is_empty());
         assert!(decide(&mut state, &[saved(1)], at(10)).is_empty());
@@ -121,7 +126,9 @@ fn workers_that_save_are_waited_for() {
 
 #[test]
 fn a_rank_that_fails_while_the_others_save_is_a_failure() {
-    let mut state = State::new(3, GRACE, true);
+    let mut state = State::new(3, GRACE, true, false);
+    let hello = |rank| Event::Hello { rank };
+    decide(&mut state, &[hello(0), hello(1), hello(2)], at(0));
     decide(&mut state, &[stop(libc::SIGUSR2)], at(1));
     decide(&mut state, &[ended(0, End::Code(exit::REQUEUE))], at(2));
     let actions = decide(&mut state, &[ended(1, End::Signal(11))], at(3));
@@ -137,15 +144,32 @@ fn a_rank_that_fails_while_the_others_save_is_a_failure() {
 }
 
 #[test]
+fn workers_that_are_not_ready_to_save_are_ended() {
+    let mut state = State::new(2, GRACE, true, false);
+    decide(&mut state, &[Event::Hello { rank: 0 }], at(0));
+    let actions = decide(&mut state, &[stop(libc::SIGUSR2)], at(1));
+    assert_eq!(signals(&actions), [(0, libc::SIGTERM), (1, libc::SIGTERM)]);
+}
+
+#[test]
+fn shielded_workers_are_stopped_by_another_signal() {
+    let mut state = State::new(2, GRACE, true, true);
+    let actions = decide(&mut state, &[ended(0, End::Code(3))], at(1));
+    assert_eq!(signals(&actions), [(1, libc::SIGINT)]);
+    decide(&mut state, &[ended(1, End::Signal(libc::SIGINT))], at(2));
+    assert_eq!(blamed(&state), Some(0));
+}
+
+#[test]
 fn for_other_programs_75_is_a_failure_like_any() {
-    let mut state = State::new(2, GRACE, false);
+    let mut state = State::new(2, GRACE, false, false);
     let actions = decide(&mut state, &[ended(0, End::Code(exit::REQUEUE))], at(1));
     assert_eq!(signals(&actions), [(1, libc::SIGTERM)]);
 }
 
 #[test]
 fn a_rank_that_announced_its_failure_but_hangs_is_stopped() {
-    let mut state = State::new(2, GRACE, false);
+    let mut state = State::new(2, GRACE, false, false);
     decide(
         &mut state,
         &[Event::Failing {
@@ -169,7 +193,7 @@ fn a_rank_that_announced_its_failure_but_hangs_is_stopped() {
 
 #[test]
 fn ends_read_together_all_count_as_before_the_stop() {
-    let mut state = State::new(3, GRACE, false);
+    let mut state = State::new(3, GRACE, false, false);
     decide(
         &mut state,
         &[ended(2, End::Code(1)), ended(0, End::Code(1))],
@@ -183,7 +207,7 @@ fn ends_read_together_all_count_as_before_the_stop() {
 
 #[test]
 fn a_rank_was_dying_since_it_closed_its_agent_socket() {
-    let mut state = State::new(3, GRACE, false);
+    let mut state = State::new(3, GRACE, false, false);
     decide(&mut state, &[Event::Left { rank: 2 }], at(1));
     decide(&mut state, &[ended(0, End::Code(1))], at(2));
     decide(
@@ -196,7 +220,7 @@ fn a_rank_was_dying_since_it_closed_its_agent_socket() {
 
 #[test]
 fn a_program_that_closed_the_socket_long_ago_was_not_dying() {
-    let mut state = State::new(2, GRACE, false);
+    let mut state = State::new(2, GRACE, false, false);
     decide(&mut state, &[Event::Left { rank: 1 }], at(1));
     decide(&mut state, &[ended(0, End::Code(17))], at(60_000));
     decide(&mut state, &[ended(1, End::Code(1))], at(60_001));

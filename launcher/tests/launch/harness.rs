@@ -56,11 +56,15 @@ impl Scene {
 
     /// `tsm-launch` with these words, in this folder, with a clean environment.
     pub fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_tsm-launch"));
+        let mut command = self.command_of(env!("CARGO_BIN_EXE_tsm-launch"));
+        command.args(words);
         command
-            .args(words)
-            .current_dir(self.dir.path())
-            .stdin(Stdio::null());
+    }
+
+    /// A program that starts `tsm-launch`, in this folder and with a clean environment.
+    pub fn command_of(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.current_dir(self.dir.path()).stdin(Stdio::null());
         for name in tsm_launch::plan::RANK_VARIABLES {
             command.env_remove(name);
         }

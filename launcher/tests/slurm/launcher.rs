@@ -143,7 +143,7 @@ fn a_rank_that_fails_on_the_other_node_ends_the_job_with_its_code() {
 
 /// The folder of the run of `job`, below `runs`.
 fn run_of(scene: &Scene, job: crate::JobId) -> PathBuf {
-    scene.dir.join(format!("runs/demo-tsm-slurm-{job}"))
+    scene.dir.join(format!("runs/demo-slurm-{job}"))
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! so that sums are formed in the same order.
 //!
 //! Call order:
-//! 1. [`Peers::alone`] or [`Peers::join`]; the network on its device, in its memory format and
+//! 1. [`Peers::alone`], [`Peers::join`] or [`mpi::join`]; the network on its device, in its memory format and
 //!    kind (channels_last, o2) - changing these later would take the gradients out of their buckets;
 //! 2. [`Peers::verify_same_shapes`], [`Peers::broadcast`] of parameters and buffers;
 //! 3. [`Ddp::new`], [`Ddp::record_order`] around one backward on a dummy batch;
@@ -18,17 +18,23 @@
 
 mod blame;
 mod bucket;
+#[cfg(feature = "mpi")]
+pub mod mpi;
+#[cfg(not(feature = "mpi"))]
+#[path = "no_mpi.rs"]
+pub mod mpi;
 mod peers;
+mod transport;
 
 pub use bucket::{Bucket, Member, layout};
 pub use peers::{Link, Peers};
+pub use transport::{Transport, Wait};
 
 use crate::optim::ParamInfo;
 use anyhow::{Context, Result, bail};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Instant;
 use tch::{Kind, Tensor};
-use tsm_torch_ext::dist::{ReduceOp, Work};
 use tsm_torch_ext::ops::{on_grad_ready, set_grad};
 
 /// The first bucket is small, so that communication starts early (c10d's default).
@@ -64,7 +70,7 @@ struct State {
     missing: Vec<usize>,
     /// Buckets start in index order on every rank, or ranks would reduce different ones together.
     next: usize,
-    pending: Vec<(usize, Work)>,
+    pending: Vec<(usize, Wait)>,
     /// A reduction that could not even start.
     refused: Option<(usize, String)>,
     /// Start of the micro step's first reduction.
@@ -276,10 +282,9 @@ impl Ddp {
         };
         let started = started.unwrap_or_else(Instant::now);
         let total = pending.len() + usize::from(refused.is_some());
-        for (bucket, work) in pending {
+        for (bucket, wait) in pending {
             let what = format!("all-reduce of bucket {bucket}");
-            self.peers
-                .waiting(&what, started, || work.wait().map_err(|e| e.to_string()))?;
+            self.peers.waiting(&what, started, wait)?;
         }
         if let Some((bucket, error)) = refused {
             let what = format!("all-reduce of bucket {bucket} of {total}");
@@ -342,19 +347,10 @@ impl State {
             return;
         }
         self.started.get_or_insert_with(Instant::now);
-        let world_size = f64::from(self.peers.world_size());
-        let wire = &mut self.buckets[b].wire;
-        let mut start = || -> Result<Work> {
-            if wire.device().is_cuda() {
-                return Ok(self.peers.group()?.all_reduce_async(wire, ReduceOp::Avg)?);
-            }
-            // gloo cannot average; dividing first also keeps half sums in range.
-            let _ = wire.f_div_scalar_(world_size)?;
-            Ok(self.peers.group()?.all_reduce_async(wire, ReduceOp::Sum)?)
-        };
-        match start() {
-            Ok(work) => self.pending.push((b, work)),
-            Err(e) => self.refused = Some((b, format!("{e:#}"))),
+        let wire = &self.buckets[b].wire;
+        match self.peers.transport().and_then(|t| t.start_mean(wire)) {
+            Ok(wait) => self.pending.push((b, wait)),
+            Err(e) => self.refused = Some((b, e)),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The other ranks: collectives whose failures name the rank that is missing.
 
 use super::blame::{Watcher, sentence};
+use super::transport::{self, Transport};
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
@@ -9,12 +10,12 @@ use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 use tsm_job::config::BnBuffers;
 use tsm_job::exit::{self, Coded};
-use tsm_torch_ext::dist::{ProcessGroup, ReduceOp, Store};
+use tsm_torch_ext::dist::{ReduceOp, Store};
 
 /// What connects the ranks of a job.
 pub struct Link {
     pub store: Arc<Store>,
-    pub group: Arc<ProcessGroup>,
+    pub group: Arc<dyn Transport>,
 }
 
 /// This rank among the others. With one rank every collective does nothing.
@@ -64,8 +65,9 @@ impl Peers {
             return;
         };
         watcher.stop();
-        // NCCL's threads end while every rank and the store are still there; gloo has none. What
-        // fails now cannot harm a run that is over.
+        // NCCL's threads end while every rank and the store are still there, and MPI would call an
+        // end without it an accident; gloo has nothing to close. What fails now cannot harm a run
+        // that is over.
         let _ = link.group.shutdown();
         let key = |rank: u32| format!("tsm/left/{rank}");
         if self.rank > 0 {
@@ -86,12 +88,11 @@ impl Peers {
         self.world_size
     }
 
-    pub(super) fn group(&self) -> Result<&ProcessGroup> {
-        Ok(&self
-            .link
-            .as_ref()
-            .context("a rank alone has no process group")?
-            .group)
+    pub(super) fn transport(&self) -> transport::Result<&dyn Transport> {
+        match &self.link {
+            Some(link) => Ok(&*link.group),
+            None => Err("a rank alone has no transport".into()),
+        }
     }
 
     /// Runs one collective; `what` names it in the error.
@@ -131,12 +132,9 @@ impl Peers {
     fn collective<R>(
         &self,
         what: &str,
-        run: impl FnOnce(&ProcessGroup) -> tsm_torch_ext::Result<R>,
+        run: impl FnOnce(&dyn Transport) -> transport::Result<R>,
     ) -> Result<R> {
-        let group = self.group()?;
-        self.waiting(what, Instant::now(), || {
-            run(group).map_err(|e| e.to_string())
-        })
+        self.waiting(what, Instant::now(), || run(self.transport()?))
     }
 
     /// Host time spent in collectives since the last call. With NCCL the host does not wait for

@@ -1,12 +1,12 @@
 //! Which device this rank computes on, with how many threads, and with which peers.
 
 use super::rendezvous;
-use crate::ddp::{Link, Peers};
+use crate::ddp::{Link, Peers, mpi};
 use anyhow::Result;
 use std::sync::Arc;
 use tch::Device;
 use tsm_job::WorkerEnv;
-use tsm_job::config::{Config, DeviceKind};
+use tsm_job::config::{Collectives, Config, DeviceKind};
 use tsm_job::env::Starter;
 use tsm_job::exit::{self, Coded};
 use tsm_torch_ext::cuda;
@@ -29,6 +29,7 @@ impl Place {
     /// come in time (exit code PEER).
     pub fn new(config: &Config, env: &WorkerEnv) -> Result<Place> {
         let device = device(config, env)?;
+        check_collectives(config.launch.collectives, device)?;
         let threads = threads(env);
         tch::set_num_threads(threads as i32);
         set_flags(Flags {
@@ -36,8 +37,9 @@ impl Place {
             deterministic: config.train.deterministic,
             allow_tf32: true,
         })?;
-        let peers = match env.world_size {
-            1 => Peers::alone(),
+        let peers = match config.launch.collectives {
+            Collectives::Mpi => mpi::join(env, config.launch.collective_timeout)?,
+            _ if env.world_size == 1 => Peers::alone(),
             _ => meet(config, env, device)?,
         };
         Ok(Place {
@@ -82,6 +84,21 @@ fn device(config: &Config, env: &WorkerEnv) -> Result<Device> {
     let index = env.local_rank as usize;
     cuda::set_device(index).map_err(|e| unusable(format!("device {index}: {e}")))?;
     Ok(Device::Cuda(index))
+}
+
+/// Gloo's tensors lie on the CPU, NCCL's on GPUs.
+fn check_collectives(collectives: Collectives, device: Device) -> Result<(), Coded> {
+    let (given, device) = match (collectives, device.is_cuda()) {
+        (Collectives::Gloo, true) => ("gloo", "gpu"),
+        (Collectives::Nccl, false) => ("nccl", "cpu"),
+        _ => return Ok(()),
+    };
+    Err(Coded::new(
+        exit::CONFIG,
+        format!(
+            "launch.collectives is {given}, but launch.device is {device}\n  hint: set launch.collectives=auto, which takes NCCL on GPUs and Gloo on the CPU"
+        ),
+    ))
 }
 
 /// `OMP_NUM_THREADS`, which the launcher sets to the rank's share of the cores; without a launcher
@@ -133,4 +150,30 @@ fn meet(config: &Config, env: &WorkerEnv, device: Device) -> Result<Peers> {
         store: Arc::new(store),
         group: Arc::new(group),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transport_of_another_device_is_refused() {
+        let (cpu, gpu) = (Device::Cpu, Device::Cuda(0));
+        for (collectives, device, refused) in [
+            (Collectives::Auto, cpu, false),
+            (Collectives::Auto, gpu, false),
+            (Collectives::Gloo, cpu, false),
+            (Collectives::Gloo, gpu, true),
+            (Collectives::Nccl, cpu, true),
+            (Collectives::Nccl, gpu, false),
+            (Collectives::Mpi, cpu, false),
+            (Collectives::Mpi, gpu, false),
+        ] {
+            let outcome = check_collectives(collectives, device);
+            assert_eq!(outcome.is_err(), refused, "{collectives:?} {device:?}");
+            if let Err(e) = outcome {
+                assert_eq!(e.code, exit::CONFIG);
+            }
+        }
+    }
 }

@@ -59,6 +59,8 @@ pub struct Launch {
     /// A collective that takes longer than this is an error that names the missing ranks.
     #[serde(with = "duration")]
     pub collective_timeout: Duration,
+    /// What carries gradients and counts between the ranks.
+    pub collectives: Collectives,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +68,21 @@ pub struct Launch {
 pub enum DeviceKind {
     Gpu,
     Cpu,
+}
+
+/// The transport between the ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Collectives {
+    /// NCCL on GPUs, Gloo on the CPU.
+    Auto,
+    /// Gloo or an error; CPU only.
+    Gloo,
+    /// NCCL or an error; GPUs only.
+    Nccl,
+    /// MPI, which must have started the ranks (`mpirun -n 4 tsm-trainer --config FILE`). Needs a
+    /// trainer built with `--features mpi`. Gradients on GPUs pass through host memory.
+    Mpi,
 }
 
 /// The network. One `num_segments` serves data, backbone and head.
@@ -446,6 +463,7 @@ impl Default for Launch {
             nproc_per_node: None,
             grace: Duration::from_secs(30),
             collective_timeout: Duration::from_secs(600),
+            collectives: Collectives::Auto,
         }
     }
 }

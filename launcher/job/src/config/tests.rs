@@ -92,6 +92,15 @@ fn variants_and_text_that_looks_like_numbers_survive_yaml() {
 }
 
 #[test]
+fn a_mistyped_transport_is_met_with_the_one_that_was_meant() {
+    let text = error(&[], &["launch.collectives=ncl"]);
+    let hint = "did you mean `nccl`? valid values: auto, gloo, nccl, mpi";
+    assert!(text.contains(hint), "{text}");
+    let text = error(&[("collectives: auto", "collective: mpi")], &[]);
+    assert!(text.contains("did you mean `collectives`?"), "{text}");
+}
+
+#[test]
 fn every_problem_is_listed_in_the_order_of_the_lines() {
     let edits = [
         ("arch: resnet18", "arch: resnet5"),
@@ -103,22 +112,22 @@ fn every_problem_is_listed_in_the_order_of_the_lines() {
         error(&edits, &["optim.momentum=-1", "optm.lr=1"]),
         r#"6 problems in the configuration job.yaml
 
-job.yaml:12:9: model.arch cannot be "resnet5"
-   12 |   arch: resnet5
+job.yaml:13:9: model.arch cannot be "resnet5"
+   13 |   arch: resnet5
       |         ^
   hint: did you mean `resnet50`? valid values: resnet18, resnet34, resnet50, resnet101, resnet152, mobilenetv2
 
-job.yaml:15:17: model.num_segments is 0, it must be at least 1
-   15 |   num_segments: 0
+job.yaml:16:17: model.num_segments is 0, it must be at least 1
+   16 |   num_segments: 0
       |                 ^
 
-job.yaml:69:11: train.epochs is 2.5, expected a whole number, 0 or more
-   69 |   epochs: 2.5
+job.yaml:70:11: train.epochs is 2.5, expected a whole number, 0 or more
+   70 |   epochs: 2.5
       |           ^
   hint: write it like `epochs: 50`
 
-job.yaml:86:3: unknown key `lrr` in optim
-   86 |   lrr: 0.01
+job.yaml:87:3: unknown key `lrr` in optim
+   87 |   lrr: 0.01
       |   ^
   hint: did you mean `lr`? valid keys: lr, base_batch, scale_lr, momentum, nesterov, weight_decay, groups, max_grad_norm, schedule, warmup, label_smoothing
 
@@ -134,8 +143,8 @@ fn a_missing_key_is_shown_at_its_section() {
     assert_eq!(
         error(&[("  max_grad_norm: 20.0\n", "")], &[]),
         "1 problem in the configuration job.yaml\n\n\
-         job.yaml:85:1: the key `optim.max_grad_norm` is missing\n   \
-         85 | optim:\n      | ^\n  hint: add it, like `max_grad_norm: 20.0`"
+         job.yaml:86:1: the key `optim.max_grad_norm` is missing\n   \
+         86 | optim:\n      | ^\n  hint: add it, like `max_grad_norm: 20.0`"
     );
 }
 
@@ -156,8 +165,8 @@ fn a_key_written_twice_is_shown_with_both_lines() {
     assert_eq!(
         error(&[("  lr: 0.01", "  lr: 0.01\n  lr: 0.02")], &[]),
         "1 problem in the configuration job.yaml\n\n\
-         job.yaml:87:3: `optim.lr` is written twice\n   \
-         87 |   lr: 0.02\n      |   ^\n  hint: its first value is on line 86; keep one"
+         job.yaml:88:3: `optim.lr` is written twice\n   \
+         88 |   lr: 0.02\n      |   ^\n  hint: its first value is on line 87; keep one"
     );
 }
 

@@ -22,6 +22,7 @@ use crate::plan::{self, REMOVED_VARIABLES, Seat, Shape, WorkerPlan, error_file};
 use crate::port::Port;
 use crate::process::{self, Guard, Spec, Worker};
 use crate::report::{self, Place};
+use crate::start::adopt::identity_in_mpi;
 use crate::supervisor::{self, Action, Event, State};
 use crate::watch::{Happening, Watch};
 
@@ -40,6 +41,8 @@ pub struct Generation {
     pub start: Start,
     pub state: State,
     plans: Vec<WorkerPlan>,
+    /// Variables that no worker inherits.
+    remove: Vec<String>,
     dir: RunDir,
     host: String,
     shim: PathBuf,
@@ -137,10 +140,14 @@ impl Generation {
         for plan in &mut plans {
             plan.env.splice(0..0, start.env.iter().cloned());
         }
+        let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+        let removed = REMOVED_VARIABLES.map(String::from).into_iter();
+        let remove = removed.chain(identity_in_mpi(names)).collect();
         process::allow_open_files(FILES + FILES_PER_RANK * num_ranks as u64);
         Ok(Generation {
-            state: State::new(num_ranks, start.grace, start.saves),
+            state: State::new(num_ranks, start.grace, start.saves, start.shielded),
             plans,
+            remove,
             dir,
             host: setup.host.clone(),
             shim: setup.shim.clone(),
@@ -200,8 +207,9 @@ impl Generation {
             base_env: self.start.base_env.as_deref().unwrap_or_default(),
             directory: self.directory.as_deref(),
             env: &plan.env,
-            remove: &REMOVED_VARIABLES,
+            remove: &self.remove,
             cores: &plan.cores,
+            shielded: self.start.shielded,
         };
         let log = |stderr: bool| {
             let path = self.dir.log(&self.host, plan.rank, stderr);
@@ -265,7 +273,7 @@ impl Generation {
             )
         };
         let ranks: Vec<_> = self.plans.iter().map(|plan| plan.env.as_slice()).collect();
-        environment::difference(inherited, &ranks, &REMOVED_VARIABLES)
+        environment::difference(inherited, &ranks, &self.remove)
     }
 
     /// Rank and device of each worker that was started.
@@ -340,7 +348,7 @@ impl Generation {
                 Happening::Said(WorkerMessage::Hello { .. }) => {
                     // That it talks is news too.
                     self.progress_of(rank);
-                    continue;
+                    Event::Hello { rank }
                 }
             });
         }

@@ -4,18 +4,17 @@
 //! agent's lease: without an acknowledged beat for that long it kills its ranks and leaves.
 
 mod generation;
+pub mod lease;
 
 use anyhow::Context;
-use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tsm_job::exit;
 
-use super::coordinator::FENCE;
 use super::key::Key;
 use super::link::{Link, Outbox};
-use super::message::{BEATS_PER_LEASE, Beat, FromAgent, Join, LEASE, NodeReport, ToAgent};
+use super::message::{Beat, FromAgent, Join, NodeReport, ToAgent};
 use crate::addresses::{self, ProbeListener};
 use crate::console::queue::{LIMIT, queue};
 use crate::hang::report::Inspection;
@@ -26,6 +25,7 @@ use crate::port::Port;
 use crate::signals::Signals;
 use crate::supervisor::{Action, Event, Phase};
 use generation::Generation;
+use lease::Lease;
 
 /// Bytes of output that may wait for the connection.
 const OUTPUT: usize = 1 << 20;
@@ -62,7 +62,7 @@ enum Wake {
     Message(Option<ToAgent>),
     Workers(anyhow::Result<Vec<Event>>),
     Signal(i32),
-    Reached(u32, Vec<(std::net::IpAddr, String)>),
+    Reached(u32, u32, Vec<(std::net::IpAddr, String)>),
     Inspected(u32, Vec<Inspection>, Option<ras::Answer>),
     Drained(Vec<String>),
     StartMore,
@@ -76,13 +76,7 @@ struct Agent {
     generation: Option<Generation>,
     /// Ports held for rank 0, and answers to probes, by generation.
     reserved: Option<(Port, Option<ProbeListener>)>,
-    seq: u64,
-    /// Beats that are not answered yet: number and time.
-    unanswered: VecDeque<(u64, Duration)>,
-    rtt: Option<Duration>,
-    lease: Duration,
-    lease_until: Duration,
-    next_beat: Duration,
+    lease: Lease,
     /// The coordinator is gone, or said so: leave when nothing runs any more.
     leaving: Option<Leave>,
     draining: Option<tokio::task::JoinHandle<Vec<String>>>,
@@ -93,7 +87,7 @@ struct Agent {
 }
 
 enum Found {
-    Reached(u32, Vec<(std::net::IpAddr, String)>),
+    Reached(u32, u32, Vec<(std::net::IpAddr, String)>),
     Inspected(u32, Vec<Inspection>, Option<ras::Answer>),
 }
 
@@ -119,13 +113,7 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         shown,
         generation: None,
         reserved: None,
-        seq: 0,
-        unanswered: VecDeque::new(),
-        rtt: None,
-        lease: LEASE,
-        // The first words of the coordinator may take their time; its socket tells whether it lives.
-        lease_until: now + 10 * LEASE,
-        next_beat: now,
+        lease: Lease::new(now),
         leaving: None,
         draining: None,
         looking: false,
@@ -201,7 +189,7 @@ impl Agent {
                 }
             } => Wake::Signal(signal),
             Some(found) = self.reach.1.recv() => match found {
-                Found::Reached(generation, by) => Wake::Reached(generation, by),
+                Found::Reached(generation, attempt, by) => Wake::Reached(generation, attempt, by),
                 Found::Inspected(generation, looks, ras) => Wake::Inspected(generation, looks, ras),
             },
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Wake::Time,
@@ -222,8 +210,8 @@ impl Agent {
             Phase::Finished => Some(self.now() + Duration::from_millis(5)),
             _ => g.state.deadline(),
         });
-        let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease_until);
-        let beat = self.leaving.is_none().then_some(self.next_beat);
+        let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease.until);
+        let beat = self.leaving.is_none().then_some(self.lease.next_beat);
         [decided, lease, beat].into_iter().flatten().min()
     }
 
@@ -235,7 +223,11 @@ impl Agent {
             Wake::Workers(Err(e)) => self.cut_off(&format!("{e:#}")),
             // The coordinator decides; if it does not answer, the lease runs out.
             Wake::Signal(signal) => self.say(FromAgent::Signal { signal }),
-            Wake::Reached(generation, by) => self.say(FromAgent::Reached { generation, by }),
+            Wake::Reached(generation, attempt, by) => self.say(FromAgent::Reached {
+                generation,
+                attempt,
+                by,
+            }),
             Wake::Inspected(generation, looks, ras) => {
                 self.looking = false;
                 self.say(FromAgent::Inspected {
@@ -254,30 +246,22 @@ impl Agent {
         let now = self.now();
         let number = self.generation.as_ref().map(|g| g.start.generation);
         match message {
-            ToAgent::Welcome { lease } => {
-                (self.lease, self.lease_until) = (lease, now + lease);
-                self.next_beat = now;
-            }
+            ToAgent::Welcome { lease } => self.lease.begin(lease, now),
             ToAgent::Ack { seq } => {
-                while let Some(&(number, sent)) = self.unanswered.front()
-                    && number <= seq
-                {
-                    self.unanswered.pop_front();
-                    if number == seq {
-                        self.rtt = Some(now.saturating_sub(sent));
-                        self.lease_until = self.lease_until.max(sent + self.lease);
-                    }
-                }
+                self.lease.answered(seq, now);
                 if !self.setup.local
                     && let Some(generation) = &mut self.generation
                 {
-                    let left = self.lease_until.saturating_sub(now);
-                    generation.lease(left + FENCE / 2);
+                    generation.lease(self.lease.guard(now));
                 }
             }
-            ToAgent::Reserve { generation } => match self.reserve(generation) {
+            ToAgent::Reserve {
+                generation,
+                attempt,
+            } => match self.reserve(generation) {
                 Ok((master_port, probe_port)) => self.say(FromAgent::Reserved {
                     generation,
+                    attempt,
                     master_port,
                     probe_port,
                 }),
@@ -285,9 +269,12 @@ impl Agent {
             },
             ToAgent::Probe {
                 generation,
+                attempt,
                 addresses,
                 port,
-            } => self.probe(generation, addresses, port),
+            } => self.probe(generation, attempt, addresses, port),
+            // It waited here while the agent was stopped: the coordinator may have given this node up since.
+            ToAgent::Start(_) if !self.setup.local && self.lease.is_over(now) => {}
             ToAgent::Start(start) => {
                 let generation = start.generation;
                 if number.is_some() {
@@ -300,7 +287,7 @@ impl Agent {
                 match Generation::prepare(&self.setup, *start, now) {
                     Ok(mut generation) => {
                         if !self.setup.local {
-                            generation.lease(self.lease_until.saturating_sub(now) + FENCE / 2);
+                            generation.lease(self.lease.guard(now));
                         }
                         self.generation = Some(generation);
                         self.start_more();
@@ -354,7 +341,13 @@ impl Agent {
         Ok(numbers)
     }
 
-    fn probe(&mut self, generation: u32, addresses: Vec<std::net::IpAddr>, port: u16) {
+    fn probe(
+        &mut self,
+        generation: u32,
+        attempt: u32,
+        addresses: Vec<std::net::IpAddr>,
+        port: u16,
+    ) {
         let (found, key) = (self.reach.0.clone(), self.setup.key.clone());
         tokio::task::spawn_local(async move {
             let check = |nonce: [u8; 16], answer: [u8; 32]| {
@@ -363,7 +356,7 @@ impl Agent {
                     .is_some_and(|key| super::wire::is_proof(key, nonce, of, &answer))
             };
             let by = addresses::reach(&addresses, port, check, PROBE, LINGER).await;
-            let _ = found.send(Found::Reached(generation, by));
+            let _ = found.send(Found::Reached(generation, attempt, by));
         });
     }
 
@@ -481,11 +474,11 @@ impl Agent {
     /// What is due by the clock alone.
     fn tick(&mut self) {
         let now = self.now();
-        if !self.setup.local && self.leaving.is_none() && now >= self.lease_until {
-            let lease = tsm_job::config::duration::format(self.lease);
+        if !self.setup.local && self.leaving.is_none() && self.lease.is_over(now) {
+            let lease = tsm_job::config::duration::format(self.lease.length());
             self.cut_off(&format!("no answer from the coordinator for {lease}"));
         }
-        if self.leaving.is_none() && now >= self.next_beat {
+        if self.leaving.is_none() && now >= self.lease.next_beat {
             self.beat(now);
         }
         if let Some(generation) = &self.generation
@@ -497,9 +490,7 @@ impl Agent {
     }
 
     fn beat(&mut self, now: Duration) {
-        self.seq += 1;
-        self.next_beat = now + self.lease / BEATS_PER_LEASE;
-        self.unanswered.push_back((self.seq, now));
+        let seq = self.lease.beat(now);
         let (load, mem_used_bytes) = self.load.read(now);
         let (ranks, metrics) = self
             .generation
@@ -507,10 +498,10 @@ impl Agent {
             .map(Generation::news)
             .unwrap_or_default();
         let beat = Beat {
-            seq: self.seq,
+            seq,
             generation: self.generation.as_ref().map_or(0, |g| g.start.generation),
             at: now,
-            rtt: self.rtt,
+            rtt: self.lease.rtt,
             ranks,
             metrics,
             load,
@@ -556,10 +547,13 @@ impl Agent {
             let number = generation.start.generation;
             let report: NodeReport = generation.conclude(warnings);
             self.reserved = None;
-            self.say(FromAgent::Clean {
-                generation: number,
-                report: Box::new(report),
-            });
+            // Ranks that were killed since this node was cut off did not fail: the node is lost.
+            if self.leaving.is_none() {
+                self.say(FromAgent::Clean {
+                    generation: number,
+                    report: Box::new(report),
+                });
+            }
         }
     }
 }

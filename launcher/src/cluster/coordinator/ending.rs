@@ -44,8 +44,9 @@ impl State {
         let all = |good: fn(End) -> bool| {
             !ends.is_empty() && ends.iter().all(|end| end.is_some_and(good))
         };
-        let saved = all(|end| end == End::Code(exit::REQUEUE));
         let done = all(|end| end.is_success() || end == End::Code(exit::REQUEUE));
+        // Some may have come to the end of their work meanwhile.
+        let saved = done && !all(End::is_success);
         let whole = self.lost.is_empty();
         let mut ending = Ending {
             generation: self.generation,
@@ -77,7 +78,10 @@ impl State {
             Some(Cause::Preempt) if whole && !failed_by_itself(&ranks) => {
                 ending.outcome = "stopped";
                 ending.code = exit::SIGNAL_BASE + libc::SIGUSR2;
-                if let Some(step) = self.checkpoint_step {
+                if self.steps.is_none() {
+                    // Nothing was trained yet, so nothing is lost.
+                    ending.code = exit::REQUEUE;
+                } else if let Some(step) = self.checkpoint_step {
                     ending.code = exit::REQUEUE;
                     ending.verdict = Some(format!(
                         "not all workers could save within the grace: it goes on from step {step}"
@@ -147,6 +151,11 @@ impl State {
 
     fn fail(&mut self, ranks: Vec<Rank>, places: Vec<Place>, ending: &mut Ending, now: Duration) {
         ending.outcome = "failed";
+        if let Some((code, _)) = self.refusal {
+            // The workers could not be started: that was said already, and what else ended was told to.
+            ending.code = code;
+            return;
+        }
         let (hang, stacks) = match &self.cause {
             Some(Cause::Hang { late, text, at }) => {
                 let late = late.iter().map(|&rank| rank as usize).collect();
@@ -159,21 +168,17 @@ impl State {
             first_failure_of_cluster(&nodes, hang.as_ref(), |rank| own_words(&places[rank]));
         drop(nodes);
         let Some(fault) = fault else {
-            // The workers could not be started: that was said already.
-            ending.code = self.refusal.as_ref().map_or(exit::BUG, |(code, _)| *code);
+            ending.code = exit::BUG;
             return;
         };
-        ending.code = match &self.refusal {
-            Some((code, _)) => *code,
-            None => exit_code(&ranks, &fault),
-        };
+        ending.code = exit_code(&ranks, &fault);
         let host = match &fault.culprit {
             Culprit::Rank(rank) => places[*rank].host.clone(),
             Culprit::Node { host, .. } => host.clone(),
             Culprit::Late { ranks, .. } => places[ranks[0]].host.clone(),
         };
         let of_host = |(id, _): &(&u64, &crate::cluster::message::NodeReport)| {
-            self.nodes.get(id).is_some_and(|n| n.join.host == host)
+            self.known(**id).is_some_and(|n| n.join.host == host)
         };
         let of_host = self.reports.iter().find(of_host).map(|(_, r)| r);
         let lost: Vec<String> = self.lost.iter().map(|l| l.host.clone()).collect();
@@ -227,7 +232,7 @@ impl State {
                 ranks.get(number as usize).map(|rank| Seen {
                     number: number as usize,
                     rank,
-                    at: rank.ended_at,
+                    at: rank.first_at,
                 })
             };
             let lost = self.lost.iter().find(|l| l.member.id == member.id);
@@ -235,8 +240,7 @@ impl State {
                 host: self.host(member.id),
                 ranks: member.ranks.clone().filter_map(seen).collect(),
                 uncertainty: self
-                    .nodes
-                    .get(&member.id)
+                    .known(member.id)
                     .map_or(Duration::ZERO, |n| n.clock.error()),
                 lost: lost.map(|l| Lost {
                     heard: l.heard,
@@ -252,7 +256,7 @@ impl State {
     fn merge(&self) -> (Vec<Rank>, Vec<Place>) {
         let mut all: Vec<(Rank, Place)> = Vec::new();
         for member in &self.members {
-            let clock = self.nodes.get(&member.id).map(|n| n.clock);
+            let clock = self.known(member.id).map(|n| n.clock);
             let known = self
                 .reports
                 .get(&member.id)
@@ -264,6 +268,7 @@ impl State {
                         let mut rank = rank.clone();
                         let map = |at| clock.map_or(at, |c| c.map(at));
                         rank.ended_at = map(rank.ended_at);
+                        rank.first_at = map(rank.first_at);
                         rank.left = rank.left.map(|(order, at, after)| (order, map(at), after));
                         (rank, place.clone())
                     }
@@ -281,6 +286,7 @@ impl State {
         let progress = self.progress.get(&number);
         let rank = Rank {
             ended_at: at,
+            first_at: at,
             step: progress.and_then(|p| p.step),
             section: progress.and_then(|p| p.section.clone()),
             ..Rank::default()

@@ -86,6 +86,8 @@ pub struct Job {
     pub resume: Option<String>,
     /// The workers save and end with code 75 on SIGUSR2, and find their own checkpoints.
     pub saves: bool,
+    /// See [`super::message::Start::shielded`].
+    pub shielded: bool,
 }
 
 /// Something that happened.
@@ -216,14 +218,20 @@ pub struct State {
     pub phase: Phase,
     /// Those that have joined, and are connected.
     nodes: BTreeMap<NodeId, Node>,
+    /// Nodes of the current generation that are not connected any more.
+    gone: BTreeMap<NodeId, Node>,
     /// Nodes of the current generation, in order of node rank.
     pub members: Vec<Member>,
     /// Node ids by node rank of the last generation.
     places: Vec<NodeId>,
     /// Number of the current start, or of the next one.
     pub generation: u32,
+    /// How often nodes were chosen.
+    attempt: u32,
     pub started_at: Duration,
     cause: Option<Cause>,
+    /// Where Ctrl-C was pressed in this generation.
+    interrupted: Vec<String>,
     /// Before the next start.
     pause: Duration,
     reports: BTreeMap<NodeId, NodeReport>,
@@ -278,11 +286,14 @@ impl State {
                 last_call: None,
             },
             nodes: BTreeMap::new(),
+            gone: BTreeMap::new(),
             members: Vec::new(),
             places: Vec::new(),
             generation: 0,
+            attempt: 0,
             started_at: now,
             cause: None,
+            interrupted: Vec::new(),
             pause: Duration::ZERO,
             reports: BTreeMap::new(),
             lost: Vec::new(),
@@ -333,12 +344,12 @@ impl State {
             | Phase::Leave { deadline, .. } => Some(deadline),
             Phase::Pause { until } => Some(until),
             Phase::Run => {
-                let look = Some(self.next_look);
+                // While it waits for answers, nobody looks for other hangs.
                 let inspection = self.inspection.as_ref().map(|i| i.deadline);
-                let save = self.settings.save_at;
-                [look, inspection, save].into_iter().flatten().min()
+                let look = inspection.unwrap_or(self.next_look);
+                Some(look.min(self.settings.save_at.unwrap_or(look)))
             }
-            Phase::Finished { .. } => None,
+            Phase::Finished { .. } => return None,
         };
         let leases = self.nodes.values().filter(|n| !n.local);
         let lease = leases.map(|n| n.heard + self.settings.lease).min();
@@ -402,14 +413,17 @@ impl State {
             FromAgent::Output { batch } => actions.push(Action::Show(batch)),
             FromAgent::Reserved {
                 generation,
+                attempt,
                 master_port,
                 probe_port,
-            } if self.current(generation) => {
+            } if self.current(generation) && attempt == self.attempt => {
                 self.reserved(id, master_port, probe_port, actions);
             }
-            FromAgent::Reached { generation, by } if self.current(generation) => {
-                self.reached(id, by)
-            }
+            FromAgent::Reached {
+                generation,
+                attempt,
+                by,
+            } if self.current(generation) && attempt == self.attempt => self.reached(id, by),
             FromAgent::Started {
                 generation,
                 pids,
@@ -455,6 +469,16 @@ impl State {
             )
     }
 
+    /// A node that is connected, or was when this generation started.
+    fn known(&self, id: NodeId) -> Option<&Node> {
+        self.nodes.get(&id).or_else(|| self.gone.get(&id))
+    }
+
+    #[cfg(test)]
+    pub(in crate::cluster) fn is_connected(&self, id: NodeId) -> bool {
+        self.nodes.contains_key(&id)
+    }
+
     fn member(&self, id: NodeId) -> Option<&Member> {
         self.members.iter().find(|m| m.id == id)
     }
@@ -474,4 +498,4 @@ fn nodes(number: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::cluster) mod tests;

@@ -165,6 +165,9 @@ impl State {
             }
             _ => how.to_string(),
         };
+        if self.member(id).is_some() {
+            self.gone.insert(id, node.clone());
+        }
         actions.push(record(
             "lost",
             json!({"node": id, "host": host, "how": how}),
@@ -249,7 +252,17 @@ impl State {
                 actions.push(Action::Notice(format!(
                     "{name}{place}: stopping {ranks}{again}"
                 )));
+                self.interrupted = vec![place.into()];
                 self.stop(Cause::Signal(signal), signal, now, actions);
+            }
+            // The same key, pressed once, reaches an agent with a terminal of its own as well.
+            Phase::Stop { .. }
+                if signal == libc::SIGINT
+                    && self.cause == Some(Cause::Signal(signal))
+                    && !self.interrupted.iter().any(|p| p == place) =>
+            {
+                self.interrupted.push(place.into());
+                self.end_by(Cause::Signal(signal));
             }
             Phase::Stop { .. } if signal == libc::SIGINT => {
                 actions.push(Action::Notice("killing the workers".into()));
@@ -278,7 +291,10 @@ impl State {
 
     /// Keeps a stop that was begun for another reason from being followed by a new start.
     fn end_by(&mut self, cause: Cause) {
-        if matches!(self.cause, Some(Cause::Grow | Cause::Hang { .. })) {
+        let killed = cause == Cause::Signal(libc::SIGINT);
+        if matches!(self.cause, Some(Cause::Grow | Cause::Hang { .. }))
+            || (killed && self.cause == Some(Cause::Preempt))
+        {
             self.cause = Some(cause);
         }
         self.last = true;
@@ -289,6 +305,8 @@ impl State {
         actions.push(Action::Notice(format!(
             "{why}: the workers save and end, grace {grace}"
         )));
+        // Whatever comes of it, the nodes are wanted back.
+        self.last = true;
         self.stop(Cause::Preempt, libc::SIGUSR2, now, actions);
     }
 
@@ -486,22 +504,29 @@ impl State {
         }
         self.places = self.members.iter().map(|m| m.id).collect();
         (self.cause, self.inspection) = (None, None);
+        self.interrupted.clear();
         self.reports.clear();
         self.lost.clear();
+        self.gone.clear();
+        self.attempt += 1;
         self.progress.clear();
         (self.checkpoint_step, self.steps) = (None, None);
-        let ports = if self.members.len() == 1 {
-            Some((0, 0))
-        } else {
-            None
-        };
+        // Another node answers first: it may be heard for the last time before it learns of its lease, which then
+        // ends later than anybody here would think.
+        let here = |m: &Member| self.nodes.get(&m.id).is_some_and(|n| n.local);
+        let alone = self.members.len() == 1 && self.members.iter().all(here);
+        let ports = alone.then_some((0, 0));
         self.phase = Phase::Form {
             deadline: now + FORM,
             ports,
         };
         if ports.is_none() {
-            let generation = self.generation;
-            actions.push(send(self.members[0].id, ToAgent::Reserve { generation }));
+            let (generation, attempt) = (self.generation, self.attempt);
+            let reserve = ToAgent::Reserve {
+                generation,
+                attempt,
+            };
+            actions.push(send(self.members[0].id, reserve));
         }
         self.try_to_start(now, actions);
     }
@@ -564,7 +589,7 @@ impl State {
             return;
         }
         *ports = Some((master_port, probe_port));
-        let generation = self.generation;
+        let (generation, attempt) = (self.generation, self.attempt);
         let addresses: Vec<IpAddr> = self
             .first_addresses()
             .into_iter()
@@ -577,6 +602,7 @@ impl State {
                     member.id,
                     ToAgent::Probe {
                         generation,
+                        attempt,
                         addresses,
                         port,
                     },
@@ -662,6 +688,7 @@ impl State {
             show: job.show.clone(),
             affinity: job.affinity,
             saves: job.saves,
+            shielded: job.shielded,
         };
         for (node_rank, (member, interface)) in self.members.iter().zip(interfaces).enumerate() {
             let start = Start {
@@ -750,10 +777,16 @@ impl State {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
+        if self.member(id).is_none() {
+            return;
+        }
         let host = self.host(id).to_string();
-        actions.push(Action::Notice(format!(
-            "the workers on {host} cannot be started: {message}"
-        )));
+        let text = format!("the workers on {host} cannot be started: {message}");
+        actions.push(Action::Notice(text.clone()));
+        if let Phase::Form { .. } = self.phase {
+            // Nowhere else were any started.
+            return self.leave(code, Some(&text), now, actions);
+        }
         self.reports.insert(
             id,
             NodeReport {
@@ -766,13 +799,8 @@ impl State {
         );
         // It would fail again, here and elsewhere.
         self.last = true;
-        self.refusal.get_or_insert_with(|| {
-            (
-                code,
-                format!("the workers on {host} cannot be started: {message}"),
-            )
-        });
         if self.cause.is_none() {
+            self.refusal = Some((code, text));
             self.stop(Cause::Failure, libc::SIGTERM, now, actions);
         }
     }
@@ -788,7 +816,7 @@ impl State {
         if self.cause.is_some() {
             return;
         }
-        let Some(rank) = self.member(id).map(|m| m.ranks.start + local_rank) else {
+        let Some(rank) = self.member(id).and_then(|m| rank_of(m, local_rank)) else {
             return;
         };
         let others = self.world_size().saturating_sub(1) as usize;
@@ -820,8 +848,8 @@ impl State {
             return;
         };
         let host = self.host(id).to_string();
-        for (i, (rank, _)) in report.ranks.iter().enumerate() {
-            let fields = json!({"generation": self.generation, "rank": member.ranks.start + i as u32, "host": host,
+        for (number, (rank, _)) in member.ranks.clone().zip(&report.ranks) {
+            let fields = json!({"generation": self.generation, "rank": number, "host": host,
                 "end": rank.end, "order": rank.order});
             actions.push(record("exit", fields));
         }
@@ -833,7 +861,16 @@ impl State {
             };
             actions.push(Action::Notice(format!("warning: {at}{warning}")));
         }
+        let well = |end: End| end.is_success() || end == End::Code(exit::REQUEUE);
+        let failed = report
+            .ranks
+            .iter()
+            .any(|(rank, _)| !rank.end.is_some_and(well));
         self.reports.insert(id, report);
+        // It was not said before where a rank that saved by itself was not followed by the others in time.
+        if failed && self.cause.is_none() {
+            self.stop(Cause::Failure, libc::SIGTERM, now, actions);
+        }
         member.ranks.for_each(|rank| self.watch.ended(rank, now));
     }
 
@@ -856,11 +893,13 @@ impl State {
         {
             return;
         }
-        let Some(first) = self.member(id).map(|m| m.ranks.start) else {
+        let Some(member) = self.member(id).cloned() else {
             return;
         };
         for progress in beat.ranks {
-            let number = first + progress.local_rank;
+            let Some(number) = rank_of(&member, progress.local_rank) else {
+                continue;
+            };
             let rank = self.progress.entry(number).or_default();
             rank.take(&progress, now);
             if let Some(step) = progress.step {
@@ -1037,13 +1076,12 @@ impl State {
     }
 
     pub(super) fn host(&self, id: NodeId) -> &str {
-        match self.nodes.get(&id) {
-            Some(node) => &node.join.host,
-            None => self
-                .lost
-                .iter()
-                .find(|l| l.member.id == id)
-                .map_or("a lost node", |l| &l.host),
-        }
+        self.known(id).map_or("a lost node", |n| &n.join.host)
     }
+}
+
+/// Number in the job of a node's rank; `None` for one that the node does not have.
+fn rank_of(member: &Member, local_rank: u32) -> Option<u32> {
+    let rank = member.ranks.start.checked_add(local_rank)?;
+    member.ranks.contains(&rank).then_some(rank)
 }

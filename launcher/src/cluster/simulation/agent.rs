@@ -1,0 +1,360 @@
+//! An agent without processes and sockets: the decisions of [`crate::cluster::agent`] around the same lease and the
+//! same supervisor.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::cluster::agent::lease::Lease;
+use crate::cluster::coordinator::tests::{join_of, place_of};
+use crate::cluster::message::{Beat, FromAgent, NodeReport, Progress, Start, ToAgent};
+use crate::report::Place;
+use crate::supervisor::{self, Action, Event, Phase};
+use tsm_job::exit;
+
+/// See `ANSWER` of the agent.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// What wakes an agent.
+#[derive(Clone, Debug)]
+pub enum Input {
+    Message(ToAgent),
+    /// The connection is gone.
+    Closed,
+    Ranks(Event),
+    Stepped {
+        local: usize,
+        step: u64,
+        saved: bool,
+    },
+    Words {
+        local: usize,
+        text: String,
+    },
+    Signal(i32),
+    /// Output is read to its end.
+    Drained,
+    Time,
+}
+
+/// What the rim of an agent does.
+#[derive(Clone, Debug)]
+pub enum Effect {
+    Say(FromAgent),
+    /// Start the ranks of this generation.
+    Spawn(Box<Start>),
+    Signal {
+        local: usize,
+        signal: i32,
+    },
+    Kill {
+        local: usize,
+    },
+    /// The guard kills all ranks unless it is told so again within this time.
+    Guard(Duration),
+    /// Nothing runs any more: the guard may go.
+    Dismiss,
+    Drain,
+    Exit(i32),
+}
+
+struct Generation {
+    start: Start,
+    state: supervisor::State,
+    places: Vec<Place>,
+    progress: BTreeMap<usize, Progress>,
+    began_at: Duration,
+    draining: bool,
+}
+
+pub struct Agent {
+    pub host: String,
+    local: bool,
+    lease: Lease,
+    generation: Option<Generation>,
+    leaving: Option<i32>,
+    unheard: Option<Duration>,
+    /// Its disk is broken: ranks cannot be started.
+    pub broken: bool,
+    /// It never says that it is clean.
+    pub mute: bool,
+}
+
+impl Agent {
+    /// Starts and greets.
+    pub fn new(host: &str, local: bool, workers: u32, now: Duration) -> (Agent, Vec<Effect>) {
+        let agent = Agent {
+            host: host.into(),
+            local,
+            lease: Lease::new(now),
+            generation: None,
+            leaving: None,
+            unheard: None,
+            broken: false,
+            mute: false,
+        };
+        let join = FromAgent::Join(Box::new(join_of(host, workers)));
+        (agent, vec![Effect::Say(join)])
+    }
+
+    pub fn deadline(&self) -> Option<Duration> {
+        let generation = self.generation.as_ref().filter(|g| !g.draining);
+        let decided = generation.and_then(|g| g.state.deadline());
+        let here = self.leaving.is_none();
+        let lease = (!self.local && here).then_some(self.lease.until);
+        let beat = here.then_some(self.lease.next_beat);
+        [decided, lease, beat, self.unheard]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// `now` is by the agent's own clock.
+    pub fn wake(&mut self, input: Input, now: Duration) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        self.handle(input, now, &mut effects);
+        self.tick(now, &mut effects);
+        if self.generation.is_none()
+            && let Some(code) = self.leaving
+        {
+            effects.push(Effect::Exit(code));
+        }
+        effects
+    }
+
+    fn handle(&mut self, input: Input, now: Duration, effects: &mut Vec<Effect>) {
+        match input {
+            // Who leaves does not listen.
+            Input::Message(message) if self.leaving.is_none() => self.told(message, now, effects),
+            Input::Message(_) => {}
+            Input::Closed => self.cut_off(now, effects),
+            Input::Ranks(event) => self.decide(event, now, effects),
+            Input::Stepped { local, step, saved } => {
+                if let Some(generation) = &mut self.generation {
+                    let progress = generation.progress.entry(local).or_default();
+                    progress.local_rank = local as u32;
+                    progress.step = Some(step);
+                    progress.checkpoint = saved.then_some(step).or(progress.checkpoint);
+                }
+                self.decide(Event::Step { rank: local, step }, now, effects);
+            }
+            Input::Words { local, text } => {
+                if let Some(generation) = &mut self.generation {
+                    generation.places[local].stderr.push(text);
+                }
+            }
+            Input::Signal(signal) => {
+                effects.push(Effect::Say(FromAgent::Signal { signal }));
+                let stops = |g: &Generation| g.state.phase != Phase::Running;
+                if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGHUP)
+                    && !self.generation.as_ref().is_some_and(stops)
+                {
+                    self.unheard.get_or_insert(now + ANSWER);
+                }
+            }
+            Input::Drained => self.conclude(now, effects),
+            Input::Time => {}
+        }
+    }
+
+    fn told(&mut self, message: ToAgent, now: Duration, effects: &mut Vec<Effect>) {
+        let number = self.generation.as_ref().map(|g| g.start.generation);
+        let say = |message, effects: &mut Vec<Effect>| effects.push(Effect::Say(message));
+        match message {
+            ToAgent::Welcome { lease } => self.lease.begin(lease, now),
+            ToAgent::Ack { seq } => {
+                self.lease.answered(seq, now);
+                if !self.local && self.generation.is_some() {
+                    effects.push(Effect::Guard(self.lease.guard(now)));
+                }
+            }
+            ToAgent::Reserve {
+                generation,
+                attempt,
+            } => {
+                let reserved = FromAgent::Reserved {
+                    generation,
+                    attempt,
+                    master_port: 1,
+                    probe_port: 2,
+                };
+                say(reserved, effects);
+            }
+            ToAgent::Probe {
+                generation,
+                attempt,
+                addresses,
+                ..
+            } => {
+                let by = vec![(addresses[0], "eth0".into())];
+                let reached = FromAgent::Reached {
+                    generation,
+                    attempt,
+                    by,
+                };
+                say(reached, effects);
+            }
+            ToAgent::Start(_) if !self.local && self.lease.is_over(now) => {}
+            ToAgent::Start(start) if self.broken || number.is_some() => say(
+                FromAgent::CannotStart {
+                    generation: start.generation,
+                    code: exit::PREFLIGHT,
+                    message: "the disk is read-only".into(),
+                },
+                effects,
+            ),
+            ToAgent::Start(start) => {
+                if !self.local {
+                    effects.push(Effect::Guard(self.lease.guard(now)));
+                }
+                let num_ranks = start.num_ranks as usize;
+                let state =
+                    supervisor::State::new(num_ranks, start.grace, start.saves, start.shielded);
+                effects.push(Effect::Spawn(start.clone()));
+                let started = FromAgent::Started {
+                    generation: start.generation,
+                    pids: vec![1; num_ranks],
+                    at: now,
+                    environment: Vec::new(),
+                };
+                say(started, effects);
+                self.generation = Some(Generation {
+                    start: *start,
+                    state,
+                    places: vec![place_of(&self.host); num_ranks],
+                    progress: BTreeMap::new(),
+                    began_at: now,
+                    draining: false,
+                });
+            }
+            ToAgent::Stop {
+                generation,
+                signal,
+                grace,
+            } if number == Some(generation) => {
+                self.unheard = None;
+                self.decide(Event::Stop { signal, grace }, now, effects);
+            }
+            ToAgent::Signal { generation, signal } if number == Some(generation) => {
+                self.decide(Event::Pass { signal }, now, effects);
+            }
+            ToAgent::Kill { generation } if number == Some(generation) => {
+                self.decide(Event::KillAll, now, effects);
+            }
+            ToAgent::Inspect { generation } if number == Some(generation) => {
+                let (looks, ras) = (Vec::new(), None);
+                let inspected = FromAgent::Inspected {
+                    generation,
+                    looks,
+                    ras,
+                };
+                say(inspected, effects);
+            }
+            ToAgent::Exit { code, .. } => {
+                self.decide(Event::KillAll, now, effects);
+                self.leaving = Some(code);
+            }
+            ToAgent::Stop { .. }
+            | ToAgent::Signal { .. }
+            | ToAgent::Kill { .. }
+            | ToAgent::Inspect { .. } => {}
+        }
+    }
+
+    fn decide(&mut self, event: Event, now: Duration, effects: &mut Vec<Effect>) {
+        let Some(generation) = &mut self.generation else {
+            return;
+        };
+        for action in supervisor::decide(&mut generation.state, &[event], now) {
+            effects.push(match action {
+                Action::Signal { rank, signal } => Effect::Signal {
+                    local: rank,
+                    signal,
+                },
+                Action::Kill { rank } => Effect::Kill { local: rank },
+                Action::Failing { rank, end } => Effect::Say(FromAgent::Failing {
+                    generation: generation.start.generation,
+                    local_rank: rank as u32,
+                    end,
+                    at: now,
+                }),
+                Action::GraceOver { .. } => Effect::Say(FromAgent::Notice {
+                    text: "the grace is over".into(),
+                }),
+            });
+        }
+    }
+
+    fn tick(&mut self, now: Duration, effects: &mut Vec<Effect>) {
+        if !self.local && self.leaving.is_none() && self.lease.is_over(now) {
+            self.cut_off(now, effects);
+        }
+        if self.unheard.is_some_and(|at| now >= at) {
+            self.unheard = None;
+            self.cut_off(now, effects);
+        }
+        if self.leaving.is_none() && now >= self.lease.next_beat {
+            self.beat(now, effects);
+        }
+        if let Some(generation) = &self.generation
+            && generation.state.deadline().is_some_and(|at| now >= at)
+        {
+            self.decide(Event::Deadline, now, effects);
+        }
+        if let Some(generation) = &mut self.generation
+            && generation.state.phase == Phase::Finished
+            && !std::mem::replace(&mut generation.draining, true)
+        {
+            effects.push(Effect::Drain);
+        }
+    }
+
+    fn beat(&mut self, now: Duration, effects: &mut Vec<Effect>) {
+        let seq = self.lease.beat(now);
+        let news = |g: &mut Generation| {
+            let ranks = std::mem::take(&mut g.progress).into_values().collect();
+            (g.start.generation, ranks)
+        };
+        let (generation, ranks) = self.generation.as_mut().map(news).unwrap_or_default();
+        effects.push(Effect::Say(FromAgent::Beat(Beat {
+            seq,
+            generation,
+            at: now,
+            rtt: self.lease.rtt,
+            ranks,
+            ..Beat::default()
+        })));
+    }
+
+    fn cut_off(&mut self, now: Duration, effects: &mut Vec<Effect>) {
+        if self.leaving.is_none() {
+            self.leaving = Some(exit::PEER);
+            self.decide(Event::KillAll, now, effects);
+        }
+    }
+
+    fn conclude(&mut self, now: Duration, effects: &mut Vec<Effect>) {
+        self.beat(now, effects);
+        let Some(generation) = self.generation.take() else {
+            return;
+        };
+        effects.push(Effect::Dismiss);
+        let report = NodeReport {
+            ranks: generation
+                .state
+                .ranks
+                .into_iter()
+                .zip(generation.places)
+                .collect(),
+            started_at: generation.began_at,
+            oom_kills: 0,
+            xids: Vec::new(),
+            warnings: Vec::new(),
+        };
+        if !self.mute && self.leaving.is_none() {
+            effects.push(Effect::Say(FromAgent::Clean {
+                generation: generation.start.generation,
+                report: Box::new(report),
+            }));
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! A whole cluster in one thread: the real coordinator, the real supervisors and leases, and a world that does its
+//! worst. No clock, no network, no process: a seed gives the same run, every time.
+//!
+//! ```text
+//! TSM_SIMULATE=100000 cargo test -p tsm-launch simulation   # so many runs
+//! TSM_SEED=4711 cargo test -p tsm-launch simulation         # one, with its story
+//! ```
+//!
+//! In every run:
+//! - ranks of two generations never run at the same time, on whatever machine;
+//! - every rank and every agent ends, and the coordinator finishes;
+//! - a node that is gone is noticed within its lease, whatever the job is doing;
+//! - where one thing went wrong, the report names it, with its exit code;
+//! - nothing is started more often than is allowed, nor after the job was told to end;
+//! - the exit code is documented.
+
+mod agent;
+mod network;
+mod plan;
+mod random;
+mod world;
+
+use plan::Plan;
+use world::World;
+
+const RUNS: u64 = 3000;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+fn run(seed: u64) -> World {
+    let mut world = World::new(Plan::new(seed), seed);
+    world.run();
+    world
+}
+
+#[test]
+fn whatever_goes_wrong_the_rules_hold() {
+    if let Some(seed) = number("TSM_SEED") {
+        let world = run(seed);
+        world.story.iter().for_each(|line| eprintln!("{line}"));
+        assert!(world.broken.is_empty(), "{:#?}", world.broken);
+        return;
+    }
+    let runs = number("TSM_SIMULATE").unwrap_or(RUNS);
+    let mut broken = Vec::new();
+    for seed in 0..runs {
+        if let Some(text) = run(seed).broken.into_iter().next() {
+            broken.push(format!("TSM_SEED={seed}: {text}"));
+        }
+    }
+    let shown = broken
+        .iter()
+        .take(40)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join("\n");
+    assert!(
+        broken.is_empty(),
+        "{} of {runs} runs:\n{shown}",
+        broken.len()
+    );
+}
+
+#[test]
+fn a_seed_gives_the_same_run_every_time() {
+    for seed in 0..20 {
+        let (one, other) = (run(seed), run(seed));
+        assert_eq!(one.story, other.story);
+        assert_eq!((one.now, one.code), (other.now, other.code));
+    }
+}

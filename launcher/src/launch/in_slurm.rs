@@ -1,0 +1,175 @@
+//! Inside a job of SLURM everything is known: its nodes, its folder, and how long it may run.
+
+use anyhow::Context as _;
+use std::ffi::OsString;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Instant;
+use tsm_job::Config;
+use tsm_job::config::DeviceKind;
+
+use super::{Node, prepare};
+use crate::cli::{Args, Gpus, Preflight};
+use crate::cluster::key::Key;
+use crate::cluster::wire;
+use crate::start::children::Starter;
+use crate::start::slurm::{self, Allocation, Entry, Place, Request, Turn};
+use crate::start::{agent, run_here};
+use crate::target::{Resume, Target};
+use crate::{addresses, gpus, plan};
+
+/// Runs the job of `args` on the nodes that it has been given.
+///
+/// # Errors
+/// As [`super::launch`].
+pub fn launch(
+    args: &Args,
+    mut target: Target,
+    allocation: Allocation,
+    start: Instant,
+) -> anyhow::Result<i32> {
+    allocation.check(Request {
+        nodes: args.nodes.map(|n| n.max),
+        gpus: args.gpus.as_ref().and_then(Gpus::count),
+    })?;
+    let mut args = args.clone();
+    let turn = Turn::begin(allocation);
+    if let Some(code) = take_up(&turn, &mut args, &mut target) {
+        return Ok(code);
+    }
+    run_here(on_nodes(&args, target, turn, start))
+}
+
+/// Decides by what an earlier turn of the same job has left; the exit code, where there is nothing left to do.
+fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
+    if args.run_dir.is_some() || target.resume.is_some() {
+        return None;
+    }
+    let (root, name) = target.place();
+    let folder = std::path::absolute(turn.folder(&root, &name)).unwrap_or_default();
+    match turn.entry(&folder) {
+        Entry::AlreadyFinished(code) => {
+            let job = turn.allocation.job;
+            println!(
+                "tsm-launch: job {job} has finished in {} with exit code {code}",
+                folder.display()
+            );
+            return Some(code);
+        }
+        Entry::Resume => target.resume = Some(Resume::Run(folder)),
+        Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),
+        // Another run of the same job has that name.
+        Entry::Fresh => {}
+    }
+    None
+}
+
+/// A job of SLURM: on one node like any other, on several with agents that srun starts.
+async fn on_nodes(
+    args: &Args,
+    mut target: Target,
+    turn: Turn,
+    start: Instant,
+) -> anyhow::Result<i32> {
+    let launch = target.config().map(|config| &config.launch);
+    let hosts = turn.allocation.nodes.clone();
+    let wanted = args.nodes.map_or(hosts.len(), |n| n.max as usize);
+    if wanted == 1 && turn.allocation.place == Place::Batch {
+        let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
+        let order = None;
+        let node = Node {
+            args,
+            target,
+            devices,
+            start,
+            order,
+        };
+        return node.alone(Some(turn)).await;
+    }
+    let device = device_arguments(args, target.config());
+    if let [kind, count] = device.as_slice() {
+        target.settle_as(
+            if kind == "--gpus" {
+                DeviceKind::Gpu
+            } else {
+                DeviceKind::Cpu
+            },
+            count.to_str().and_then(|n| n.parse().ok()),
+        );
+    }
+    let gpus = device
+        .get(1)
+        .filter(|_| device[0] == "--gpus")
+        .and_then(|n| n.to_str()?.parse().ok());
+    let mut prepared = prepare(args, target, None, start)?;
+    let session = &mut prepared.session;
+    session.settings.max_nodes = wanted as u32;
+    session.settings.min_nodes = args.nodes.map_or(wanted as u32, |n| n.min);
+    let key = Key::random();
+    let listener = wire::listen(SocketAddr::from(([0, 0, 0, 0], 0)))?;
+    let port = listener.local_addr()?.port();
+    session.hub.listen(listener, key.clone(), None);
+    let own = addresses::list()
+        .into_iter()
+        .filter(|(ip, _)| ip.is_ipv4())
+        .map(|(ip, _)| ip);
+    let loopback = IpAddr::from([127, 0, 0, 1]);
+    let points: Vec<String> = own
+        .chain([loopback])
+        .map(|ip| format!("{ip}:{port}"))
+        .collect();
+    let shim = std::env::current_exe().context("cannot find this program")?;
+    let mut command: Vec<OsString> = vec![shim.clone().into(), agent::AGENT.into()];
+    command.extend(
+        [
+            "--connect",
+            &points.join(","),
+            "--order-from",
+            "SLURM_NODEID",
+            "--host-from",
+            "SLURMD_NODENAME",
+        ]
+        .map(OsString::from),
+    );
+    if args.preflight == Preflight::Off {
+        command.push("--no-preflight".into());
+    }
+    command.extend(device);
+    let srun = slurm::srun(
+        &turn.allocation,
+        &hosts[..wanted.min(hosts.len())],
+        gpus,
+        &command,
+    );
+    let starter = Starter {
+        host: "srun".into(),
+        argv: srun.argv,
+        env_remove: srun.env_remove,
+        is_wire: false,
+        code_meaning: |_| None,
+        retries: 0,
+    };
+    let voice = session.voice.clone();
+    session
+        .children
+        .start(&shim, starter, &session.hub, &key, &voice);
+    prepared.take_turn(turn, start);
+    prepared.run(None).await
+}
+
+/// By which an agent is told what its workers run on.
+fn device_arguments(args: &Args, config: Option<&Config>) -> Vec<OsString> {
+    let pair = |flag: &str, value: String| vec![OsString::from(flag), OsString::from(value)];
+    match (&args.gpus, args.cpus, config.map(|c| &c.launch)) {
+        (Some(gpus), _, _) => pair("--gpus", gpus.to_string()),
+        (None, Some(n), _) => pair("--cpus", n.to_string()),
+        (None, None, Some(launch)) => {
+            let count = launch.nproc_per_node;
+            match launch.device {
+                DeviceKind::Cpu => pair("--cpus", count.unwrap_or(1).to_string()),
+                DeviceKind::Gpu => pair("--gpus", count.map_or("auto".into(), |n| n.to_string())),
+            }
+        }
+        // The agents refuse, and say what is missing.
+        (None, None, None) => Vec::new(),
+    }
+}

@@ -1,0 +1,214 @@
+//! Nodes that Open MPI's mpirun started, two processes of this machine in place of two nodes; and nodes that find
+//! each other by what Kubernetes puts into their environment.
+
+#[path = "../launch/harness.rs"]
+#[allow(dead_code, reason = "shared with the tests of one node")]
+mod harness;
+mod kubernetes;
+
+use harness::{FAKE, Running, Scene, alive, finish, start, survivors, until};
+use rustix::process::{Pid, Signal, kill_process};
+use std::path::Path;
+use std::process::Command;
+
+/// `mpirun` with `options` for itself, tsm-launch with `words` for it and fake workers that do `actions`; `None`,
+/// said on stderr, where there is no mpirun. tsm-launch is a copy in the scene, for [`survivors`].
+fn mpirun(scene: &Scene, options: &str, words: &str, actions: &str) -> Option<Command> {
+    if !Path::new("/usr/bin/mpirun").exists() {
+        eprintln!("skipped: there is no /usr/bin/mpirun");
+        return None;
+    }
+    let copy = scene.path("tsm-launch");
+    fs_err::copy(env!("CARGO_BIN_EXE_tsm-launch"), &copy).unwrap();
+    let mut command = scene.command_of("/usr/bin/mpirun");
+    command.args(["--oversubscribe", "--bind-to", "none"]);
+    // Two that make their folder in the same place at the same time fail, and a killed one leaves it there.
+    let own = scene.path("mpi");
+    fs_err::create_dir(&own).unwrap();
+    command.env("TMPDIR", own);
+    if rustix::process::geteuid().is_root() {
+        command.arg("--allow-run-as-root");
+    }
+    command.args(options.split_whitespace()).arg(&copy);
+    command.args(words.split_whitespace()).arg("--").arg(FAKE);
+    command.args(actions.split_whitespace());
+    Some(command)
+}
+
+const TWO: &str = "--share-host --cpus 1 --run-dir runs/run";
+
+fn read(scene: &Scene, name: &str) -> String {
+    fs_err::read_to_string(scene.path("runs/run").join(name)).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn assert_nothing_is_left(scene: &Scene) {
+    until("every process to end", || {
+        survivors(&scene.path("")).is_empty().then_some(())
+    });
+    let left = fs_err::read_dir(scene.path("runs")).unwrap().flatten();
+    let left: Vec<_> = left.map(|e| e.file_name()).filter(|n| n != "run").collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn two_processes_of_mpirun_are_two_nodes() {
+    let scene = Scene::new();
+    let Some(mut command) = mpirun(&scene, "-n 2", TWO, "--print-env") else {
+        return;
+    };
+    let outcome = finish(start(&mut command));
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    let host = tsm_launch::manifest::host();
+    for rank in 0..2 {
+        let log = read(&scene, &format!("logs/{host}-{rank}.out"));
+        let has = |line: &str| log.lines().any(|l| l == line);
+        for line in [
+            "WORLD_SIZE=2".into(),
+            format!("NODE_RANK={rank}"),
+            format!("RANK={rank}"),
+        ] {
+            assert!(has(&line), "{line}\n{log}");
+        }
+        let stranger = |line: &&str| ["OMPI_", "PMIX_"].iter().any(|p| line.starts_with(p));
+        assert_eq!(
+            log.lines().find(stranger),
+            None,
+            "a worker is no rank of mpirun's"
+        );
+    }
+    assert!(!outcome.err.contains("warning"), "{}", outcome.err);
+    assert_nothing_is_left(&scene);
+}
+
+#[test]
+fn the_exit_code_of_a_rank_is_that_of_mpirun() {
+    for rank in 0..2 {
+        let scene = Scene::new();
+        let actions = format!("--on-rank {rank} --exit 17");
+        let Some(mut command) = mpirun(&scene, "-n 2", TWO, &actions) else {
+            return;
+        };
+        let outcome = finish(start(&mut command));
+        assert_eq!(outcome.code, 17, "{}", outcome.err);
+        let failed_first = format!("rank {rank} failed first: exit code 17");
+        assert!(outcome.err.contains(&failed_first), "{}", outcome.err);
+        let manifest: serde_json::Value =
+            serde_json::from_str(&read(&scene, "manifest.json")).unwrap();
+        assert_eq!(
+            (&manifest["outcome"], &manifest["exit_code"]),
+            (&"failed".into(), &17.into())
+        );
+        assert_nothing_is_left(&scene);
+    }
+}
+
+/// Two nodes at work; mpirun, and the pids of the workers.
+fn at_work(scene: &Scene) -> Option<(Running, Vec<i32>)> {
+    let pids = scene.path("pid-{rank}").display().to_string();
+    let actions = format!("--touch {pids} --fork --hang");
+    let running = start(&mut mpirun(scene, "-n 2", TWO, &actions)?);
+    let pids = scene.wait_for_pids("pid-", 2);
+    Some((running, pids))
+}
+
+fn parent(pid: i32) -> i32 {
+    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, rest) = stat.rsplit_once(')').unwrap();
+    rest.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_killed_node_ends_the_job() {
+    for rank in 0..2 {
+        let scene = Scene::new();
+        let Some((running, pids)) = at_work(&scene) else {
+            return;
+        };
+        let agent = Pid::from_raw(parent(pids[rank])).unwrap();
+        kill_process(agent, Signal::KILL).unwrap();
+        let outcome = finish(running);
+        assert_ne!(outcome.code, 0, "{}", outcome.err);
+        until("every process to end", || {
+            survivors(&scene.path("")).is_empty().then_some(())
+        });
+        assert!(pids.iter().all(|&pid| !alive(pid)));
+    }
+}
+
+#[test]
+fn ctrl_c_ends_the_job() {
+    let scene = Scene::new();
+    let Some((running, pids)) = at_work(&scene) else {
+        return;
+    };
+    running.signal(Signal::INT);
+    let outcome = finish(running);
+    assert_ne!(outcome.code, 0, "{}", outcome.err);
+    assert!(
+        outcome.err.contains("stopping 2 workers"),
+        "{}",
+        outcome.err
+    );
+    until("every process to end", || {
+        survivors(&scene.path("")).is_empty().then_some(())
+    });
+    assert!(pids.iter().all(|&pid| !alive(pid)));
+}
+
+#[test]
+fn what_mpirun_cannot_mean_is_refused() {
+    for (words, why) in [
+        (
+            "--cpus 1",
+            "mpirun starts tsm-launch 2 times on this node\n  hint: start it once on each node with mpirun -N 1",
+        ),
+        (
+            "--cpus 1 --share-host --nodes 3",
+            "--nodes asks for 3, mpirun has started 2",
+        ),
+    ] {
+        let scene = Scene::new();
+        let Some(mut command) = mpirun(&scene, "-n 2", words, "") else {
+            return;
+        };
+        let outcome = finish(start(&mut command));
+        assert_eq!(outcome.code, 64, "{}", outcome.err);
+        assert!(outcome.err.contains(why), "{}", outcome.err);
+        assert!(!scene.path("runs").exists());
+    }
+}
+
+#[test]
+fn one_process_of_mpirun_is_alone_and_so_is_each_that_ignores_it() {
+    for (options, words, runs) in [("-n 1", "", 1), ("-n 2", "--ignore-env", 2)] {
+        let scene = Scene::new();
+        let words = format!("--cpus 1 {words}");
+        let Some(mut command) = mpirun(&scene, options, &words, "") else {
+            return;
+        };
+        let outcome = finish(start(&mut command));
+        assert_eq!(outcome.code, 0, "{}", outcome.err);
+        assert_eq!(fs_err::read_dir(scene.path("runs")).unwrap().count(), runs);
+    }
+}
+
+#[test]
+fn a_folder_that_is_not_shared_is_named() {
+    let scene = Scene::new();
+    let words = format!("{TWO} --join-timeout 500ms --rendezvous-dir");
+    let Some(mut command) = mpirun(&scene, "-n 1", &format!("{words} a"), "") else {
+        return;
+    };
+    // The second process looks into another folder.
+    command.args([":", "-n", "1"]).arg(scene.path("tsm-launch"));
+    command.args(format!("{words} b").split_whitespace());
+    command.args(["--", FAKE]);
+    let outcome = finish(start(&mut command));
+    assert_eq!(outcome.code, 69, "{}", outcome.err);
+    for part in [
+        "cannot join the job within 500ms",
+        "is b on a file system that all nodes share?",
+    ] {
+        assert!(outcome.err.contains(part), "{}", outcome.err);
+    }
+}

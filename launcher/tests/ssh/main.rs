@@ -1,0 +1,339 @@
+//! `--hosts`: agents that are started by a real ssh, on two addresses of this machine.
+
+#[path = "../launch/harness.rs"]
+#[allow(dead_code, reason = "shared with the tests of one node")]
+mod harness;
+mod server;
+
+use harness::{FAKE, Outcome, Running, Scene, alive, finish, start, survivors, until};
+use rustix::process::{Pid, Signal, kill_process};
+use server::Server;
+
+/// `tsm-launch --hosts` with fake workers that do `actions`. The agents are a copy in the scene, so that
+/// [`survivors`] finds them, their guards and their workers.
+fn start_on(scene: &Scene, server: &Server, options: &str, actions: &str) -> Running {
+    let copy = scene.path("tsm-launch");
+    if !copy.exists() {
+        fs_err::copy(env!("CARGO_BIN_EXE_tsm-launch"), &copy).unwrap();
+    }
+    let (ssh, copy, marker) = (
+        server.ssh(),
+        copy.display().to_string(),
+        scene.path("mark-{rank}"),
+    );
+    let mut words = vec!["--run-dir", "run", "--ssh", &ssh];
+    if !options.contains("--remote-launcher") {
+        words.extend(["--remote-launcher", &copy]);
+    }
+    words.extend(options.split_whitespace());
+    words.extend(["--", FAKE]);
+    let marker = marker.display().to_string();
+    words.extend(["--touch", &marker]);
+    words.extend(actions.split_whitespace());
+    start(
+        scene
+            .command(&words)
+            .env("TSM_TEST_VARIABLE", "it's here")
+            .env("TMPDIR", "/nowhere"),
+    )
+}
+
+fn launch(scene: &Scene, server: &Server, options: &str, actions: &str) -> Outcome {
+    finish(start_on(scene, server, options, actions))
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn command(pid: i32) -> String {
+    let words = fs_err::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&words).replace('\0', " ")
+}
+
+/// The ssh that holds the agent on `host`.
+fn ssh_of(launcher: i32, host: &str) -> i32 {
+    let pids = fs_err::read_dir("/proc").unwrap().flatten();
+    let pids = pids.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let mut of = pids.filter(|&pid| {
+        let words = command(pid);
+        words.contains("/ssh -F ")
+            && words.contains(&format!(" {host} "))
+            && parent(pid) == Some(launcher)
+    });
+    of.next().expect("an ssh")
+}
+
+fn kill(pid: i32) {
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+}
+
+fn assert_nothing_survives(scene: &Scene) {
+    until("every process to end", || {
+        survivors(&scene.path("")).is_empty().then_some(())
+    });
+}
+
+#[test]
+fn two_hosts_run_the_job_in_the_same_folder_with_the_same_environment() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    let scene = Scene::new();
+    let outcome = launch(
+        &scene,
+        &server,
+        "--hosts node-a:2,node-b:1 --cpus 4 --env EXTRA=a",
+        "--touch here-{rank} --print-env",
+    );
+    assert_eq!(outcome.code, 0, "{}\n{}", outcome.err, outcome.out);
+    for rank in 0..3 {
+        assert!(scene.path(&format!("here-{rank}")).exists());
+        let host = if rank < 2 { "node-a" } else { "node-b" };
+        let log = scene.read(&format!("logs/{host}-{rank}.out"));
+        let has = |line: &str| log.lines().any(|l| l == line);
+        let local = rank % 2;
+        for line in [
+            "TSM_TEST_VARIABLE=it's here",
+            "EXTRA=a",
+            "WORLD_SIZE=3",
+            &format!("RANK={rank}"),
+            &format!("LOCAL_RANK={local}"),
+            &format!("NODE_RANK={}", rank / 2),
+            &format!("LOCAL_WORLD_SIZE={}", 2 - rank / 2),
+            "CUDA_VISIBLE_DEVICES=",
+        ] {
+            assert!(has(line), "{line}\n{log}");
+        }
+        assert!(!has("TMPDIR=/nowhere"), "it belongs to the first host");
+    }
+    assert!(outcome.out.contains("node-b"), "{}", outcome.out);
+    let manifest = scene.json("manifest.json");
+    assert_eq!(manifest["world_size"], 3);
+    assert_eq!(manifest["nodes"][1]["host"], "node-b");
+    assert_nothing_survives(&scene);
+}
+
+#[test]
+fn the_exit_code_and_the_report_are_those_of_the_rank_that_failed() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    let scene = Scene::new();
+    let hosts = scene.path("hosts");
+    fs_err::write(&hosts, "# two of them\nnode-a slots=1\nnode-b:1\n").unwrap();
+    let options = format!("--hostfile {} --cpus 1", hosts.display());
+    let outcome = launch(
+        &scene,
+        &server,
+        &options,
+        "--on-rank 1 --say broken --exit 17",
+    );
+    assert_eq!(outcome.code, 17, "{}", outcome.err);
+    assert!(
+        outcome.err.contains("rank 1 failed first: exit code 17"),
+        "{}",
+        outcome.err
+    );
+    assert_eq!(scene.json("failure.json")["host"], "node-b");
+    assert_eq!(scene.json("failure.json")["stderr"][0], "broken");
+    assert_nothing_survives(&scene);
+}
+
+#[test]
+fn what_keeps_ssh_or_the_agent_from_starting_is_said_in_its_own_words() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    for (options, words) in [
+        (
+            "--hosts node-a,intruder --cpus 1",
+            "intruder cannot run the job: ssh ended with exit code 255: no connection",
+        ),
+        (
+            "--hosts intruder --cpus 1",
+            "\n  root@127.0.0.1: Permission denied",
+        ),
+        ("--hosts stranger --cpus 1", "Host key verification failed"),
+        (
+            "--hosts no-such-host.invalid --cpus 1",
+            "Could not resolve hostname",
+        ),
+        (
+            "--hosts node-a --cpus 1 --remote-launcher /nowhere/tsm-launch",
+            "exit code 127: tsm-launch is not there; install it at the same path",
+        ),
+        (
+            "--hosts node-a --cpus 1 --remote-launcher /dev/null",
+            "exit code 126",
+        ),
+        (
+            "--hosts node-a,node-b --gpus 1000",
+            "cannot start 1000 workers: --gpus is 1000",
+        ),
+    ] {
+        let scene = Scene::new();
+        let outcome = launch(&scene, &server, options, "");
+        assert_eq!(outcome.code, 69, "{options}\n{}", outcome.err);
+        assert!(outcome.err.contains(words), "{options}\n{}", outcome.err);
+        assert!(!scene.path("mark-0").exists(), "{options}");
+        assert_nothing_survives(&scene);
+    }
+}
+
+#[test]
+fn a_shell_that_greets_does_no_harm() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    let scene = Scene::new();
+    let outcome = launch(
+        &scene,
+        &server,
+        "--hosts greeter:1,node-b:1 --cpus 1",
+        "--say at-work --exit 0",
+    );
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert!(!outcome.err.contains("Last login"), "{}", outcome.err);
+    assert!(outcome.err.contains("at-work"), "{}", outcome.err);
+    assert_nothing_survives(&scene);
+}
+
+/// Starts one worker on each of two hosts that run until they are told to end; the launcher, and their pids.
+fn at_work(scene: &Scene, server: &Server, options: &str) -> (Running, Vec<i32>) {
+    let options = format!("--hosts node-a:1,node-b:1 --cpus 1 {options}");
+    let pids = scene.path("pid-{rank}").display().to_string();
+    let running = start_on(
+        scene,
+        server,
+        &options,
+        &format!("--touch {pids} --fork --hang"),
+    );
+    let pids = scene.wait_for_pids("pid-", 2);
+    (running, pids)
+}
+
+#[test]
+fn a_killed_ssh_ends_its_agent_and_the_job() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    let scene = Scene::new();
+    let (running, pids) = at_work(&scene, &server, "");
+    kill(ssh_of(running.pid(), "node-b"));
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 76, "{}", outcome.err);
+    assert!(outcome.err.contains("node-b is lost"), "{}", outcome.err);
+    assert!(!alive(pids[0]), "the launcher waits for its own");
+    assert_nothing_survives(&scene);
+}
+
+#[test]
+fn a_killed_server_ends_its_agent_and_the_job() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    let scene = Scene::new();
+    let (running, pids) = at_work(&scene, &server, "");
+    let agent = parent(pids[1]).unwrap();
+    assert!(
+        command(agent).contains("--host node-b"),
+        "{}",
+        command(agent)
+    );
+    let session = parent(agent).unwrap();
+    assert!(command(session).starts_with("sshd"), "{}", command(session));
+    kill(session);
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 76, "{}", outcome.err);
+    assert!(outcome.err.contains("node-b is lost"), "{}", outcome.err);
+    assert_nothing_survives(&scene);
+}
+
+#[test]
+fn nothing_survives_a_killed_launcher() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    let scene = Scene::new();
+    let (running, pids) = at_work(&scene, &server, "");
+    kill(running.pid());
+    assert_eq!(finish(running).code, 137);
+    assert_nothing_survives(&scene);
+    assert!(pids.iter().all(|&pid| !alive(pid)));
+}
+
+#[test]
+fn a_signal_reaches_the_workers_of_all_hosts() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    let scene = Scene::new();
+    let (running, _) = at_work(&scene, &server, "");
+    running.signal(Signal::TERM);
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 143, "{}", outcome.err);
+    assert!(
+        outcome.err.contains("SIGTERM: stopping 2 workers"),
+        "{}",
+        outcome.err
+    );
+    assert_nothing_survives(&scene);
+}
+
+#[test]
+fn a_plan_needs_no_connection() {
+    let scene = Scene::new();
+    let words = [
+        "--hosts",
+        "a:2,me@b",
+        "--gpus",
+        "auto",
+        "--dry-run",
+        "--remote-launcher",
+        "/opt/tsm-launch",
+        "--ssh",
+        "sh",
+        "--",
+        FAKE,
+    ];
+    let outcome = finish(start(&mut scene.command(&words)));
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    for line in [
+        "a: ranks 0 to 1",
+        "b: one rank on each of its GPUs",
+        "me@b 'exec /opt/tsm-launch __agent --stdio --gpus auto --order 1 --host b'",
+    ] {
+        assert!(outcome.out.contains(line), "{line}\n{}", outcome.out);
+    }
+    assert!(!scene.path("runs").exists());
+}
+
+#[test]
+fn a_wrong_list_of_hosts_is_refused() {
+    for (words, why) in [
+        ("--hosts a,a --cpus 1", "a is named twice"),
+        ("--hosts -oProxyCommand=x --cpus 1", ""),
+        ("--hostfile none --cpus 1", "--hostfile: "),
+        (
+            "--hosts a --nodes 2 --cpus 1",
+            "--nodes asks for 2 nodes, 1 host is named",
+        ),
+        ("--hosts a --hostfile b --cpus 1", "cannot be used with"),
+        (
+            "--hosts a --rendezvous b:1 --key-file c --cpus 1",
+            "cannot be used with",
+        ),
+    ] {
+        let scene = Scene::new();
+        let outcome = scene.launch(words, "");
+        assert_eq!(outcome.code, 64, "{words}\n{}", outcome.err);
+        assert!(outcome.err.contains(why), "{words}\n{}", outcome.err);
+        assert!(!scene.path("run").exists(), "{words}");
+    }
+    let scene = Scene::new();
+    let outcome = scene.launch("--hosts a --ssh no-such-ssh --cpus 1", "");
+    assert_eq!(outcome.code, 69, "{}", outcome.err);
+}
