@@ -36,7 +36,11 @@ impl Me {
             ns,
         };
         // Nobody listens any more: the measurement is over.
-        if self.pipe.write_all(format!("{stamp}\n").as_bytes()).is_err() {
+        if self
+            .pipe
+            .write_all(format!("{stamp}\n").as_bytes())
+            .is_err()
+        {
             std::process::exit(0);
         }
     }
@@ -49,8 +53,12 @@ fn main() {
     let pipe = args.next().expect("bench-rank PIPE");
     let (mut ignoring, mut lines, mut culprit, mut react) = (None, None, None, Duration::ZERO);
     while let Some(flag) = args.next() {
-        let value = args.next().unwrap_or_else(|| panic!("{flag} needs a value"));
-        let number: u32 = value.parse().unwrap_or_else(|_| panic!("{flag} {value}: not a number"));
+        let value = args
+            .next()
+            .unwrap_or_else(|| panic!("{flag} needs a value"));
+        let number: u32 = value
+            .parse()
+            .unwrap_or_else(|_| panic!("{flag} {value}: not a number"));
         match flag.as_str() {
             "--ignore-sigterm" => ignoring = Some(number),
             "--lines" => lines = Some(number),
@@ -69,10 +77,16 @@ fn main() {
             .expect("the bench listens"),
     };
     me.say(Kind::Started, started);
-    let fd = std::env::var("TSM_AGENT_FD").ok().and_then(|fd| fd.parse().ok());
+    let fd = std::env::var("TSM_AGENT_FD")
+        .ok()
+        .and_then(|fd| fd.parse().ok());
     let link = AgentLink::open(fd);
     // Who made a step may be started again.
-    link.send(&WorkerMessage::Step { step: 1, epoch: 0, work_ms: None });
+    link.send(&WorkerMessage::Step {
+        step: 1,
+        epoch: 0,
+        work_ms: None,
+    });
     if let Some(lines) = lines {
         return print(me.rank, lines);
     }

@@ -17,11 +17,17 @@ const CASCADES_OF_OTHERS: u32 = 20;
 
 /// Interleaved as all else, but a count.
 pub fn culprit(bench: &mut Bench) {
-    let name = format!("the first of {RANKS} ranks named, whose peers fail 1 to {LONGEST_MS} ms later");
+    let name =
+        format!("the first of {RANKS} ranks named, whose peers fail 1 to {LONGEST_MS} ms later");
     let share = Case::new("culprit", name, "%", Some(Goal::AtLeast(100.0)));
     let count = Case::new("culprit", "cascades", "runs", None);
     let able = [Tool::TsmLaunch, Tool::Torchrun];
-    let mut counts: Vec<(Tool, u32, u32)> = bench.tools.iter().filter(|t| able.contains(t)).map(|&t| (t, 0, 0)).collect();
+    let mut counts: Vec<(Tool, u32, u32)> = bench
+        .tools
+        .iter()
+        .filter(|t| able.contains(t))
+        .map(|&t| (t, 0, 0))
+        .collect();
     let all = bench.args.cascades;
     for i in 0..all {
         for (tool, right, tried) in &mut counts {
@@ -31,14 +37,21 @@ pub fn culprit(bench: &mut Bench) {
                 continue;
             }
             let first = i * 7 % RANKS;
-            let react_ms = if *tool == Tool::TsmLaunch { i % LONGEST_MS + 1 } else { i / every * 13 % LONGEST_MS + 1 };
+            let react_ms = if *tool == Tool::TsmLaunch {
+                i % LONGEST_MS + 1
+            } else {
+                i / every * 13 % LONGEST_MS + 1
+            };
             match cascade(&bench.programs, *tool, first, react_ms) {
                 Ok(named) => {
                     *tried += 1;
                     if named == Some(first) {
                         *right += 1;
                     } else {
-                        eprintln!("culprit: {} named {named:?} for {first}, peers after {react_ms} ms", tool.name());
+                        eprintln!(
+                            "culprit: {} named {named:?} for {first}, peers after {react_ms} ms",
+                            tool.name()
+                        );
                     }
                 }
                 Err(e) => bench.rows.failed(&share, *tool, format!("{e:#}")),
@@ -48,21 +61,41 @@ pub fn culprit(bench: &mut Bench) {
     for (tool, right, tried) in counts {
         let percent = 100.0 * f64::from(right) / f64::from(tried.max(1));
         eprintln!("culprit: {} {right} of {tried}", tool.name());
-        bench.rows.add(&share, tool, Seen::Value(percent), machine::load());
-        bench.rows.add(&count, tool, Seen::Value(tried.into()), machine::load());
+        bench
+            .rows
+            .add(&share, tool, Seen::Value(percent), machine::load());
+        bench
+            .rows
+            .add(&count, tool, Seen::Value(tried.into()), machine::load());
     }
 }
 
 /// Whom the launcher blames when rank `first` ends and the others follow.
 fn cascade(programs: &Programs, tool: Tool, first: u32, react_ms: u32) -> Result<Option<u32>> {
     let mut stage = Stage::new()?;
-    let words = ["--culprit", &first.to_string(), "--react-ms", &react_ms.to_string()].map(String::from).into();
-    let mut command = programs.command(tool, &Job { words, ..Job::new(RANKS) }, &stage);
+    let words = [
+        "--culprit",
+        &first.to_string(),
+        "--react-ms",
+        &react_ms.to_string(),
+    ]
+    .map(String::from)
+    .into();
+    let mut command = programs.command(
+        tool,
+        &Job {
+            words,
+            ..Job::new(RANKS)
+        },
+        &stage,
+    );
     stage.start(&mut command)?;
     let ready = stage.wait(Kind::Ready, RANKS as usize - 1, PATIENCE, |_| true)?;
     ready.context("not all ranks were ready")?;
     stage.signal_rank(first, Signal::USR1)?;
-    stage.ended(0, PATIENCE)?.context("the launcher did not end")?;
+    stage
+        .ended(0, PATIENCE)?
+        .context("the launcher did not end")?;
     match tool {
         Tool::TsmLaunch => {
             let failure = fs_err::read_to_string(stage.path("run/failure.json"))?;
@@ -76,8 +109,14 @@ fn cascade(programs: &Programs, tool: Tool, first: u32, react_ms: u32) -> Result
 /// The rank under `Root Cause` in torchrun's summary.
 fn root_cause(text: &str) -> Option<u32> {
     let (_, summary) = text.split_once("Root Cause")?;
-    let line = summary.lines().find_map(|l| l.trim().strip_prefix("rank"))?;
-    line.trim_start_matches([' ', ':']).split(' ').next()?.parse().ok()
+    let line = summary
+        .lines()
+        .find_map(|l| l.trim().strip_prefix("rank"))?;
+    line.trim_start_matches([' ', ':'])
+        .split(' ')
+        .next()?
+        .parse()
+        .ok()
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! A job of very many nodes: one launcher that coordinates, and agents that are no more than the wire.
 
 use super::report::{Case, Goal, Seen};
-use super::stage::Stage;
+use super::stage::{Stage, tail};
 use super::tools::{Job, Nodes, Programs, Tool};
 use super::{Bench, FEW, PATIENCE, VAIN};
 use anyhow::{Context, Result, bail};
@@ -18,12 +18,19 @@ pub fn join(bench: &mut Bench) {
             continue;
         }
         let case = |to: &str, goal: Option<f64>| {
-            let name = format!("{nodes} agents dial at once, with proof of the key, to the last {to}");
+            let name =
+                format!("{nodes} agents dial at once, with proof of the key, to the last {to}");
             Case::new("join", name, "ms", goal.map(Goal::AtMost))
         };
         let cases = [case("welcomed", goal), case("told to start", None)];
-        let rounds = if nodes <= 1024 { bench.rounds() } else { bench.rounds().min(FEW) };
-        bench.measure(&[Tool::TsmLaunch], rounds, &cases, |programs, _, _| joined(programs, nodes));
+        let rounds = if nodes <= 1024 {
+            bench.rounds()
+        } else {
+            bench.rounds().min(FEW)
+        };
+        bench.measure(&[Tool::TsmLaunch], rounds, &cases, |programs, _, _| {
+            joined(programs, nodes)
+        });
     }
 }
 
@@ -38,7 +45,10 @@ fn joined(programs: &Programs, nodes: u32) -> Result<Vec<Seen>> {
         port,
         key_file,
     };
-    let job = Job { nodes: Some(meet), ..Job::new(1) };
+    let job = Job {
+        nodes: Some(meet),
+        ..Job::new(1)
+    };
     let mut command = programs.command(Tool::TsmLaunch, &job, &stage);
     stage.start(&mut command)?;
     // It listens by the time its own agent has joined.
@@ -46,11 +56,16 @@ fn joined(programs: &Programs, nodes: u32) -> Result<Vec<Seen>> {
     let until = Instant::now() + VAIN;
     while !fs_err::read_to_string(&events).is_ok_and(|text| text.contains("\"join\"")) {
         if Instant::now() > until {
-            bail!("the coordinator did not start within {VAIN:?}\n{}", stage.printed(0));
+            bail!(
+                "the coordinator did not start within {VAIN:?}\n{}",
+                stage.printed(0)
+            );
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let agents = async {
         let began = Instant::now();
         let (key, done) = (&key, &tokio::sync::watch::channel(false));
@@ -78,11 +93,16 @@ fn joined(programs: &Programs, nodes: u32) -> Result<Vec<Seen>> {
         while let Some(agent) = agents.join_next().await {
             agent??;
         }
-        anyhow::Ok(vec![Seen::Value(welcomed.as_secs_f64() * 1e3), Seen::Value(started.as_secs_f64() * 1e3)])
+        anyhow::Ok(vec![
+            Seen::Value(welcomed.as_secs_f64() * 1e3),
+            Seen::Value(started.as_secs_f64() * 1e3),
+        ])
     };
-    let seen = LocalSet::new().block_on(&runtime, async { tokio::time::timeout(PATIENCE, agents).await });
+    let seen = LocalSet::new().block_on(&runtime, async {
+        tokio::time::timeout(PATIENCE, agents).await
+    });
     seen.with_context(|| format!("not all agents were told to start within {PATIENCE:?}"))?
-        .with_context(|| stage.printed(0).lines().rev().take(5).collect::<Vec<_>>().join("\n"))
+        .with_context(|| tail(&stage.printed(0)))
 }
 
 /// One node: joins, shows that it lives, has reached the first node, and starts nothing. Tells when it was welcomed and told
@@ -105,8 +125,12 @@ async fn agent(
         pid: 1,
         devices: vec!["cpu".into()],
         gpus: Vec::new(),
-        addresses: vec![([10, 0, (number >> 8) as u8, number as u8].into(), "eth0".into())],
+        addresses: vec![(
+            [10, 0, (number >> 8) as u8, number as u8].into(),
+            "eth0".into(),
+        )],
         job: None,
+        received_ms: 0,
         facts: Facts::default(),
     })));
     let mut beats = tokio::time::interval(LEASE / BEATS_PER_LEASE);
@@ -123,15 +147,30 @@ async fn agent(
         };
         match message {
             Some(ToAgent::Welcome { .. }) => welcomed = Some(began.elapsed()),
-            Some(ToAgent::Probe { generation, addresses, .. }) => {
-                let by = addresses.into_iter().map(|address| (address, "eth0".into())).collect();
-                link.to.send(FromAgent::Reached { generation, by });
+            Some(ToAgent::Probe {
+                generation,
+                attempt,
+                addresses,
+                ..
+            }) => {
+                let by = addresses
+                    .into_iter()
+                    .map(|address| (address, "eth0".into()))
+                    .collect();
+                link.to.send(FromAgent::Reached {
+                    generation,
+                    attempt,
+                    by,
+                });
             }
             Some(ToAgent::Start(_)) => {
-                let welcomed = welcomed.with_context(|| format!("{host} is to start, and was not welcomed"))?;
+                let welcomed = welcomed
+                    .with_context(|| format!("{host} is to start, and was not welcomed"))?;
                 let _ = told.send((welcomed, began.elapsed()));
             }
-            Some(ToAgent::Exit { message, .. }) => bail!("{host} was sent away: {}", message.unwrap_or_default()),
+            Some(ToAgent::Exit { message, .. }) => {
+                bail!("{host} was sent away: {}", message.unwrap_or_default())
+            }
             Some(_) => {}
             None => bail!("{host} lost its coordinator"),
         }

@@ -13,8 +13,18 @@ const LINES: u32 = 200_000;
 
 pub fn logs(bench: &mut Bench) {
     let cases = [
-        Case::new("logs", format!("{RANKS} ranks x {LINES} lines into files"), "lines/s", Some(Goal::AtLeast(1e6))),
-        Case::new("logs", "of these lost or torn", "lines", Some(Goal::AtMost(0.0))),
+        Case::new(
+            "logs",
+            format!("{RANKS} ranks x {LINES} lines into files"),
+            "lines/s",
+            Some(Goal::AtLeast(1e6)),
+        ),
+        Case::new(
+            "logs",
+            "of these lost or torn",
+            "lines",
+            Some(Goal::AtMost(0.0)),
+        ),
     ];
     let all = [Tool::TsmLaunch, Tool::Torchrun, Tool::Srun, Tool::Mpirun];
     let rounds = bench.rounds();
@@ -22,12 +32,24 @@ pub fn logs(bench: &mut Bench) {
         let mut stage = Stage::new()?;
         fs_err::create_dir_all(stage.path("logs"))?;
         let words = ["--lines".into(), LINES.to_string()].into();
-        let job = Job { to_files: true, words, ..Job::new(RANKS) };
+        let job = Job {
+            to_files: true,
+            words,
+            ..Job::new(RANKS)
+        };
         let mut command = programs.command(tool, &job, &stage);
         stage.start(&mut command)?;
-        let stamps = stage.wait(Kind::Started, RANKS as usize, PATIENCE, |_| true)?.context("no rank started")?;
-        let first = stamps.iter().map(|s| s.ns).min().context("no rank started")?;
-        let end = stage.ended(0, PATIENCE)?.context("the launcher did not end")?;
+        let stamps = stage
+            .wait(Kind::Started, RANKS as usize, PATIENCE, |_| true)?
+            .context("no rank started")?;
+        let first = stamps
+            .iter()
+            .map(|s| s.ns)
+            .min()
+            .context("no rank started")?;
+        let end = stage
+            .ended(0, PATIENCE)?
+            .context("the launcher did not end")?;
         let folder = match tool {
             Tool::TsmLaunch => stage.path("run/logs"),
             _ => stage.path("logs"),
@@ -73,7 +95,11 @@ mod tests {
         let below = folder.path().join("attempt_0/3");
         fs_err::create_dir_all(&below).unwrap();
         fs_err::write(below.join("stdout.log"), [line(0), line(1)].concat()).unwrap();
-        fs_err::write(folder.path().join("a.out"), [line(0), log_line(3, 1)].concat()).unwrap();
+        fs_err::write(
+            folder.path().join("a.out"),
+            [line(0), log_line(3, 1)].concat(),
+        )
+        .unwrap();
         fs_err::write(folder.path().join("a.err"), "something else\n").unwrap();
         assert_eq!(right_lines(folder.path()).unwrap(), 3);
     }

@@ -117,20 +117,36 @@ impl Bench<'_> {
         cases: &[Case],
         observe: impl Fn(&Programs, Tool, usize) -> Result<Vec<Seen>>,
     ) {
-        let tools: Vec<Tool> = self.tools.iter().copied().filter(|t| able.contains(t)).collect();
+        let tools: Vec<Tool> = self
+            .tools
+            .iter()
+            .copied()
+            .filter(|t| able.contains(t))
+            .collect();
         for round in 0..rounds {
             for &tool in &tools {
                 let load = machine::load();
                 match observe(&self.programs, tool, round) {
                     Ok(seen) => {
                         for (case, seen) in cases.iter().zip(seen) {
-                            eprintln!("{} {}: {} {seen:?} {}", case.metric, case.name, tool.name(), case.unit);
+                            eprintln!(
+                                "{} {}: {} {seen:?} {}",
+                                case.metric,
+                                case.name,
+                                tool.name(),
+                                case.unit
+                            );
                             self.rows.add(case, tool, seen, load);
                         }
                     }
                     Err(e) => {
                         let case = &cases[0];
-                        eprintln!("{} {}: {} failed: {e:#}", case.metric, case.name, tool.name());
+                        eprintln!(
+                            "{} {}: {} failed: {e:#}",
+                            case.metric,
+                            case.name,
+                            tool.name()
+                        );
                         self.rows.failed(case, tool, format!("{e:#}"));
                     }
                 }
@@ -143,7 +159,9 @@ impl Bench<'_> {
 pub fn run(args: &Args) -> Result<()> {
     let programs = Programs::find(args.tsm_launch.clone(), args.python.clone())?;
     // A rank costs a few files, and a node one.
-    tsm_launch::process::allow_open_files(4 * u64::from(args.max_ranks) + u64::from(args.max_nodes) + 256);
+    tsm_launch::process::allow_open_files(
+        4 * u64::from(args.max_ranks) + u64::from(args.max_nodes) + 256,
+    );
     let wanted: &[Tool] = match (args.alone, args.against.as_slice()) {
         (true, _) => &[],
         (false, []) => &Tool::OTHERS,
@@ -157,7 +175,8 @@ pub fn run(args: &Args) -> Result<()> {
             Ok(_) => tools.push(tool),
             Err(why) if args.against.contains(&tool) || tool == Tool::TsmLaunch => {
                 let name = tool.name();
-                let text = format!("cannot measure {name}: {why}\n  hint: leave {name} out of --against");
+                let text =
+                    format!("cannot measure {name}: {why}\n  hint: leave {name} out of --against");
                 bail!(Coded::new(exit::PREFLIGHT, text));
             }
             Err(why) => eprintln!("skipped: {}: {why}", tool.name()),
@@ -194,8 +213,14 @@ pub fn run(args: &Args) -> Result<()> {
             fs_err::write(file, report.markdown())?;
         }
     }
-    print!("{}", Report::new(versions, bench.rounds(), &bench.rows).markdown());
-    ensure!(!bench.rows.ours_failed(), "tsm-launch could not be measured everywhere, see above");
+    print!(
+        "{}",
+        Report::new(versions, bench.rounds(), &bench.rows).markdown()
+    );
+    ensure!(
+        !bench.rows.ours_failed(),
+        "tsm-launch could not be measured everywhere, see above"
+    );
     Ok(())
 }
 

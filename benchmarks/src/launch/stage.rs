@@ -45,7 +45,10 @@ impl Stage {
         mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
         fs_err::create_dir_all(folder.path().join("tmp"))?;
         // For both ways, so that it never ends while no rank has it open.
-        let pipe = fs_err::OpenOptions::new().read(true).write(true).open(&path)?;
+        let pipe = fs_err::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)?;
         rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_BYTES)
             .context("the kernel gives no pipe of 1 MiB (fs.pipe-max-size)")?;
         Ok(Stage {
@@ -83,7 +86,9 @@ impl Stage {
         }
         let before = now_ns();
         let program = command.get_program().to_string_lossy().into_owned();
-        let mut child = command.spawn().with_context(|| format!("cannot start {program}"))?;
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start {program}"))?;
         let pid = Pid::from_child(&child);
         let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => pidfd,
@@ -93,7 +98,11 @@ impl Stage {
                 bail!("no pidfd of {program}: {e}");
             }
         };
-        self.launchers.push(Launcher { child, pidfd, ended: None });
+        self.launchers.push(Launcher {
+            child,
+            pidfd,
+            ended: None,
+        });
         Ok((number, before))
     }
 
@@ -103,7 +112,8 @@ impl Stage {
 
     /// What a launcher has printed.
     pub fn printed(&self, launcher: usize) -> String {
-        String::from_utf8_lossy(&fs_err::read(self.output(launcher)).unwrap_or_default()).into_owned()
+        String::from_utf8_lossy(&fs_err::read(self.output(launcher)).unwrap_or_default())
+            .into_owned()
     }
 
     pub fn launcher_pid(&self, launcher: usize) -> i32 {
@@ -113,7 +123,8 @@ impl Stage {
     /// Signals a launcher; the time right before.
     pub fn signal(&self, launcher: usize, signal: Signal) -> Result<u64> {
         let before = now_ns();
-        pidfd_send_signal(&self.launchers[launcher].pidfd, signal).context("a launcher has ended")?;
+        pidfd_send_signal(&self.launchers[launcher].pidfd, signal)
+            .context("a launcher has ended")?;
         Ok(before)
     }
 
@@ -143,8 +154,14 @@ impl Stage {
             }
             if !self.read(LOOK.min(until - now))? {
                 if all_ended {
-                    let printed: Vec<String> = (0..self.launchers.len()).map(|i| tail(&self.printed(i))).collect();
-                    bail!("ended with {} of {num} ranks {kind:?}:\n{}", found.len(), printed.join("\n"));
+                    let printed: Vec<String> = (0..self.launchers.len())
+                        .map(|i| tail(&self.printed(i)))
+                        .collect();
+                    bail!(
+                        "ended with {} of {num} ranks {kind:?}:\n{}",
+                        found.len(),
+                        printed.join("\n")
+                    );
                 }
                 // Once more, for what was said last.
                 all_ended = self.reap();
@@ -158,7 +175,10 @@ impl Stage {
             Some(stamps) => Ok(stamps),
             None => {
                 let have = self.ranks.len();
-                bail!("{have} of {num} ranks started within {patience:?}\n{}", tail(&self.printed(0)))
+                bail!(
+                    "{have} of {num} ranks started within {patience:?}\n{}",
+                    tail(&self.printed(0))
+                )
             }
         }
     }
@@ -178,7 +198,10 @@ impl Stage {
             if stamp.kind == Kind::Started {
                 let pid = Pid::from_raw(stamp.pid).context("a rank has a pid")?;
                 let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok();
-                self.ranks.push(Rank { stamp: stamp.clone(), pidfd });
+                self.ranks.push(Rank {
+                    stamp: stamp.clone(),
+                    pidfd,
+                });
             }
             self.stamps.push(stamp);
         }
@@ -207,7 +230,11 @@ impl Stage {
 
     /// Waits until the ranks that `filter` takes have ended; how many are left when `patience` is over, and when
     /// the last ended.
-    pub fn gone(&self, patience: Duration, filter: impl Fn(&Stamp) -> bool) -> Result<(usize, u64)> {
+    pub fn gone(
+        &self,
+        patience: Duration,
+        filter: impl Fn(&Stamp) -> bool,
+    ) -> Result<(usize, u64)> {
         let until = Instant::now() + patience;
         let mut left = 0;
         let mut last = now_ns();
@@ -270,7 +297,7 @@ fn wait_for(fd: &impl std::os::fd::AsFd, patience: Duration) -> Result<bool> {
 }
 
 /// The last lines.
-fn tail(text: &str) -> String {
+pub fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(12)..].join("\n")
 }

@@ -90,9 +90,18 @@ mod tests {
             parent: 17,
             ns: now_ns(),
         };
-        assert!(stamp.ns > 1_700_000_000_000_000_000, "nanoseconds since 1970");
+        assert!(
+            stamp.ns > 1_700_000_000_000_000_000,
+            "nanoseconds since 1970"
+        );
         assert_eq!(stamp.to_string().parse(), Ok(stamp));
-        for bad in ["", "Started", "Started 1 2 3", "Gone 1 2 3 4", "Started 1 2 3 x"] {
+        for bad in [
+            "",
+            "Started",
+            "Started 1 2 3",
+            "Gone 1 2 3 4",
+            "Started 1 2 3 x",
+        ] {
             assert!(bad.parse::<Stamp>().is_err(), "{bad}");
         }
     }

@@ -111,7 +111,10 @@ impl Programs {
                 let python = self.python.as_ref();
                 let python = python.context("TSM_PYTHON names no Python that has PyTorch")?;
                 let version = "import torch.distributed.run; print(torch.__version__)";
-                Ok(format!("torch {}", said(Command::new(python).args(["-c", version]))?))
+                Ok(format!(
+                    "torch {}",
+                    said(Command::new(python).args(["-c", version]))?
+                ))
             }
             Tool::Srun => {
                 // A command without a cluster waits for it; one with a cluster answers at once.
@@ -146,8 +149,15 @@ impl Programs {
                 command
             }
             Tool::Torchrun => {
-                let mut command = Command::new(self.python.as_deref().unwrap_or("python3".as_ref()));
-                command.args(["-m", "torch.distributed.run", "--no-python", "--nproc-per-node", &ranks]);
+                let mut command =
+                    Command::new(self.python.as_deref().unwrap_or("python3".as_ref()));
+                command.args([
+                    "-m",
+                    "torch.distributed.run",
+                    "--no-python",
+                    "--nproc-per-node",
+                    &ranks,
+                ]);
                 command.args(["--max-restarts", &job.max_restarts.to_string()]);
                 match &job.nodes {
                     None => command.arg("--standalone"),
@@ -169,7 +179,12 @@ impl Programs {
                 let nodes = job.nodes.as_ref().map_or(1, |n| n.num);
                 let mut command = Command::new("srun");
                 command.args(["--kill-on-bad-exit=1", "--overcommit", "--quiet"]);
-                command.args(["--nodes", &nodes.to_string(), "--ntasks", &(nodes * job.ranks).to_string()]);
+                command.args([
+                    "--nodes",
+                    &nodes.to_string(),
+                    "--ntasks",
+                    &(nodes * job.ranks).to_string(),
+                ]);
                 if job.to_files {
                     command.args(["--output", "logs/%t.out"]);
                 }
@@ -177,7 +192,14 @@ impl Programs {
             }
             Tool::Mpirun => {
                 let mut command = Command::new("mpirun");
-                command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", &ranks]);
+                command.args([
+                    "--allow-run-as-root",
+                    "--oversubscribe",
+                    "--bind-to",
+                    "none",
+                    "-n",
+                    &ranks,
+                ]);
                 if job.to_files {
                     command.args(["--output-filename", "logs:nocopy"]);
                 }
@@ -193,13 +215,23 @@ impl Programs {
 fn said(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_owned();
     let name = OsStr::to_string_lossy(&name);
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start {name}"))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot start {name}"))?;
     let line = |bytes: &[u8]| {
         let text = String::from_utf8_lossy(bytes);
-        text.lines().map(str::trim).rfind(|l| !l.is_empty()).map(str::to_owned)
+        text.lines()
+            .map(str::trim)
+            .rfind(|l| !l.is_empty())
+            .map(str::to_owned)
     };
     if !output.status.success() {
-        bail!("{name} ended with {}: {}", output.status, line(&output.stderr).unwrap_or_default());
+        bail!(
+            "{name} ended with {}: {}",
+            output.status,
+            line(&output.stderr).unwrap_or_default()
+        );
     }
     let text = String::from_utf8_lossy(&output.stdout);
     let first = text.lines().map(str::trim).find(|l| !l.is_empty());
