@@ -22,6 +22,7 @@ use crate::console::queue::Feed;
 use crate::folder::Folder;
 use crate::manifest::generations::{self, Culprit};
 use crate::manifest::{Events, Manifest, Node, RankEntry, write_json};
+use crate::process;
 use crate::report::Failure;
 use crate::signals::Signals;
 use crate::start::children::Children;
@@ -31,6 +32,8 @@ use crate::supervisor::count;
 
 /// How long to wait for the description of the machine at the end of a short run.
 const DESCRIBE: Duration = Duration::from_secs(2);
+/// Open files beside those of the nodes, generously.
+const FILES: u64 = 512;
 /// Between two looks of a status at the job.
 const PUBLISH: Duration = Duration::from_millis(200);
 
@@ -96,6 +99,8 @@ impl Session {
     /// When signals cannot be handled.
     pub async fn run(self) -> anyhow::Result<End> {
         let mut signals = Signals::catch()?;
+        // Every node is a connection.
+        process::allow_open_files(FILES + u64::from(self.settings.max_nodes));
         let now = self.start.elapsed();
         let mut running = Running {
             state: State::new(self.settings.clone(), now),

@@ -1,7 +1,7 @@
 //! A job of very many nodes: one launcher that coordinates, and agents that are no more than the wire.
 
 use super::report::{Case, Goal, Seen};
-use super::stage::Stage;
+use super::stage::{Stage, tail};
 use super::tools::{Job, Nodes, Programs, Tool};
 use super::{Bench, FEW, PATIENCE, VAIN};
 use anyhow::{Context, Result, bail};
@@ -102,15 +102,7 @@ fn joined(programs: &Programs, nodes: u32) -> Result<Vec<Seen>> {
         tokio::time::timeout(PATIENCE, agents).await
     });
     seen.with_context(|| format!("not all agents were told to start within {PATIENCE:?}"))?
-        .with_context(|| {
-            stage
-                .printed(0)
-                .lines()
-                .rev()
-                .take(5)
-                .collect::<Vec<_>>()
-                .join("\n")
-        })
+        .with_context(|| tail(&stage.printed(0)))
 }
 
 /// One node: joins, shows that it lives, has reached the first node, and starts nothing. Tells when it was welcomed and told
@@ -138,6 +130,7 @@ async fn agent(
             "eth0".into(),
         )],
         job: None,
+        received_ms: 0,
         facts: Facts::default(),
     })));
     let mut beats = tokio::time::interval(LEASE / BEATS_PER_LEASE);
@@ -156,6 +149,7 @@ async fn agent(
             Some(ToAgent::Welcome { .. }) => welcomed = Some(began.elapsed()),
             Some(ToAgent::Probe {
                 generation,
+                attempt,
                 addresses,
                 ..
             }) => {
@@ -163,7 +157,11 @@ async fn agent(
                     .into_iter()
                     .map(|address| (address, "eth0".into()))
                     .collect();
-                link.to.send(FromAgent::Reached { generation, by });
+                link.to.send(FromAgent::Reached {
+                    generation,
+                    attempt,
+                    by,
+                });
             }
             Some(ToAgent::Start(_)) => {
                 let welcomed = welcomed

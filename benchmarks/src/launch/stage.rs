@@ -297,7 +297,7 @@ fn wait_for(fd: &impl std::os::fd::AsFd, patience: Duration) -> Result<bool> {
 }
 
 /// The last lines.
-fn tail(text: &str) -> String {
+pub fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(12)..].join("\n")
 }

@@ -265,7 +265,7 @@ impl Scene {
     /// Time goes by; who is alive beats.
     fn pass(&mut self, time: Duration) {
         let until = self.now + time;
-        let mut deadlines = 0;
+        let mut at_once = 0;
         loop {
             let deadline = self.state.deadline().unwrap_or(Duration::MAX);
             let next = deadline.min(self.next_beat);
@@ -273,7 +273,7 @@ impl Scene {
                 break;
             }
             if next > self.now {
-                (self.now, deadlines) = (next, 0);
+                (self.now, at_once) = (next, 0);
             }
             if next == self.next_beat {
                 self.next_beat += LEASE / BEATS_PER_LEASE;
@@ -281,8 +281,8 @@ impl Scene {
                     self.beat(id, Vec::new());
                 }
             } else {
-                deadlines += 1;
-                assert!(deadlines < 10, "a deadline that does not go away");
+                at_once += 1;
+                assert!(at_once < 100, "a deadline that does not go away");
                 self.event(Event::Deadline);
             }
         }
@@ -798,58 +798,6 @@ fn an_elastic_job_goes_on_with_fewer_nodes_and_grows_at_a_checkpoint() {
         (&scene.state.phase, scene.state.generation),
         (&Phase::Run, 2)
     );
-}
-
-#[test]
-fn a_rank_that_does_not_save_in_time_is_not_the_end_of_a_job_that_grows() {
-    let mut scene = Scene::new(settings(1, 2));
-    scene.join(1);
-    scene.pass(S(6));
-    scene.join(2);
-    scene.step(11, Some(11));
-    let killed = Rank {
-        sent: vec![libc::SIGUSR2, libc::SIGKILL],
-        ..rank(End::Signal(libc::SIGKILL), 9)
-    };
-    let saved = Rank {
-        sent: vec![libc::SIGUSR2],
-        ..rank(End::Code(exit::REQUEUE), 5)
-    };
-    scene.clean(1, vec![saved, killed]);
-    assert_eq!(scene.places(), [(1, 0), (2, 2)]);
-}
-
-#[test]
-fn of_a_save_that_fails_the_rank_that_did_not_save_is_named() {
-    let mut scene = Scene::running(settings(1, 1), 1);
-    scene.event(Event::Signal(libc::SIGUSR2));
-    let killed = Rank {
-        sent: vec![libc::SIGUSR2, libc::SIGKILL],
-        ..rank(End::Signal(libc::SIGKILL), 9)
-    };
-    let saved = Rank {
-        sent: vec![libc::SIGUSR2],
-        ..rank(End::Code(exit::REQUEUE), 5)
-    };
-    scene.clean(1, vec![saved, killed]);
-    let failure = scene.endings()[0].failure.clone().unwrap();
-    assert_eq!((failure.rank, scene.code()), (Some(1), Some(137)));
-}
-
-#[test]
-fn a_rank_that_was_dying_before_another_failed_is_named() {
-    let mut scene = Scene::running(settings(2, 2), 2);
-    scene.now = MS(1600);
-    scene.failing(2, 0, Some(End::Code(1)));
-    // Its sockets were closed long before its end could be seen.
-    let first = Rank {
-        first_at: MS(1000),
-        order: 1,
-        ..rank(End::Code(17), 3000)
-    };
-    scene.clean(2, vec![rank(End::Code(1), 1500), stopped(TERM, 1700)]);
-    scene.clean(1, vec![first, stopped(TERM, 1701)]);
-    assert_eq!(scene.code(), Some(17));
 }
 
 #[test]
