@@ -190,6 +190,10 @@ impl World {
     }
 
     pub(super) fn will_notice(&mut self, n: usize) {
+        // One that has not joined yet is nobody's loss, and may join later.
+        if !self.state.is_connected(n as u64 + 1) {
+            return;
+        }
         let up = &self.nodes[n].up;
         // What is held up on the way is heard later than it was said.
         let held = [up.blocked_until, up.last_arrival];
