@@ -52,7 +52,7 @@ impl State {
         let obeyed = ranks.iter().all(|rank| {
             let by_us = |end| matches!(end, End::Signal(s) if rank.sent.contains(&s));
             let well = |end: End| end.is_success() || end == End::Code(exit::REQUEUE) || by_us(end);
-            rank.end.is_some_and(well)
+            rank.record.is_none() && rank.end.is_some_and(well)
         });
         let mut ending = Ending {
             generation: self.generation,

@@ -8,7 +8,8 @@ use super::random::Random;
 #[derive(Debug)]
 pub struct Pipe<T> {
     sent: VecDeque<T>,
-    last_arrival: Duration,
+    /// When the last message that was sent is there.
+    pub last_arrival: Duration,
     /// The shortest and the longest way of a message.
     pub delay: (Duration, Duration),
     /// Nothing gets through until then; it is sent again afterwards.

@@ -100,7 +100,8 @@ impl World {
             }
             Fault::AgentStopped(pick, time) => {
                 if let Some(n) = self.pick_node(pick) {
-                    self.nodes[n].stopped_until = self.now + time;
+                    let until = self.now + time;
+                    self.nodes[n].stopped_until = self.nodes[n].stopped_until.max(until);
                     self.at(self.now + time, What::AgentContinues(n));
                     if time > LEASE + MARGIN {
                         self.expect_node(n);
@@ -189,12 +190,15 @@ impl World {
     }
 
     pub(super) fn will_notice(&mut self, n: usize) {
+        // One that has not joined yet is nobody's loss, and may join later.
+        if !self.state.is_connected(n as u64 + 1) {
+            return;
+        }
         let up = &self.nodes[n].up;
         // What is held up on the way is heard later than it was said.
-        let last = match up.blocked_until {
-            Duration::MAX => self.now,
-            until => until.max(self.now),
-        };
+        let held = [up.blocked_until, up.last_arrival];
+        let held = held.into_iter().filter(|at| *at < Duration::MAX).max();
+        let last = held.unwrap_or_default().max(self.now);
         self.at(last + up.delay.1 + LEASE + MARGIN, What::Noticed(n));
     }
 }
