@@ -9,6 +9,7 @@ use tsm_job::config::duration;
 use tsm_job::exit::{self, Coded};
 
 use crate::cluster::key::Key;
+use crate::cluster::tls::{Tls, TlsFiles};
 use crate::console::screen::Format;
 use crate::status::http::Port;
 
@@ -67,6 +68,18 @@ pub struct Args {
     /// Where the nodes meet, for the same command on every node: whoever can listen there coordinates.
     #[arg(long, value_name = "HOST:PORT", requires = "key_file")]
     pub rendezvous: Option<String>,
+
+    /// Talk TLS at --rendezvous: this node's certificate, for the name by which others reach it (PEM).
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_ca", "key_file"])]
+    pub tls_cert: Option<PathBuf>,
+
+    /// The certificate's private key, in a file that is yours alone.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+
+    /// Who signed the certificates of all nodes.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_ca: Option<PathBuf>,
 
     /// Where processes that mpirun or srun started on several nodes find each other: a folder that all nodes share
     /// [default: the one of run folders].
@@ -175,6 +188,22 @@ impl Args {
     /// How many nodes, where nothing else says it.
     pub fn num_nodes(&self) -> Nodes {
         self.nodes.unwrap_or(Nodes { min: 1, max: 1 })
+    }
+
+    /// TLS for the connections, where it is asked for.
+    ///
+    /// # Errors
+    /// [`exit::USAGE`] when a file cannot be used.
+    pub fn tls(&self) -> Result<Option<Tls>, Coded> {
+        let files = (
+            self.tls_cert.clone(),
+            self.tls_key.clone(),
+            self.tls_ca.clone(),
+        );
+        let (Some(cert), Some(key), Some(ca)) = files else {
+            return Ok(None);
+        };
+        Tls::load(&TlsFiles { cert, key, ca }).map(Some)
     }
 
     /// The key of a job whose nodes are not started from here.

@@ -20,6 +20,7 @@ use crate::cluster::coordinator::{Job, Settings};
 use crate::cluster::key::Key;
 use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
+use crate::cluster::tls::Tls;
 use crate::cluster::wire::Connection;
 use crate::console::screen::{Outputs, Screen, Style};
 use crate::doctor::Context;
@@ -114,12 +115,13 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     match adopted.map(|a| a.kind).filter(|_| nodes > 1) {
         Some(Kind::File { by, id }) => run_here(node.meet_by_file(by, &id)),
         Some(Kind::Point { host, port, .. }) => {
-            let key = args.key()?;
+            let (key, tls) = (args.key()?, args.tls()?);
             run_here(async {
                 if order == Some(0) {
-                    return node.coordinate(key, by_hand::listen(port)?).await;
+                    return node.coordinate(key, by_hand::listen(port)?, tls).await;
                 }
-                let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
+                let connection =
+                    by_hand::dial(&host, port, &key, tls.as_ref(), args.join_timeout).await?;
                 Ok(start_agent::finish(node.attend(key, connection).await?))
             })
         }
@@ -143,7 +145,7 @@ struct Node<'a> {
 impl Node<'_> {
     /// At a point that everybody was told, whoever can listen there coordinates.
     fn meet_by_hand(self, point: &str) -> anyhow::Result<i32> {
-        let (args, key) = (self.args, self.args.key()?);
+        let (args, key, tls) = (self.args, self.args.key()?, self.args.tls()?);
         let late = adopt::names_come_late(|name| std::env::var(name).ok());
         let patience = if late {
             args.join_timeout
@@ -153,9 +155,10 @@ impl Node<'_> {
         let (host, port, addresses) = by_hand::resolve(point, patience)?;
         run_here(async {
             match by_hand::part(&addresses)? {
-                Part::Coordinator(listener) => self.coordinate(key, listener).await,
+                Part::Coordinator(listener) => self.coordinate(key, listener, tls).await,
                 Part::Agent => {
-                    let connection = by_hand::dial(&host, port, &key, args.join_timeout).await?;
+                    let connection =
+                        by_hand::dial(&host, port, &key, tls.as_ref(), args.join_timeout).await?;
                     Ok(start_agent::finish(self.attend(key, connection).await?))
                 }
             }
@@ -177,7 +180,7 @@ impl Node<'_> {
             let listener = TcpListener::from_std(addresses::listen_on_all()?)?;
             let (port, key) = (listener.local_addr()?.port(), Key::random());
             let _announced = meet::announce(dir, id, port, &key)?;
-            return self.coordinate(key, listener).await;
+            return self.coordinate(key, listener, None).await;
         }
         let say = |text: &str| eprintln!("tsm-launch: {text}");
         let (connection, key) = meet::join(dir, id, self.args.join_timeout, say).await?;
@@ -213,12 +216,17 @@ impl Node<'_> {
     }
 
     /// The first of several nodes.
-    async fn coordinate(self, key: Key, listener: TcpListener) -> anyhow::Result<i32> {
+    async fn coordinate(
+        self,
+        key: Key,
+        listener: TcpListener,
+        tls: Option<Tls>,
+    ) -> anyhow::Result<i32> {
         let digest = digest(&self.target);
         let mut prepared = prepare(self.args, self.target, Some(&self.devices), self.start)?;
         prepared.session.settings.open = true;
         prepared.session.settings.job.digest = digest;
-        prepared.session.hub.listen(listener, key.clone(), None);
+        prepared.session.hub.listen(listener, key.clone(), tls);
         let link = prepared.session.hub.local();
         let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
         let preflight = prepared.preflight(self.args, &self.devices);

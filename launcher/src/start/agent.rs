@@ -209,7 +209,7 @@ async fn dial_any(args: &Args, key: &Key) -> anyhow::Result<Connection> {
                 return Err(Coded::new(exit::USAGE, text).into());
             };
             let host = host.trim_start_matches('[').trim_end_matches(']');
-            match super::by_hand::dial(host, port, key, Duration::from_secs(2)).await {
+            match super::by_hand::dial(host, port, key, None, Duration::from_secs(2)).await {
                 Ok(connection) => return Ok(connection),
                 Err(e) => last = Some(e),
             }

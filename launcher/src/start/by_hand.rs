@@ -9,6 +9,7 @@ use tsm_job::exit::{self, Coded};
 
 use crate::addresses;
 use crate::cluster::key::Key;
+use crate::cluster::tls::Tls;
 use crate::cluster::wire::{self, Connection, Why};
 
 /// Between two tries to reach the coordinator.
@@ -135,10 +136,16 @@ fn is_taken(address: &SocketAddr) -> bool {
 ///
 /// # Errors
 /// When it cannot be reached within `wait`, or at once when it refuses.
-pub async fn dial(host: &str, port: u16, key: &Key, wait: Duration) -> anyhow::Result<Connection> {
+pub async fn dial(
+    host: &str,
+    port: u16,
+    key: &Key,
+    tls: Option<&Tls>,
+    wait: Duration,
+) -> anyhow::Result<Connection> {
     let until = tokio::time::Instant::now() + wait;
     loop {
-        match wire::dial(host, port, key, None, TRY).await {
+        match wire::dial(host, port, key, tls, TRY).await {
             Ok(connection) => return Ok(connection),
             Err(refusal) => {
                 let passes = matches!(
