@@ -57,6 +57,11 @@ if [ ${#missing[@]} -gt 0 ]; then
   $line -qq >/dev/null
 fi
 
+# A link would be emptied, and what it leads to with it.
+for folder in .torch-venv .test-venv; do
+  [ ! -L $folder ] || die "$folder is a link" "remove it: the set-up makes a folder of its own"
+done
+
 # --- libtorch ---------------------------------------------------------------------------------------
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 torch_version() { # of the libtorch in folder $1
