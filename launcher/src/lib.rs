@@ -2,9 +2,13 @@
 //! when one fails.
 //!
 //! ```text
-//! cli -> target (what) -> plan (ranks, devices, environment) -> folder -> run
-//! run: watch (what happened, in order) -> supervisor (what to do) -> process (do it)
-//!      logs (their output)                blame (who was first)   -> report
+//! cli -> target (what) -> launch, start (which nodes: here, ssh, SLURM, MPI, by hand) -> session
+//!
+//! session: what was heard -> cluster/coordinator (what the job does next, pure) -> messages, words, files
+//!            ^  | cluster/link, wire: one authenticated connection per node
+//!            |  v
+//! agent:   watch (what happened, in order) -> supervisor (what the node does, pure) -> process (do it)
+//!          logs, console (their output)       blame (who was first), class (of what) -> report
 //! ```
 
 pub mod addresses;
