@@ -15,7 +15,7 @@ use tsm_job::exit;
 use crate::clock::Utc;
 use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, Settings, State};
 use crate::cluster::link::{Heard, Hub};
-use crate::cluster::message::FromAgent;
+use crate::cluster::message::{BEATS_PER_LEASE, FromAgent};
 use crate::cluster::topology::NodeId;
 use crate::console::lines::Batch;
 use crate::console::queue::Feed;
@@ -76,6 +76,8 @@ struct Running {
     events: Events,
     described: Option<Receiver<Manifest>>,
     published: Option<Duration>,
+    /// When the loop last had something to do.
+    ran_at: Duration,
     /// SLURM is being asked why it stops the job.
     asking: Option<JoinHandle<StopCause>>,
     stopped: Option<StopCause>,
@@ -107,6 +109,7 @@ impl Session {
             events: Events::open(&self.folder.dir, self.start),
             described: None,
             published: None,
+            ran_at: now,
             asking: None,
             stopped: None,
             session: self,
@@ -133,7 +136,8 @@ impl Session {
 impl Running {
     async fn once(&mut self, signals: &mut Signals) {
         let start = self.session.start;
-        let asked = start.elapsed();
+        // Not now: it may have been stopped in the middle of the last round too.
+        let asked = self.ran_at;
         // It wakes up often enough to notice when it is not run.
         let wake = asked + self.session.settings.lease / 4;
         let wake = self.state.deadline().unwrap_or(wake).min(wake);
@@ -145,6 +149,7 @@ impl Running {
                 Heard::Refused(refusal) => {
                     self.events.write("refused", json!({"peer": refusal.peer, "why": refusal.why.to_string()}));
                     self.session.voice.notice(&format!("refused a connection: {refusal}"));
+                    self.ran_at = start.elapsed();
                     return;
                 }
             },
@@ -153,6 +158,7 @@ impl Running {
                 self.events.write("starter", json!({"host": ended.host, "code": ended.code}));
                 // Later its agent's connection tells.
                 if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. }) {
+                    self.ran_at = start.elapsed();
                     return;
                 }
                 let code = ended.exit_code();
@@ -177,13 +183,20 @@ impl Running {
             }
             () = tokio::time::sleep_until((start + wake).into()) => Event::Deadline,
         };
+        let now = start.elapsed();
+        self.ran_at = now;
         let Some(event) = self.understand(event) else {
             return;
         };
-        let now = start.elapsed();
         let mut actions = Vec::new();
-        let stalled = now.saturating_sub(wake.max(asked));
-        if stalled > self.session.settings.lease / 2 {
+        // The agent in this process beats, so with one the loop never rests for longer than that.
+        let lease = self.session.settings.lease;
+        let due = match self.state.has_local_agent() {
+            true => wake.min(asked + lease / BEATS_PER_LEASE),
+            false => wake,
+        };
+        let stalled = now.saturating_sub(due.max(asked));
+        if stalled > lease / 2 {
             actions = coordinator::decide(&mut self.state, Event::Stalled(stalled), now);
         }
         actions.extend(coordinator::decide(&mut self.state, event, now));

@@ -324,6 +324,11 @@ impl State {
         }
     }
 
+    /// Whether one of the nodes is this one.
+    pub fn has_local_agent(&self) -> bool {
+        self.nodes.values().any(|node| node.local)
+    }
+
     /// Last finished step of this generation.
     pub fn last_step(&self) -> Option<u64> {
         self.steps.map(|(_, last)| last)
