@@ -23,7 +23,9 @@ const EXAMPLES: &str = "Examples:
   tsm-launch --nodes 2 --rendezvous gpu-01:29400 --key-file job.key --gpus 8 configs/ucf101.yaml   (on every node)
 
 Exit codes: 0; the first failing rank's own code, or 128 + its signal; 128 + the signal that stopped
-the launcher; 64 usage, 65 input data, 69 the machine cannot run the job, 70 a bug, 78 configuration.";
+the launcher; 64 usage, 65 input data, 69 a machine cannot run the job, 70 a bug, 73 an output cannot be
+written, 75 saved and to be continued, 76 a lost peer or node, 78 configuration, 92 a loss that is not finite,
+93 starting again would fail again.";
 
 /// Starts one worker per GPU (or CPU share), watches them, and ends them all when one fails.
 #[derive(Parser, Clone, Debug)]

@@ -15,7 +15,7 @@ use tsm_job::exit;
 use crate::clock::Utc;
 use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, Settings, State};
 use crate::cluster::link::{Heard, Hub};
-use crate::cluster::message::{BEATS_PER_LEASE, FromAgent};
+use crate::cluster::message::FromAgent;
 use crate::cluster::topology::NodeId;
 use crate::console::lines::Batch;
 use crate::console::queue::Feed;
@@ -189,14 +189,8 @@ impl Running {
             return;
         };
         let mut actions = Vec::new();
-        // The agent in this process beats, so with one the loop never rests for longer than that.
-        let lease = self.session.settings.lease;
-        let due = match self.state.has_local_agent() {
-            true => wake.min(asked + lease / BEATS_PER_LEASE),
-            false => wake,
-        };
-        let stalled = now.saturating_sub(due.max(asked));
-        if stalled > lease / 2 {
+        let stalled = now.saturating_sub(wake.max(asked));
+        if stalled > self.session.settings.lease / 2 {
             actions = coordinator::decide(&mut self.state, Event::Stalled(stalled), now);
         }
         actions.extend(coordinator::decide(&mut self.state, event, now));

@@ -62,8 +62,7 @@ enum Wake {
     Message(Option<ToAgent>),
     Workers(anyhow::Result<Vec<Event>>),
     Signal(i32),
-    Reached(u32, u32, Vec<(std::net::IpAddr, String)>),
-    Inspected(u32, Vec<Inspection>, Option<ras::Answer>),
+    Found(Found),
     Drained(Vec<String>),
     StartMore,
     Time,
@@ -188,10 +187,7 @@ impl Agent {
                     None => std::future::pending().await,
                 }
             } => Wake::Signal(signal),
-            Some(found) = self.reach.1.recv() => match found {
-                Found::Reached(generation, attempt, by) => Wake::Reached(generation, attempt, by),
-                Found::Inspected(generation, looks, ras) => Wake::Inspected(generation, looks, ras),
-            },
+            Some(found) = self.reach.1.recv() => Wake::Found(found),
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Wake::Time,
             warnings = async {
                 match draining {
@@ -223,12 +219,12 @@ impl Agent {
             Wake::Workers(Err(e)) => self.cut_off(&format!("{e:#}")),
             // The coordinator decides; if it does not answer, the lease runs out.
             Wake::Signal(signal) => self.say(FromAgent::Signal { signal }),
-            Wake::Reached(generation, attempt, by) => self.say(FromAgent::Reached {
+            Wake::Found(Found::Reached(generation, attempt, by)) => self.say(FromAgent::Reached {
                 generation,
                 attempt,
                 by,
             }),
-            Wake::Inspected(generation, looks, ras) => {
+            Wake::Found(Found::Inspected(generation, looks, ras)) => {
                 self.looking = false;
                 self.say(FromAgent::Inspected {
                     generation,

@@ -11,8 +11,10 @@
 //! killed its ranks. So no two generations ever run at once.
 
 mod ending;
+mod forming;
 mod member;
 mod phases;
+mod running;
 mod view;
 
 pub use ending::Ending;
@@ -322,11 +324,6 @@ impl State {
             Phase::Finished { code } => Some(code),
             _ => None,
         }
-    }
-
-    /// Whether one of the nodes is this one.
-    pub fn has_local_agent(&self) -> bool {
-        self.nodes.values().any(|node| node.local)
     }
 
     /// Last finished step of this generation.

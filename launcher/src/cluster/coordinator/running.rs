@@ -1,0 +1,300 @@
+//! What the nodes of a generation say while their ranks run.
+
+use serde_json::json;
+use std::time::Duration;
+use tsm_job::config::duration::format;
+use tsm_job::exit;
+
+use super::{Action, Cause, INSPECT, Inspection, LOOK, Phase, State, record};
+use crate::cluster::message::{Beat, NodeReport, ToAgent};
+use crate::cluster::topology::{Member, NodeId};
+use crate::end::End;
+use crate::hang::progress::Event as Pace;
+use crate::hang::ras::Answer;
+use crate::hang::report::{Inspection as Look, report};
+use crate::manifest::environment::Change;
+use crate::supervisor::count;
+
+impl State {
+    pub(super) fn started(
+        &mut self,
+        id: NodeId,
+        pids: &[i32],
+        at: Duration,
+        environment: Vec<Change>,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(member) = self.member(id).cloned() else {
+            return;
+        };
+        let Some(node) = self.nodes.get_mut(&id) else {
+            return;
+        };
+        node.pids = pids.to_vec();
+        let (host, at) = (node.join.host.clone(), node.clock.map(at));
+        for (rank, pid) in member.ranks.zip(pids) {
+            let fields = json!({"generation": self.generation, "rank": rank, "pid": pid, "host": host,
+                "at_ms": at.as_secs_f64() * 1e3});
+            actions.push(record("spawn", fields));
+        }
+        if !environment.is_empty() {
+            actions.push(Action::Environment(environment));
+        }
+    }
+
+    pub(super) fn cannot_start(
+        &mut self,
+        id: NodeId,
+        code: i32,
+        message: &str,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        if self.member(id).is_none() {
+            return;
+        }
+        let host = self.host(id).to_string();
+        let text = format!("the workers on {host} cannot be started: {message}");
+        actions.push(Action::Notice(text.clone()));
+        if let Phase::Form { .. } = self.phase {
+            // Nowhere else were any started.
+            return self.leave(code, Some(&text), now, actions);
+        }
+        self.reports.insert(
+            id,
+            NodeReport {
+                ranks: Vec::new(),
+                started_at: Duration::ZERO,
+                oom_kills: 0,
+                xids: Vec::new(),
+                warnings: Vec::new(),
+            },
+        );
+        // It would fail again, here and elsewhere.
+        self.last = true;
+        if self.cause.is_none() {
+            self.refusal = Some((code, text));
+            self.stop(Cause::Failure, libc::SIGTERM, now, actions);
+        }
+    }
+
+    pub(super) fn failing(
+        &mut self,
+        id: NodeId,
+        local_rank: u32,
+        end: Option<End>,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        if self.cause.is_some() {
+            return;
+        }
+        let Some(rank) = self.member(id).and_then(|m| rank_of(m, local_rank)) else {
+            return;
+        };
+        let others = self.world_size().saturating_sub(1) as usize;
+        if others > 0 {
+            let end = end.map_or("says that it fails".into(), |end| {
+                format!("ended with {end}")
+            });
+            let at = if self.members.len() > 1 {
+                format!(" on {}", self.host(id))
+            } else {
+                String::new()
+            };
+            let (others, grace) = (count(others, "other"), format(self.settings.job.grace));
+            actions.push(Action::Notice(format!(
+                "rank {rank}{at} {end}: stopping {others}, grace {grace}"
+            )));
+        }
+        self.stop(Cause::Failure, libc::SIGTERM, now, actions);
+    }
+
+    pub(super) fn clean(
+        &mut self,
+        id: NodeId,
+        report: NodeReport,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(member) = self.member(id).cloned() else {
+            return;
+        };
+        let host = self.host(id).to_string();
+        for (number, (rank, _)) in member.ranks.clone().zip(&report.ranks) {
+            let fields = json!({"generation": self.generation, "rank": number, "host": host,
+                "end": rank.end, "order": rank.order});
+            actions.push(record("exit", fields));
+        }
+        for warning in &report.warnings {
+            let at = if self.members.len() > 1 {
+                format!("{host}: ")
+            } else {
+                String::new()
+            };
+            actions.push(Action::Notice(format!("warning: {at}{warning}")));
+        }
+        let well = |end: End| end.is_success() || end == End::Code(exit::REQUEUE);
+        let failed = report
+            .ranks
+            .iter()
+            .any(|(rank, _)| !rank.end.is_some_and(well));
+        self.reports.insert(id, report);
+        // It was not said before where a rank that saved by itself was not followed by the others in time.
+        if failed && self.cause.is_none() {
+            self.stop(Cause::Failure, libc::SIGTERM, now, actions);
+        }
+        member.ranks.for_each(|rank| self.watch.ended(rank, now));
+    }
+
+    pub(super) fn beat(
+        &mut self,
+        id: NodeId,
+        beat: Beat,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(node) = self.nodes.get_mut(&id) else {
+            return;
+        };
+        if !node.local {
+            node.clock.learn(beat.at, beat.rtt, now);
+        }
+        (node.load, node.mem_used_bytes) = (beat.load, beat.mem_used_bytes);
+        if beat.generation != self.generation
+            || !matches!(self.phase, Phase::Run | Phase::Stop { .. })
+        {
+            return;
+        }
+        let Some(member) = self.member(id).cloned() else {
+            return;
+        };
+        for progress in beat.ranks {
+            let Some(number) = rank_of(&member, progress.local_rank) else {
+                continue;
+            };
+            let rank = self.progress.entry(number).or_default();
+            rank.take(&progress, now);
+            if let Some(step) = progress.step {
+                let (low, high) = self.steps.unwrap_or((step, step));
+                self.steps = Some((low.min(step), high.max(step)));
+            }
+            self.watch.feed(
+                number,
+                rank.step,
+                &progress.work_ms,
+                rank.section.as_deref(),
+                now,
+            );
+            if progress.checkpoint.is_some() {
+                self.checkpoint_step = progress.checkpoint;
+                self.grow(now, actions);
+            }
+        }
+        self.metrics.extend(beat.metrics);
+    }
+
+    /// Takes in a waiting node, now that little is lost by a new start.
+    pub(super) fn grow(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        let spare = self
+            .candidates(now)
+            .into_iter()
+            .find(|c| self.member(c.id).is_none());
+        let Some(spare) = spare else { return };
+        if self.cause.is_some()
+            || self.members.len() as u32 >= self.settings.max_nodes
+            || !self.settings.job.saves
+        {
+            return;
+        }
+        let host = self.host(spare.id);
+        actions.push(Action::Notice(format!(
+            "{host} is taken in: the workers save and start again"
+        )));
+        self.stop(Cause::Grow, libc::SIGUSR2, now, actions);
+    }
+
+    pub(super) fn look_for_hangs(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        if let Some(inspection) = &self.inspection {
+            if now >= inspection.deadline || inspection.waiting.is_empty() {
+                let inspection = self.inspection.take().unwrap_or_default();
+                let report = report(&self.watch, &inspection.looks, inspection.ras.as_ref(), now);
+                let late = if report.late.is_empty() {
+                    inspection.late
+                } else {
+                    report.late
+                };
+                let (text, at) = (report.text, inspection.found);
+                self.stop(Cause::Hang { late, text, at }, libc::SIGTERM, now, actions);
+            }
+            return;
+        }
+        if now < self.next_look {
+            return;
+        }
+        self.next_look = now + LOOK;
+        for event in self.watch.check(now) {
+            let text = event.describe(|rank| self.name(rank));
+            actions.push(record("pace", json!({"text": text})));
+            actions.push(Action::Notice(text));
+            if let Pace::Hang(hang) = event {
+                let late = if hang.late.is_empty() {
+                    (0..self.world_size()).collect()
+                } else {
+                    hang.late
+                };
+                self.inspect(late, now, actions);
+            }
+        }
+    }
+
+    /// `rank 5 on gpu-02`, or `rank 5` on one node.
+    pub(super) fn name(&self, rank: u32) -> String {
+        let member = self.members.iter().find(|m| m.ranks.contains(&rank));
+        match member {
+            Some(member) if self.members.len() > 1 => {
+                format!("rank {rank} on {}", self.host(member.id))
+            }
+            _ => format!("rank {rank}"),
+        }
+    }
+
+    /// Asks all nodes what their ranks are doing: the late ones are understood beside the others.
+    pub(super) fn inspect(&mut self, late: Vec<u32>, now: Duration, actions: &mut Vec<Action>) {
+        self.to_members(|generation| ToAgent::Inspect { generation }, actions);
+        self.inspection = Some(Inspection {
+            late,
+            looks: Vec::new(),
+            ras: None,
+            waiting: self
+                .members
+                .iter()
+                .map(|m| m.id)
+                .filter(|id| self.is_awaited(*id))
+                .collect(),
+            found: now,
+            deadline: now + INSPECT,
+        });
+    }
+
+    pub(super) fn inspected(&mut self, id: NodeId, looks: Vec<Look>, ras: Option<Answer>) {
+        if let Some(inspection) = &mut self.inspection {
+            inspection.waiting.retain(|&node| node != id);
+            inspection.looks.extend(looks);
+            let knows = |answer: &Answer| answer.status.nccl.is_some();
+            if inspection.ras.is_none() || ras.as_ref().is_some_and(knows) {
+                inspection.ras = ras.or(inspection.ras.take());
+            }
+            if inspection.waiting.is_empty() {
+                // The next look finds it due.
+                inspection.deadline = Duration::ZERO;
+            }
+        }
+    }
+}
+
+/// Number in the job of a node's rank; `None` for one that the node does not have.
+fn rank_of(member: &Member, local_rank: u32) -> Option<u32> {
+    let rank = member.ranks.start.checked_add(local_rank)?;
+    member.ranks.contains(&rank).then_some(rank)
+}
