@@ -6,9 +6,9 @@ use tsm_job::RunDir;
 use tsm_job::exit;
 
 use super::allocation::{Allocation, Place};
-use super::job::{
-    Allowed, Ended, Entry, Job, Slurm, StopCause, on_entry, run_folder_name, should_requeue,
-};
+use super::commands::Slurm;
+use super::job::{Job, StopCause, run_folder_name};
+use super::requeue::{Allowed, Ended, Entry, on_entry, should_requeue};
 use crate::manifest::files::checkpoints;
 
 /// A job without `--signal` saves itself so long before its end; never more than a tenth of its time.
