@@ -8,33 +8,21 @@ pub struct Ended<'a> {
     pub exit_code: i32,
     /// As in the manifest: `succeeded`, `failed`, `stopped`.
     pub outcome: &'a str,
-    /// How often the job was queued again before.
-    pub restart_count: u32,
     /// The last starts in a row that ended without a new checkpoint, this one included.
     pub fruitless: u32,
-}
-
-/// What permits a job to be queued again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Allowed {
-    /// [`Job::requeue`].
-    pub requeue: bool,
-    /// Of restarts; `None`: any number.
-    pub limit: Option<u32>,
 }
 
 /// So many starts without a new checkpoint, and the next would not get further either.
 const MAX_FRUITLESS: u32 = 3;
 
-/// Whether the job is to be queued again, or why not.
+/// Whether the job is to be queued again, or why not. `permitted`: SLURM may, see [`super::Job::requeue`].
 ///
 /// # Errors
 /// With the reason, for the report.
-pub fn should_requeue(ended: Ended, allowed: Allowed) -> Result<(), String> {
+pub fn should_requeue(ended: Ended, permitted: bool) -> Result<(), String> {
     let Ended {
         exit_code,
         outcome,
-        restart_count,
         fruitless,
     } = ended;
     if outcome == "succeeded" || exit_code == exit::OK {
@@ -46,13 +34,8 @@ pub fn should_requeue(ended: Ended, allowed: Allowed) -> Result<(), String> {
             "it ended with code {exit_code}; only {code}, saved and to be continued, is queued again"
         ));
     }
-    if !allowed.requeue {
+    if !permitted {
         return Err("the job was submitted with --no-requeue".into());
-    }
-    if let Some(limit) = allowed.limit.filter(|&limit| restart_count >= limit) {
-        return Err(format!(
-            "it was queued again {restart_count} times, the limit is {limit}"
-        ));
     }
     if fruitless >= MAX_FRUITLESS {
         return Err(format!(
@@ -92,84 +75,26 @@ mod tests {
 
     #[test]
     fn only_a_saved_job_is_queued_again() {
-        let yes = Allowed {
-            requeue: true,
-            limit: None,
-        };
         let saved = Ended {
             exit_code: 75,
             outcome: "stopped",
-            restart_count: 5,
             fruitless: 0,
         };
-        assert_eq!(should_requeue(saved, yes), Ok(()));
+        assert_eq!(should_requeue(saved, true), Ok(()));
         for exit_code in [0, 1, 64, 65, 69, 70, 73, 76, 78, 92, 93, 137, 143] {
-            assert!(
-                should_requeue(Ended { exit_code, ..saved }, yes).is_err(),
-                "{exit_code}"
-            );
+            let ended = Ended { exit_code, ..saved };
+            assert!(should_requeue(ended, true).is_err(), "{exit_code}");
         }
-        let why = |ended, allowed| should_requeue(ended, allowed).unwrap_err();
-        assert!(
-            why(
-                Ended {
-                    outcome: "succeeded",
-                    ..saved
-                },
-                yes
-            )
-            .contains("finished")
-        );
-        assert!(
-            why(
-                saved,
-                Allowed {
-                    requeue: false,
-                    ..yes
-                }
-            )
-            .contains("--no-requeue")
-        );
-        assert!(
-            why(
-                saved,
-                Allowed {
-                    limit: Some(5),
-                    ..yes
-                }
-            )
-            .contains("the limit is 5")
-        );
-        assert_eq!(
-            should_requeue(
-                saved,
-                Allowed {
-                    limit: Some(6),
-                    ..yes
-                }
-            ),
-            Ok(())
-        );
-        assert_eq!(
-            should_requeue(
-                Ended {
-                    fruitless: 2,
-                    ..saved
-                },
-                yes
-            ),
-            Ok(())
-        );
-        assert!(
-            why(
-                Ended {
-                    fruitless: 3,
-                    ..saved
-                },
-                yes
-            )
-            .contains("3 starts in a row")
-        );
+        let why = |ended, permitted| should_requeue(ended, permitted).unwrap_err();
+        let succeeded = Ended {
+            outcome: "succeeded",
+            ..saved
+        };
+        assert!(why(succeeded, true).contains("finished"));
+        assert!(why(saved, false).contains("--no-requeue"));
+        let fruitless = |fruitless| Ended { fruitless, ..saved };
+        assert_eq!(should_requeue(fruitless(2), true), Ok(()));
+        assert!(why(fruitless(3), true).contains("3 starts in a row"));
     }
 
     #[test]

@@ -34,6 +34,14 @@ pub struct Sbatch {
     pub value: Option<String>,
 }
 
+/// What the workers of a node run on, as the script asks for it.
+#[derive(Clone, Copy)]
+struct Devices {
+    gpus: Option<u32>,
+    /// Workers on CPU.
+    cpus: Option<u32>,
+}
+
 impl Submit {
     /// What the script says for a config that was loaded.
     ///
@@ -45,105 +53,107 @@ impl Submit {
         program: &Path,
         directory: &Path,
     ) -> Result<Options, Coded> {
-        let refuse = |text: String| Coded::new(exit::USAGE, text);
-        let gpus = match (self.gpus, self.cpus) {
-            (None, None) if config.launch.device == DeviceKind::Gpu => Some(config.launch.nproc_per_node.ok_or_else(|| {
-                let hint = "give --gpus N: SLURM has to know how many to allocate";
-                refuse(format!("the config uses every GPU of a node (launch.nproc_per_node is null)\n  hint: {hint}"))
+        let devices = self.devices(config)?;
+        Ok(Options {
+            sbatch: self.sbatch(config, devices, directory)?,
+            extra: self.extra()?,
+            setup: self.setup.clone(),
+            command: self.command(program, devices),
+        })
+    }
+
+    fn devices(&self, config: &Config) -> Result<Devices, Coded> {
+        let launch = &config.launch;
+        let gpus = match (self.gpus, self.cpus, launch.device) {
+            (None, None, DeviceKind::Gpu) => Some(launch.nproc_per_node.ok_or_else(|| {
+                refuse(
+                    "the config uses every GPU of a node (launch.nproc_per_node is null)\n  \
+                     hint: give --gpus N: SLURM has to know how many to allocate",
+                )
             })?),
-            (gpus, _) => gpus,
+            (gpus, ..) => gpus,
         };
-        let cpus = self.cpus.or(if gpus.is_none() {
-            config.launch.nproc_per_node
-        } else {
-            None
-        });
-        if let Some(limit) = self.time.as_deref().and_then(time_limit)
+        let from_config = launch.nproc_per_node.filter(|_| gpus.is_none());
+        Ok(Devices {
+            gpus,
+            cpus: self.cpus.or(from_config),
+        })
+    }
+
+    /// Seconds before the time limit at which SLURM tells the job.
+    fn lead(&self) -> Result<u64, Coded> {
+        let given = duration::format(self.signal_lead);
+        if let Some(time) = &self.time
+            && let Some(limit) = time_limit(time)
             && limit <= self.signal_lead + SIGNAL_SLACK
         {
-            let (lead, slack) = (duration::format(self.signal_lead), SIGNAL_SLACK.as_secs());
-            let text = format!(
-                "--time {} leaves no time to train: SLURM tells the job to save {lead} before its end, or up to {slack} s earlier\n  \
-                 hint: give a longer --time, or a shorter --signal-lead",
-                self.time.as_deref().unwrap_or_default()
-            );
-            return Err(refuse(text));
+            let slack = SIGNAL_SLACK.as_secs();
+            return Err(refuse(format!(
+                "--time {time} leaves no time to train: SLURM tells the job to save {given} before its end, or up to {slack} s earlier\n  \
+                 hint: give a longer --time, or a shorter --signal-lead"
+            )));
         }
         // SLURM keeps the lead as 16 bits of seconds.
         let lead = self.signal_lead.as_secs_f64().ceil() as u64;
         if !(1..=65_535).contains(&lead) {
-            let given = duration::format(self.signal_lead);
             return Err(refuse(format!(
                 "--signal-lead is {given}\n  hint: SLURM takes 1s to 65535s"
             )));
         }
+        Ok(lead)
+    }
 
-        let name = config.run.name.clone();
-        let root = directory.join(&config.run.dir);
-        // The one sign that sbatch replaces in a file name.
-        let output = |path: &Path| path.to_string_lossy().replace('%', "%%");
-        let output = format!("{}/{name}-slurm-%j.out", output(&root));
-        if output.contains('\\') {
-            let text = format!(
-                "{output:?} cannot be the job's output: SLURM replaces no %j in a path with a backslash"
-            );
-            return Err(refuse(format!(
-                "{text}\n  hint: give another run.dir, or work in another folder"
-            )));
-        }
-        let mut sbatch = Vec::new();
-        let mut set = |name, value: Option<String>| sbatch.push(Sbatch { name, value });
-        set("job-name", Some(self.job_name.clone().unwrap_or(name)));
-        let given = [
-            ("partition", &self.partition),
-            ("account", &self.account),
-            ("qos", &self.qos),
-            ("constraint", &self.constraint),
-            ("time", &self.time),
-            ("mem", &self.mem),
-        ];
-        for (name, value) in given {
-            if value.is_some() {
-                set(name, value.clone());
-            }
-        }
-        set("nodes", Some(self.nodes.to_string()));
-        // tsm-launch starts an agent on each node, and each agent its own workers.
-        set("ntasks-per-node", Some("1".into()));
-        if let Some(gpus) = gpus {
-            set("gpus-per-node", Some(gpus.to_string()));
-        }
+    fn sbatch(
+        &self,
+        config: &Config,
+        devices: Devices,
+        directory: &Path,
+    ) -> Result<Vec<Sbatch>, Coded> {
+        let Devices { gpus, cpus } = devices;
+        let name = &config.run.name;
+        let lead = self.lead()?;
+        let output = output(&directory.join(&config.run.dir), name)?;
         // By task, not by GPU: with the latter some versions give a step fewer cores than the job has.
-        match (cpus, gpus, self.cpus_per_gpu) {
-            (Some(cpus), ..) => set("cpus-per-task", Some(cpus.to_string())),
-            (None, Some(gpus), Some(each)) => set("cpus-per-task", Some((gpus * each).to_string())),
-            _ => {}
-        }
-        set("signal", Some(format!("B:USR2@{lead}")));
-        set(
-            if self.no_requeue {
-                "no-requeue"
+        let cpus_per_task = cpus.or(gpus.zip(self.cpus_per_gpu).map(|(gpus, each)| gpus * each));
+        let with = |name, value: String| Some((name, Some(value)));
+        let given = |name, value: &Option<String>| Some((name, Some(value.clone()?)));
+        let count = |name, value: Option<u32>| Some((name, Some(value?.to_string())));
+        let options = [
+            with("job-name", self.job_name.as_ref().unwrap_or(name).clone()),
+            given("partition", &self.partition),
+            given("account", &self.account),
+            given("qos", &self.qos),
+            given("constraint", &self.constraint),
+            given("time", &self.time),
+            given("mem", &self.mem),
+            count("nodes", Some(self.nodes)),
+            // tsm-launch starts an agent on each node, and each agent its own workers.
+            count("ntasks-per-node", Some(1)),
+            count("gpus-per-node", gpus),
+            count("cpus-per-task", cpus_per_task),
+            with("signal", format!("B:USR2@{lead}")),
+            Some(if self.no_requeue {
+                ("no-requeue", None)
             } else {
-                "requeue"
-            },
-            None,
-        );
-        if self.no_kill {
-            set("no-kill", None);
-        }
-        set("open-mode", Some("append".into()));
-        set("output", Some(output));
-        set("chdir", Some(directory.to_string_lossy().into_owned()));
-        for Sbatch { name, value } in &sbatch {
-            if let Some(value) = value
-                && value.contains(|c: char| c.is_control())
-            {
-                return Err(refuse(format!(
-                    "--{name} is {value:?}\n  hint: it has to fit into a line of the script"
-                )));
-            }
-        }
-        let extra = self.extra.iter().map(|line| {
+                ("requeue", None)
+            }),
+            self.no_kill.then_some(("no-kill", None)),
+            with("open-mode", "append".into()),
+            with("output", output),
+            with("chdir", directory.to_string_lossy().into_owned()),
+        ];
+        let sbatch = (options.into_iter().flatten()).map(|(name, value)| match value {
+            Some(value) if value.contains(char::is_control) => Err(refuse(format!(
+                "--{name} is {value:?}\n  hint: it has to fit into a line of the script"
+            ))),
+            value => Ok(Sbatch { name, value }),
+        });
+        sbatch.collect()
+    }
+
+    /// The options of sbatch that have no flag here.
+    fn extra(&self) -> Result<Vec<String>, Coded> {
+        let option = |line: &String| {
             let option = line.trim().trim_start_matches("#SBATCH").trim();
             if option.starts_with('-') && !option.contains('\n') {
                 return Ok(option.to_string());
@@ -151,27 +161,40 @@ impl Submit {
             Err(refuse(format!(
                 "--extra {line:?} is no option of sbatch\n  hint: write it like --extra=--exclusive"
             )))
-        });
-        let extra = extra.collect::<Result<_, _>>()?;
+        };
+        self.extra.iter().map(option).collect()
+    }
 
+    fn command(&self, program: &Path, devices: Devices) -> Vec<OsString> {
+        let gpus = devices.gpus.map(|n| ["--gpus".into(), n.to_string()]);
+        let cpus = devices.cpus.map(|n| ["--cpus".into(), n.to_string()]);
+        let words = ["--nodes".into(), self.nodes.to_string()].into_iter();
+        let words = words.chain(gpus.or(cpus).into_iter().flatten());
+        let words = words.chain(self.with.iter().cloned());
         let mut command: Vec<OsString> = vec![program.into()];
-        let mut word = |text: &str| command.push(text.into());
-        word("--nodes");
-        word(&self.nodes.to_string());
-        if let Some((flag, count)) = gpus.map(|n| ("--gpus", n)).or(cpus.map(|n| ("--cpus", n))) {
-            word(flag);
-            word(&count.to_string());
-        }
-        self.with.iter().for_each(|option| word(option));
+        command.extend(words.map(OsString::from));
         command.push(self.config.clone().into());
         command.extend(self.overrides.iter().map(OsString::from));
-        Ok(Options {
-            sbatch,
-            extra,
-            setup: self.setup.clone(),
-            command,
-        })
+        command
     }
+}
+
+fn refuse(text: impl Into<String>) -> Coded {
+    Coded::new(exit::USAGE, text)
+}
+
+/// The file of the job's output, as sbatch reads it.
+fn output(root: &Path, run: &str) -> Result<String, Coded> {
+    // The one sign that sbatch replaces in a file name.
+    let root = root.to_string_lossy().replace('%', "%%");
+    let output = format!("{root}/{run}-slurm-%j.out");
+    if output.contains('\\') {
+        return Err(refuse(format!(
+            "{output:?} cannot be the job's output: SLURM replaces no %j in a path with a backslash\n  \
+             hint: give another run.dir, or work in another folder"
+        )));
+    }
+    Ok(output)
 }
 
 /// The batch script.

@@ -9,6 +9,7 @@ use tsm_job::config::duration;
 use tsm_job::exit::{self, Coded};
 
 use super::commands::Slurm;
+use super::job::{JobId, run_folder_name};
 use super::script::{Options, Sbatch, render};
 
 const EXAMPLES: &str = "Examples:
@@ -193,23 +194,19 @@ impl Slurm {
             .env_remove("SBATCH_NO_REQUEUE");
         let said = self.run(command, Some(&render(options)), "submit the job")?;
         // `123`, or `123;cluster`.
-        let job = said
-            .trim()
-            .split(';')
-            .next()
-            .unwrap_or_default()
-            .to_string();
-        if job.parse::<u32>().is_err() {
+        let number = said.trim().split(';').next().unwrap_or_default();
+        let Ok(id) = number.parse() else {
             let text = format!(
                 "cannot submit the job: sbatch says {:?} instead of a job's number",
                 said.trim()
             );
             return Err(Coded::new(exit::PREFLIGHT, text));
-        }
-        let run_dir = root.join(format!("{run}-slurm-{job}"));
+        };
+        let job = JobId { id, array: None };
+        let run_dir = root.join(run_folder_name(run, job));
         let output = root.join(format!("{run}-slurm-{job}.out"));
         Ok(Submitted {
-            job,
+            job: number.into(),
             output,
             run_dir,
         })
