@@ -4,14 +4,13 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use tsm_job::RunDir;
-use tsm_job::config::DeviceKind;
 use tsm_job::exit::{self, Coded};
 
 use super::agent::AGENT;
 use super::children::Starter;
-use super::hosts::{self, Host, Workers};
+use super::hosts::{self, Host};
 use crate::cli::{Args, Nodes};
-use crate::plan;
+use crate::plan::{self, Workers};
 use crate::target::{Target, find_program};
 
 /// Behind the words of `--ssh`: for every option ssh takes the first value that it sees, so those win.
@@ -137,12 +136,8 @@ impl Plan {
             None => std::env::current_exe()?,
         };
         let counts: Vec<Option<u32>> = hosts.iter().map(|(_, w)| w.count()).collect();
-        let device = match hosts[0].1 {
-            Workers::Cpus(_) => DeviceKind::Cpu,
-            Workers::Gpus(_) => DeviceKind::Gpu,
-        };
         target.settle_as(
-            device,
+            hosts[0].1.device(),
             counts[0].filter(|_| counts.iter().all(|c| *c == counts[0])),
         );
         let retries = if args.max_restarts > 0 { RETRIES } else { 0 };
