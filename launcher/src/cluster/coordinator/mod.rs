@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Gather --enough nodes--> Form --addresses known--> Run --a rank or node failed, a signal--> Stop
-//!   ^                                                 \--all ended well--> Leave --> Finished
+//!   ^ ^                     \--full preflight--> Measure --all is well--> Run
+//!   | \--without the bad node--------------------/    \--all ended well--> Leave --> Finished
 //!   \--start again (after a pause: Pause)-- what became of it <-- all nodes clean, or lost and fenced
 //! ```
 //!
@@ -12,13 +13,16 @@
 
 mod ending;
 mod forming;
+mod measuring;
 mod member;
 mod phases;
+mod rounds;
 mod running;
 mod view;
 
 pub use ending::Ending;
 pub use member::{Clock, Node};
+pub use rounds::Report;
 
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -32,6 +36,7 @@ use super::policy;
 pub use super::topology::Member;
 use super::topology::NodeId;
 use crate::console::lines::Batch;
+use crate::doctor::preflight::{OwnNode, Scale};
 use crate::hang::progress::{Limits, Tracker};
 use crate::manifest::environment::Change;
 use crate::status::Restart;
@@ -64,6 +69,8 @@ pub struct Settings {
     pub job: Job,
     pub policy: policy::Options,
     pub hang: Limits,
+    /// Measure nodes before their ranks are started.
+    pub measure: Option<Scale>,
     /// A scheduler ends the job at this time: save before it.
     pub save_at: Option<Duration>,
 }
@@ -129,6 +136,8 @@ pub enum Action {
         kind: &'static str,
         fields: Value,
     },
+    /// Nodes were measured.
+    Measured(Box<Report>),
     /// Lines of ranks to show.
     Show(Batch),
     /// A generation was started on these nodes.
@@ -160,6 +169,11 @@ pub enum Phase {
     Form {
         deadline: Duration,
         ports: Option<(u16, u16)>,
+    },
+    /// Measuring the nodes, for a start with this port.
+    Measure {
+        master_port: u16,
+        measuring: Box<rounds::Measuring>,
     },
     Run,
     Stop {
@@ -244,8 +258,15 @@ pub struct State {
     reach: BTreeMap<(NodeId, NodeId), Vec<(IpAddr, String)>>,
     /// What ended the earlier starts.
     incidents: Vec<policy::Incident>,
-    /// Hosts that get no ranks.
+    /// Hosts that get no ranks for what happened in earlier starts.
     left_out: Vec<policy::LeftOut>,
+    /// Likewise, for what was measured.
+    convicted: Vec<policy::LeftOut>,
+    /// Nodes that were measured and are well.
+    measured: BTreeMap<NodeId, OwnNode>,
+    /// The spares are measured too, to tell who is to blame; once in a generation.
+    is_wide: bool,
+    was_wide: bool,
     pub restarts: Vec<Restart>,
     progress: BTreeMap<u32, view::Rank>,
     metrics: BTreeMap<String, f64>,
@@ -306,6 +327,10 @@ impl State {
             reach: BTreeMap::new(),
             incidents: Vec::new(),
             left_out: Vec::new(),
+            convicted: Vec::new(),
+            measured: BTreeMap::new(),
+            is_wide: false,
+            was_wide: false,
             restarts: Vec::new(),
             progress: BTreeMap::new(),
             metrics: BTreeMap::new(),
@@ -337,8 +362,8 @@ impl State {
 
     /// When to call [`decide`] with [`Event::Deadline`].
     pub fn deadline(&self) -> Option<Duration> {
-        let phase = match self.phase {
-            Phase::Gather {
+        let phase = match &self.phase {
+            &Phase::Gather {
                 deadline,
                 last_call,
             } => {
@@ -347,8 +372,9 @@ impl State {
             }
             Phase::Form { deadline, .. }
             | Phase::Stop { deadline }
-            | Phase::Leave { deadline, .. } => Some(deadline),
-            Phase::Pause { until } => Some(until),
+            | Phase::Leave { deadline, .. } => Some(*deadline),
+            Phase::Measure { measuring, .. } => Some(measuring.deadline),
+            Phase::Pause { until } => Some(*until),
             Phase::Run => {
                 // While it waits for answers, nobody looks for other hangs.
                 let inspection = self.inspection.as_ref().map(|i| i.deadline);
@@ -428,6 +454,9 @@ impl State {
                 attempt,
                 by,
             } if self.current(generation) && attempt == self.attempt => self.reached(id, by),
+            FromAgent::NodeMeasured { .. }
+            | FromAgent::RingOpen { .. }
+            | FromAgent::Measured { .. } => self.measurement(id, message, actions),
             FromAgent::Started {
                 generation,
                 pids,
@@ -481,6 +510,11 @@ impl State {
     #[cfg(test)]
     pub(in crate::cluster) fn is_connected(&self, id: NodeId) -> bool {
         self.nodes.contains_key(&id)
+    }
+
+    /// All hosts that get no ranks.
+    fn left_out(&self) -> impl Iterator<Item = &policy::LeftOut> {
+        self.left_out.iter().chain(&self.convicted)
     }
 
     fn member(&self, id: NodeId) -> Option<&Member> {

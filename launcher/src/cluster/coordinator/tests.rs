@@ -46,6 +46,7 @@ pub(in crate::cluster) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
         },
         policy: policy::Options::default(),
         hang: Limits::default(),
+        measure: None,
         save_at: None,
     }
 }
