@@ -23,6 +23,11 @@ impl End {
         }
     }
 
+    /// Whether this signal ended it, or a shell reports that of what it ran.
+    pub fn is_by(self, signal: i32) -> bool {
+        self.exit_code() == exit::SIGNAL_BASE + signal
+    }
+
     pub fn is_success(self) -> bool {
         self == End::Code(0)
     }

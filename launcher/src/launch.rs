@@ -354,10 +354,12 @@ impl Prepared {
             stopped,
             turn,
             folder,
+            saves,
         } = end;
         // SLURM may end this process for it, so it comes last of all that can be lost.
         let requeue = || {
-            if let Some(text) = turn.and_then(|turn| turn.end(code, outcome, &folder, stopped)) {
+            let end = |turn: Turn| turn.end(code, outcome, &folder, stopped, saves);
+            if let Some(text) = turn.and_then(end) {
                 eprintln!("tsm-launch: {text}");
             }
         };

@@ -92,6 +92,8 @@ pub struct End {
     pub stopped: Option<StopCause>,
     pub turn: Option<Turn>,
     pub folder: PathBuf,
+    /// The workers are ours.
+    pub saves: bool,
 }
 
 impl Session {
@@ -128,6 +130,7 @@ impl Session {
             outcome: session.manifest.outcome,
             stopped,
             turn: session.turn,
+            saves: session.settings.job.saves,
             folder: session.folder.dir.path().to_path_buf(),
         })
     }

@@ -77,6 +77,11 @@ pub enum Action {
         rank: usize,
         end: Option<End>,
     },
+    /// Tell the coordinator that this rank ended in answer to a SIGUSR2 that was passed on, and that the others go on.
+    Answered {
+        rank: usize,
+        end: End,
+    },
     /// Tell the user that these ranks are killed since they did not end within the grace.
     GraceOver {
         ranks: Vec<usize>,
@@ -120,6 +125,13 @@ impl Rank {
             .end
             .is_some_and(|end| end.is_success() || end == End::Code(exit::REQUEUE));
         ended && self.record.is_none()
+    }
+
+    /// It ended as a program does that was passed a SIGUSR2: it saved, or has no handler. Neither is a failure.
+    fn has_answered(&self) -> bool {
+        let answers = |end: End| end == End::Code(exit::REQUEUE) || end.is_by(libc::SIGUSR2);
+        let was_asked = self.sent.contains(&libc::SIGUSR2);
+        was_asked && self.record.is_none() && self.end.is_some_and(answers)
     }
 
     pub fn has_succeeded(&self) -> bool {
@@ -291,6 +303,11 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
                 deadline: now + state.grace,
             };
             state.saving = true;
+        }
+        // Some of the others may be in the middle of a save: the coordinator says how long they have.
+        (Event::Ended { rank, end }, Phase::Running) if state.ranks[*rank].has_answered() => {
+            let (rank, end) = (*rank, *end);
+            actions.push(Action::Answered { rank, end });
         }
         (Event::Ended { rank, .. }, Phase::Stopping { .. })
             if state.saving && state.ranks[*rank].is_well() => {}

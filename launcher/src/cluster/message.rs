@@ -81,6 +81,12 @@ pub enum FromAgent {
         end: Option<End>,
         at: AgentTime,
     },
+    /// A rank ended in answer to a SIGUSR2 that was passed on: it saved, or has no handler. Its node goes on.
+    Answered {
+        generation: u32,
+        local_rank: u32,
+        end: End,
+    },
     /// Every process of this generation on this node has ended, or is named in the report.
     Clean {
         generation: u32,

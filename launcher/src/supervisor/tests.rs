@@ -25,7 +25,7 @@ fn signals(actions: &[Action]) -> Vec<(usize, i32)> {
     let pick = |action: &Action| match action {
         Action::Signal { rank, signal } => Some((*rank, *signal)),
         Action::Kill { rank } => Some((*rank, libc::SIGKILL)),
-        Action::Failing { .. } | Action::GraceOver { .. } => None,
+        _ => None,
     };
     actions.iter().filter_map(pick).collect()
 }
@@ -219,6 +219,33 @@ fn shielded_workers_are_stopped_by_another_signal() {
 fn for_other_programs_75_is_a_failure_like_any() {
     let mut state = State::new(2, GRACE, false, false);
     let actions = decide(&mut state, &[ended(0, End::Code(exit::REQUEUE))], at(1));
+    assert_eq!(signals(&actions), [(1, libc::SIGTERM)]);
+}
+
+/// It is the coordinator that says how long the others may take.
+#[test]
+fn after_a_sigusr2_75_is_an_answer_and_so_is_a_death_by_it() {
+    let pass = Event::Pass {
+        signal: libc::SIGUSR2,
+    };
+    for end in [
+        End::Code(exit::REQUEUE),
+        End::Signal(libc::SIGUSR2),
+        End::Code(exit::SIGNAL_BASE + libc::SIGUSR2),
+    ] {
+        let mut state = State::new(3, GRACE, false, false);
+        decide(&mut state, std::slice::from_ref(&pass), at(1));
+        let actions = decide(&mut state, &[ended(0, end)], at(2));
+        assert_eq!(actions, [Action::Answered { rank: 0, end }]);
+        assert_eq!(state.phase, Phase::Running);
+        // Any other end is a failure as always.
+        let actions = decide(&mut state, &[ended(1, End::Code(1))], at(3));
+        assert_eq!(signals(&actions), [(2, libc::SIGTERM)]);
+    }
+    let mut state = State::new(2, GRACE, false, false);
+    let (rank, record) = (0, record("error"));
+    decide(&mut state, &[pass, Event::Failing { rank, record }], at(1));
+    let actions = decide(&mut state, &[ended(0, End::Code(exit::REQUEUE))], at(2));
     assert_eq!(signals(&actions), [(1, libc::SIGTERM)]);
 }
 

@@ -1,6 +1,6 @@
 //! The stop path: failure, signals, grace, orphans.
 
-use crate::harness::{FAKE, Scene, alive, finish, start, survivors, until};
+use crate::harness::{FAKE, Running, Scene, alive, finish, start, survivors, until};
 use rustix::process::Signal;
 use std::time::Duration;
 
@@ -206,6 +206,87 @@ fn user_signals_are_passed_on_and_stop_nothing() {
         0,
         "each worker ended with 0 on SIGUSR1"
     );
+}
+
+/// Workers that do this in bash, with rank and pid in the file `ready<rank>` once they listen.
+fn start_bash(scene: &Scene, options: &str, script: &str) -> Running {
+    let ready = scene.path("ready").display().to_string();
+    let script = format!(
+        "{script}\necho -n $$ > {ready}$RANK.new; mv {ready}$RANK.new {ready}$RANK\n\
+         while :; do sleep 0.02; done"
+    );
+    let mut words = vec!["--run-dir", "run"];
+    words.extend(options.split_whitespace());
+    words.extend(["--", "bash", "-c", &script]);
+    let running = start(&mut scene.command(&words));
+    scene.wait_for_pids("ready", 2);
+    running
+}
+
+/// The last rank is in the middle of its save when the first ends.
+#[test]
+fn a_program_that_saves_on_sigusr2_is_waited_for() {
+    for (last, code) in [(75, 75), (0, 75), (17, 17)] {
+        let scene = Scene::new();
+        let save = format!(
+            r#"save() {{
+                [ $RANK = 0 ] && exit 75
+                until grep -q answered "$TSM_RUN_DIR/events.jsonl"; do sleep 0.01; done
+                echo saved; exit {last}
+            }}
+            trap save USR2"#
+        );
+        let running = start_bash(&scene, "--cpus 2 --max-restarts 2", &save);
+        running.signal(Signal::USR2);
+        let outcome = finish(running);
+        assert_eq!(outcome.code, code, "{}", outcome.err);
+        assert_eq!(scene.log(1, "out"), b"saved\n");
+        let failed = scene.run_dir().join("failure.json").exists();
+        assert_eq!(failed, code == 17, "{}", outcome.err);
+        let text = if failed {
+            "rank 1 failed first: exit code 17"
+        } else {
+            "tsm-launch: saved after "
+        };
+        assert!(outcome.err.contains(text), "{}", outcome.err);
+    }
+}
+
+#[test]
+fn who_does_not_save_within_the_grace_is_stopped_and_nobody_is_blamed() {
+    let scene = Scene::new();
+    let script = "[ $RANK = 0 ] && trap 'exit 75' USR2 || trap '' USR2";
+    let running = start_bash(&scene, "--cpus 2 --grace 400ms", script);
+    running.signal(Signal::USR2);
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 140, "{}", outcome.err);
+    let why = "rank 1 did not save and end within 400ms after SIGUSR2";
+    assert!(outcome.err.contains(why), "{}", outcome.err);
+    let ends = &scene.json("manifest.json")["ranks"];
+    assert_eq!(
+        (&ends[0]["end"]["code"], &ends[1]["end"]["signal"]),
+        (&75.into(), &15.into())
+    );
+    assert!(!scene.run_dir().join("failure.json").exists());
+}
+
+#[test]
+fn a_program_without_a_handler_is_ended_by_a_user_signal_and_not_started_again() {
+    for (signal, code, name) in [
+        (Signal::USR2, 140, "SIGUSR2"),
+        (Signal::USR1, 138, "SIGUSR1"),
+    ] {
+        let scene = Scene::new();
+        let running = start_bash(&scene, "--cpus 2 --max-restarts 2", "");
+        running.signal(signal);
+        let outcome = finish(running);
+        assert_eq!(outcome.code, code, "{}", outcome.err);
+        let why = format!("{name} was passed on and ended rank");
+        assert!(outcome.err.contains(&why), "{}", outcome.err);
+        assert!(!outcome.err.contains("start 2"), "{}", outcome.err);
+        assert_eq!(scene.json("manifest.json")["outcome"], "stopped");
+        assert!(!scene.run_dir().join("failure.json").exists());
+    }
 }
 
 #[test]

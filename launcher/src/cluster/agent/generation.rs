@@ -388,7 +388,7 @@ impl Generation {
                         worker.kill();
                     }
                 }
-                Action::Failing { .. } | Action::GraceOver { .. } => {}
+                Action::Failing { .. } | Action::Answered { .. } | Action::GraceOver { .. } => {}
             }
         }
         actions

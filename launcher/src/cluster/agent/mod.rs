@@ -474,6 +474,11 @@ impl Agent {
                     end,
                     at: now,
                 }),
+                Action::Answered { rank, end } => self.say(FromAgent::Answered {
+                    generation: number,
+                    local_rank: rank as u32,
+                    end,
+                }),
                 Action::GraceOver { ranks } => {
                     let ranks: Vec<String> = ranks
                         .iter()

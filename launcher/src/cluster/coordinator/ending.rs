@@ -67,7 +67,11 @@ impl State {
             verdict: None,
             again: false,
         };
-        match self.cause.clone() {
+        let by_signal = match self.cause {
+            None | Some(Cause::Failure) => self.passing.blamed(&ranks).map(Cause::Signal),
+            _ => None,
+        };
+        match by_signal.or(self.cause.clone()) {
             None | Some(Cause::Preempt | Cause::Grow) if whole && all(Rank::has_succeeded) => {}
             Some(Cause::Grow) if whole && obeyed && !self.last => {
                 (ending.outcome, ending.again) = ("grown", true)
@@ -93,7 +97,9 @@ impl State {
                 }
             }
             Some(Cause::Signal(signal)) => {
-                (ending.outcome, ending.code) = ("stopped", exit::SIGNAL_BASE + signal)
+                (ending.outcome, ending.code) = ("stopped", exit::SIGNAL_BASE + signal);
+                let grace = self.settings.job.grace;
+                ending.verdict = self.passing.explain(signal, &ranks, grace);
             }
             _ => self.fail(ranks, places, &mut ending, now),
         }

@@ -110,6 +110,7 @@ impl State {
         }
         self.places = self.members.iter().map(|m| m.id).collect();
         (self.cause, self.inspection) = (None, None);
+        self.passing = Default::default();
         self.interrupted.clear();
         self.reports.clear();
         self.lost.clear();

@@ -16,6 +16,7 @@ mod ending;
 mod forming;
 mod measuring;
 mod member;
+mod passing;
 mod phases;
 mod rounds;
 mod running;
@@ -249,6 +250,7 @@ pub struct State {
     attempt: u32,
     pub started_at: Duration,
     cause: Option<Cause>,
+    passing: passing::Passing,
     /// Where Ctrl-C was pressed in this generation.
     interrupted: Vec<String>,
     /// Before the next start.
@@ -322,6 +324,7 @@ impl State {
             attempt: 0,
             started_at: now,
             cause: None,
+            passing: passing::Passing::default(),
             interrupted: Vec::new(),
             pause: Duration::ZERO,
             reports: BTreeMap::new(),
@@ -381,7 +384,8 @@ impl State {
                 // While it waits for answers, nobody looks for other hangs.
                 let inspection = self.inspection.as_ref().map(|i| i.deadline);
                 let look = inspection.unwrap_or(self.next_look);
-                Some(look.min(self.settings.save_at.unwrap_or(look)))
+                let saves = [self.settings.save_at, self.passing.deadline];
+                saves.into_iter().flatten().chain([look]).min()
             }
             Phase::Finished { .. } => return None,
         };
@@ -482,6 +486,11 @@ impl State {
             } if self.current(generation) => {
                 self.failing(id, local_rank, end, now, actions);
             }
+            FromAgent::Answered {
+                generation,
+                local_rank,
+                end,
+            } if self.current(generation) => self.answered(id, local_rank, end, now, actions),
             FromAgent::Inspected {
                 generation,
                 looks,

@@ -231,16 +231,14 @@ impl State {
         ));
         let ranks = count(self.world_size() as usize, "worker");
         match self.phase {
-            Phase::Run if signal == libc::SIGUSR1 => {
-                self.to_members(|generation| ToAgent::Signal { generation, signal }, actions)
-            }
+            Phase::Run if signal == libc::SIGUSR1 => self.pass_on(signal, now, actions),
             Phase::Run if signal == libc::SIGUSR2 && self.settings.job.saves => {
                 self.preempt(&format!("{name}{place}"), now, actions)
             }
-            Phase::Run if signal == libc::SIGUSR2 => {
-                self.to_members(|generation| ToAgent::Signal { generation, signal }, actions)
+            Phase::Run if signal == libc::SIGUSR2 => self.pass_on(signal, now, actions),
+            Phase::Stop { .. } if matches!(signal, libc::SIGUSR1 | libc::SIGUSR2) => {
+                self.passing.heard(signal, now);
             }
-            Phase::Stop { .. } if matches!(signal, libc::SIGUSR1 | libc::SIGUSR2) => {}
             Phase::Run => {
                 let again = if signal == libc::SIGINT {
                     "; Ctrl-C again kills them"
@@ -321,7 +319,9 @@ impl State {
         }
         match self.phase {
             Phase::Run => {
-                if self.settings.save_at.is_some_and(|at| now >= at) {
+                if self.passing.deadline.is_some_and(|at| now >= at) {
+                    self.end_saving(now, actions);
+                } else if self.settings.save_at.is_some_and(|at| now >= at) {
                     self.settings.save_at = None;
                     if self.settings.job.saves {
                         self.preempt("the allocation ends soon", now, actions);

@@ -12,7 +12,7 @@ use crate::hang::progress::Event as Pace;
 use crate::hang::ras::Answer;
 use crate::hang::report::{Inspection as Look, report};
 use crate::manifest::environment::Change;
-use crate::supervisor::count;
+use crate::supervisor::{Rank, count};
 
 impl State {
     pub(super) fn started(
@@ -92,6 +92,8 @@ impl State {
             return;
         };
         let others = self.world_size().saturating_sub(1) as usize;
+        let by = end.and_then(|end| self.passing.ended(end));
+        let cause = by.map_or(Cause::Failure, Cause::Signal);
         if others > 0 {
             let end = match end {
                 None => "says that it fails".into(),
@@ -105,12 +107,17 @@ impl State {
             } else {
                 String::new()
             };
+            let passed = if cause == Cause::Failure {
+                ""
+            } else {
+                ", which was passed on"
+            };
             let (others, grace) = (count(others, "other"), format(self.settings.job.grace));
             actions.push(Action::Notice(format!(
-                "rank {rank}{at} {end}: stopping {others}, grace {grace}"
+                "rank {rank}{at} {end}{passed}: stopping {others}, grace {grace}"
             )));
         }
-        self.stop(Cause::Failure, libc::SIGTERM, now, actions);
+        self.stop(cause, libc::SIGTERM, now, actions);
     }
 
     pub(super) fn clean(
@@ -137,7 +144,8 @@ impl State {
             };
             actions.push(Action::Notice(format!("warning: {at}{warning}")));
         }
-        let failed = report.ranks.iter().any(|(rank, _)| !rank.is_well());
+        let is_fine = |rank: &Rank| rank.is_well() || self.passing.killed(rank).is_some();
+        let failed = report.ranks.iter().any(|(rank, _)| !is_fine(rank));
         self.reports.insert(id, report);
         // It was not said before where a rank that saved by itself was not followed by the others in time.
         if failed && self.cause.is_none() {
@@ -293,7 +301,7 @@ impl State {
 }
 
 /// Number in the job of a node's rank; `None` for one that the node does not have.
-fn rank_of(member: &Member, local_rank: u32) -> Option<u32> {
+pub(super) fn rank_of(member: &Member, local_rank: u32) -> Option<u32> {
     let rank = member.ranks.start.checked_add(local_rank)?;
     member.ranks.contains(&rank).then_some(rank)
 }

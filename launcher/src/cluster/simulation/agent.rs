@@ -328,6 +328,11 @@ impl Agent {
                     end,
                     at: now,
                 }),
+                Action::Answered { rank, end } => Effect::Say(FromAgent::Answered {
+                    generation: generation.start.generation,
+                    local_rank: rank as u32,
+                    end,
+                }),
                 Action::GraceOver { .. } => Effect::Say(FromAgent::Notice {
                     text: "the grace is over".into(),
                 }),

@@ -74,13 +74,15 @@ impl Turn {
     }
 
     /// Queues the job again where that is right, and says what was done. SLURM then ends this process.
-    /// `stopped`: SLURM had a reason of its own to end the turn.
+    /// `stopped`: SLURM had a reason of its own to end the turn. `saves`: the run's checkpoints are ours, so that
+    /// they tell whether it gets anywhere.
     pub fn end(
         &self,
         code: i32,
         outcome: &str,
         folder: &Path,
         stopped: Option<StopCause>,
+        saves: bool,
     ) -> Option<String> {
         let job = self.allocation.job;
         if code != exit::REQUEUE || self.allocation.place != Place::Batch {
@@ -92,7 +94,7 @@ impl Turn {
         let ended = Ended {
             exit_code: code,
             outcome,
-            fruitless: fruitless(folder),
+            fruitless: if saves { fruitless(folder) } else { 0 },
         };
         let permitted = self.job.as_ref().is_none_or(|job| job.requeue);
         Some(match should_requeue(ended, permitted) {
