@@ -210,6 +210,60 @@ fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
     scene.assert_nothing_is_left();
 }
 
+/// To the launcher it is any program.
+#[test]
+fn a_program_that_saves_on_sigusr2_is_queued_again_and_one_without_a_handler_is_not() {
+    let Some(scene) = Scene::new("program") else {
+        return;
+    };
+    fs_err::write(scene.dir.join("goal"), "100000").unwrap();
+    let nodes = ["--nodelist=n[3-4]"];
+    let to_batch = |job: crate::JobId| {
+        scene
+            .cluster
+            .output("scancel", &["--batch", "--signal=USR2", &job.to_string()]);
+    };
+    let job = scene.submit(&nodes, "--cpus 1 --max-restarts 2 -- ./trainer");
+    let run = scene.dir.join(format!("runs/trainer-slurm-{job}"));
+    for rank in 0..2 {
+        scene.until_there(&run.join(format!("going-{rank}")));
+    }
+    to_batch(job);
+    for rank in 0..2 {
+        scene.until_there(&run.join(format!("steps-{rank}")));
+    }
+    fs_err::write(scene.dir.join("goal"), "0").unwrap();
+    let end = scene.cluster.wait(job);
+    let said = scene.cluster.job_output(job);
+    assert_eq!(
+        (end.state.as_str(), end.restarts),
+        ("COMPLETED", 1),
+        "{said}"
+    );
+    assert!(
+        said.contains(&format!("job {job} is queued again")),
+        "{said}"
+    );
+
+    let going = scene.dir.join("going");
+    let script = format!("touch {}-$RANK; exec sleep 300", going.display());
+    let words = format!("--cpus 1 --max-restarts 2 -- sh -c '{script}'");
+    let job = scene.submit(&nodes, &words);
+    for rank in 0..2 {
+        scene.until_there(&scene.dir.join(format!("going-{rank}")));
+    }
+    to_batch(job);
+    let end = scene.cluster.wait(job);
+    let said = scene.cluster.job_output(job);
+    assert_eq!(
+        (end.state.as_str(), end.exit.0, end.restarts),
+        ("FAILED", 140, 0),
+        "{said}"
+    );
+    assert!(said.contains("SIGUSR2 was passed on and ended"), "{said}");
+    scene.assert_nothing_is_left();
+}
+
 #[test]
 fn a_job_saves_before_its_time_limit_and_a_finished_one_is_not_run_again() {
     let Some(scene) = Scene::new("limit") else {
