@@ -36,7 +36,7 @@ use crate::start::agent::Parts;
 use crate::start::by_hand::{self, Part};
 use crate::start::children::Children;
 use crate::start::slurm::{Allocation, Place, Turn};
-use crate::start::{agent as start_agent, meet, run_here, ssh};
+use crate::start::{agent as start_agent, meet, orphan, run_here, ssh};
 use crate::status::Snapshot;
 use crate::status::http::Server;
 use crate::status::view::{View, wants_colour};
@@ -72,6 +72,7 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         bail!(Coded::new(exit::USAGE, text));
     }
     let mut target = Target::resolve(args)?;
+    orphan::end_with_mpirun();
     if !args.dry_run && !is_told && adopted.is_none() {
         // A user's own srun of one task is a node alone.
         let allocation = Allocation::from_env(lookup)?;

@@ -214,6 +214,7 @@ impl Guard {
 /// The part of `/proc/<pid>/stat` that matters here.
 struct Stat {
     state: char,
+    parent: i32,
     session: i32,
 }
 
@@ -227,9 +228,19 @@ impl Stat {
     fn parse(text: &str) -> Option<Stat> {
         let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
         let state = fields.next()?.chars().next()?;
-        let session = fields.nth(2)?.parse().ok()?;
-        Some(Stat { state, session })
+        let parent = fields.next()?.parse().ok()?;
+        let session = fields.nth(1)?.parse().ok()?;
+        Some(Stat {
+            state,
+            parent,
+            session,
+        })
     }
+}
+
+/// The parent of a process; 0 where that is outside this pid namespace.
+pub fn parent(pid: i32) -> Option<i32> {
+    Stat::read(pid).map(|stat| stat.parent)
 }
 
 /// Living processes whose session is one of `sessions`: workers and all they started that
@@ -282,7 +293,7 @@ mod tests {
     #[test]
     fn stat_survives_any_program_name() {
         let stat = Stat::parse("42 (a) b (c)) S 1 40 39 0 -1 4194560").unwrap();
-        assert_eq!((stat.state, stat.session), ('S', 39));
+        assert_eq!((stat.state, stat.parent, stat.session), ('S', 1, 39));
         assert!(Stat::parse("42 (a").is_none());
     }
 

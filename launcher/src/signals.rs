@@ -3,9 +3,10 @@
 use anyhow::Context;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// The signals that the launcher passes on.
-const FORWARDED: [i32; 5] = [
+/// The signals that the launcher answers, for its workers.
+const HEARD: [i32; 6] = [
     libc::SIGINT,
+    libc::SIGQUIT,
     libc::SIGTERM,
     libc::SIGHUP,
     libc::SIGUSR1,
@@ -22,9 +23,7 @@ impl Signals {
     /// When a handler cannot be installed.
     pub fn catch() -> anyhow::Result<Signals> {
         let ignored = ignored(&fs_err::read_to_string("/proc/self/status").unwrap_or_default());
-        let caught = FORWARDED
-            .into_iter()
-            .filter(|s| ignored & (1 << (s - 1)) == 0);
+        let caught = HEARD.into_iter().filter(|s| ignored & (1 << (s - 1)) == 0);
         let open = |number| Ok((number, signal(SignalKind::from_raw(number))?));
         let signals: std::io::Result<Vec<_>> = caught.map(open).collect();
         Ok(Signals(signals.context("cannot handle signals")?))

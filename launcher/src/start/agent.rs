@@ -1,6 +1,7 @@
 //! An agent that another process coordinates: dialled by hand, or held by ssh or srun.
 
 use clap::{ArgGroup, Parser};
+use std::io::Write;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -191,7 +192,8 @@ async fn unfit(mut link: Link, host: String, e: &Coded) -> i32 {
 /// Says why, where there is something to say; the exit code.
 pub fn finish(leave: Leave) -> i32 {
     if let Some(message) = leave.message {
-        eprintln!("error: {message}");
+        // Its reader may be gone, as mpirun is when it was killed.
+        let _ = writeln!(std::io::stderr(), "error: {message}");
     }
     leave.code
 }
@@ -220,7 +222,6 @@ async fn dial_any(args: &Args, key: &Key) -> anyhow::Result<Connection> {
 
 /// Takes over stdin and stdout. Threads copy them, since a read of stdin that waits cannot be given up.
 async fn over_stdio(key: &Key) -> anyhow::Result<Connection> {
-    use std::io::Write;
     let (ours, theirs) = StdStream::pair()?;
     {
         std::io::stderr().write_all(HERE)?;
@@ -260,7 +261,6 @@ async fn over_stdio(key: &Key) -> anyhow::Result<Connection> {
 
 /// Past std's buffer, which may hold nothing: the key was read byte by byte.
 fn copy_fd(from: impl std::os::fd::AsFd, to: &mut StdStream) -> std::io::Result<()> {
-    use std::io::Write;
     let mut buffer = vec![0; 64 << 10];
     loop {
         match rustix::io::read(&from, &mut buffer) {

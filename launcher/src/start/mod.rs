@@ -6,6 +6,7 @@ pub mod by_hand;
 pub mod children;
 pub mod hosts;
 pub mod meet;
+pub mod orphan;
 pub mod slurm;
 pub mod ssh;
 

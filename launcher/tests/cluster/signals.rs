@@ -80,6 +80,17 @@ fn sigterm_to_an_agent_stops_the_job() {
 }
 
 #[test]
+fn ctrl_backslash_at_an_agent_stops_the_job() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let (mut job, _) = hanging(&cluster, true);
+    job.signal(2, Signal::QUIT);
+    assert_eq!(job.end(), [131, 131]);
+    assert!(job.err(1).contains("SIGQUIT on node-2: stopping 4 workers"));
+}
+
+#[test]
 fn user_signals_are_passed_on_to_all_nodes() {
     let Some(cluster) = Cluster::new(2) else {
         return;

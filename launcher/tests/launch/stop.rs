@@ -138,8 +138,8 @@ fn ctrl_c_is_forwarded_and_workers_may_end_in_order() {
 }
 
 #[test]
-fn sigterm_and_sighup_stop_the_job_too() {
-    for (signal, code) in [(Signal::TERM, 143), (Signal::HUP, 129)] {
+fn sigterm_sighup_and_sigquit_stop_the_job_too() {
+    for (signal, code) in [(Signal::TERM, 143), (Signal::HUP, 129), (Signal::QUIT, 131)] {
         let scene = Scene::new();
         let ready = scene.path("ready").display().to_string();
         let running = scene.start("--cpus 1", &format!("--touch {ready}{{rank}} --hang"));
@@ -147,7 +147,23 @@ fn sigterm_and_sighup_stop_the_job_too() {
         running.signal(signal);
         let outcome = finish(running);
         assert_eq!(outcome.code, code, "{}", outcome.err);
+        assert_eq!(scene.json("manifest.json")["outcome"], "stopped");
     }
+}
+
+/// A worker ends as at a SIGTERM, without a core dump.
+#[test]
+fn sigquit_is_a_sigterm_to_the_workers() {
+    let scene = Scene::new();
+    let ready = scene.path("ready").display().to_string();
+    let actions = format!("--exit-on 15 0 --touch {ready}{{rank}} --hang");
+    let running = scene.start("--cpus 2", &actions);
+    scene.wait_for_pids("ready", 2);
+    running.signal(Signal::QUIT);
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 131, "{}", outcome.err);
+    assert!(outcome.err.contains("SIGQUIT: stopping 2 workers"));
+    assert_eq!(scene.json("manifest.json")["ranks"][1]["end"]["code"], 0);
 }
 
 #[test]

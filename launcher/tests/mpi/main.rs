@@ -12,8 +12,17 @@ use std::path::Path;
 use std::process::Command;
 
 /// `mpirun` with `options` for itself, tsm-launch with `words` for it and fake workers that do `actions`; `None`,
-/// said on stderr, where there is no mpirun. tsm-launch is a copy in the scene, for [`survivors`].
+/// said on stderr, where there is no mpirun.
 fn mpirun(scene: &Scene, options: &str, words: &str, actions: &str) -> Option<Command> {
+    let mut command = mpirun_of(scene, options)?;
+    command.arg(scene.path("tsm-launch"));
+    command.args(words.split_whitespace()).arg("--").arg(FAKE);
+    command.args(actions.split_whitespace());
+    Some(command)
+}
+
+/// `mpirun` alone. tsm-launch is a copy in the scene, for [`survivors`].
+fn mpirun_of(scene: &Scene, options: &str) -> Option<Command> {
     if !Path::new("/usr/bin/mpirun").exists() {
         eprintln!("skipped: there is no /usr/bin/mpirun");
         return None;
@@ -29,9 +38,21 @@ fn mpirun(scene: &Scene, options: &str, words: &str, actions: &str) -> Option<Co
     if rustix::process::geteuid().is_root() {
         command.arg("--allow-run-as-root");
     }
-    command.args(options.split_whitespace()).arg(&copy);
-    command.args(words.split_whitespace()).arg("--").arg(FAKE);
-    command.args(actions.split_whitespace());
+    command.args(options.split_whitespace());
+    Some(command)
+}
+
+/// Two processes of mpirun, directly or by a shell each, that run this as the program.
+fn mpirun_program(scene: &Scene, in_shell: bool, program: &[&str]) -> Option<Command> {
+    let words: &[&str] = if in_shell {
+        // Not by exec: the shell stays between.
+        &["sh", "-c", r#""$0" "$@"; exit $?"#]
+    } else {
+        &[]
+    };
+    let mut command = mpirun_of(scene, "-n 2")?;
+    command.args(words).arg(scene.path("tsm-launch"));
+    command.args(TWO.split_whitespace()).arg("--").args(program);
     Some(command)
 }
 
@@ -153,6 +174,59 @@ fn ctrl_c_ends_the_job() {
         survivors(&scene.path("")).is_empty().then_some(())
     });
     assert!(pids.iter().all(|&pid| !alive(pid)));
+}
+
+/// Kills what a failing test leaves behind.
+struct Sweep<'a>(&'a Scene);
+
+impl Drop for Sweep<'_> {
+    fn drop(&mut self) {
+        for process in survivors(&self.0.path("")) {
+            let pid = process.split(':').next().and_then(|pid| pid.parse().ok());
+            if let Some(pid) = pid.and_then(Pid::from_raw) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+    }
+}
+
+/// Nobody is in charge any more: each node stops its ranks in order. mpirun starts it directly, or a shell.
+#[test]
+fn the_sigkill_of_mpirun_ends_the_job() {
+    for in_shell in [false, true] {
+        let scene = Scene::new();
+        let _sweep = Sweep(&scene);
+        let pids = scene.path("pid-{rank}").display().to_string();
+        // Only a worker that is asked to end makes the file.
+        let ended = scene.path("ended-").display().to_string();
+        let trap = format!(
+            "trap 'touch {ended}$RANK; exit' TERM; echo -n $$ > {pids}.new; mv {pids}.new {pids}; while :; do sleep 0.02; done"
+        );
+        let trap = trap.replace("{rank}", "$RANK");
+        let Some(mut command) = mpirun_program(&scene, in_shell, &["bash", "-c", &trap]) else {
+            return;
+        };
+        let running = start(&mut command);
+        let workers = scene.wait_for_pids("pid-", 2);
+        running.signal(Signal::KILL);
+        finish(running);
+        until("every process to end", || {
+            survivors(&scene.path("")).is_empty().then_some(())
+        });
+        assert!(workers.iter().all(|&pid| !alive(pid)));
+        for rank in 0..2 {
+            assert!(
+                scene.path(&format!("ended-{rank}")).exists(),
+                "rank {rank} was killed at once"
+            );
+        }
+        let manifest: serde_json::Value =
+            serde_json::from_str(&read(&scene, "manifest.json")).unwrap();
+        assert_eq!(
+            (&manifest["outcome"], &manifest["exit_code"]),
+            (&"stopped".into(), &143.into())
+        );
+    }
 }
 
 #[test]

@@ -249,7 +249,12 @@ impl State {
                     "{name}{place}: stopping {ranks}{again}"
                 )));
                 self.interrupted = vec![place.into()];
-                self.stop(Cause::Signal(signal), signal, now, actions);
+                // Workers are seldom ready for Ctrl-\, and would dump their memory.
+                let told = match signal {
+                    libc::SIGQUIT => libc::SIGTERM,
+                    signal => signal,
+                };
+                self.stop(Cause::Signal(signal), told, now, actions);
             }
             // The same key, pressed once, reaches an agent with a terminal of its own as well.
             Phase::Stop { .. }
