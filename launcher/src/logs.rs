@@ -11,11 +11,12 @@ use fs_err::File;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::time::Timespec;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::console::lines::{Batch, Lines, visible};
 use crate::console::queue::Feed;
@@ -132,6 +133,7 @@ impl Logs {
             epoll,
             sources: sources.into_iter().map(Some).collect(),
             shown,
+            start: Instant::now(),
             lost: Vec::new(),
         };
         std::thread::Builder::new()
@@ -158,6 +160,8 @@ struct Reader {
     epoll: OwnedFd,
     sources: Vec<Option<Source>>,
     shown: Shown,
+    /// From which the time of progress bars counts.
+    start: Instant,
     /// Files that could not be written, with the reason.
     lost: Vec<String>,
 }
@@ -168,8 +172,11 @@ impl Reader {
         let mut events = Vec::with_capacity(64);
         while self.sources.iter().any(Option::is_some) {
             events.clear();
+            let deadline = self.lines().filter_map(|lines| lines.deadline()).min();
+            let wait = deadline.map(|at| at.saturating_sub(self.start.elapsed()));
+            let wait = wait.map(|wait| Timespec::try_from(wait).unwrap_or_default());
             if rustix::io::retry_on_intr(|| {
-                epoll::wait(&self.epoll, spare_capacity(&mut events), None)
+                epoll::wait(&self.epoll, spare_capacity(&mut events), wait.as_ref())
             })
             .is_err()
             {
@@ -183,10 +190,24 @@ impl Reader {
                     self.shown.feed.send(full, self.shown.patience);
                 }
             }
+            let now = self.start.elapsed();
+            if deadline.is_some_and(|at| now >= at) {
+                self.lines()
+                    .for_each(|lines| lines.show_bar(now, &mut batch));
+            }
             if !batch.is_empty() {
                 self.shown.feed.send(batch, self.shown.patience);
             }
         }
+    }
+
+    /// Of the workers' streams that are shown.
+    fn lines(&mut self) -> impl Iterator<Item = &mut Lines> {
+        let sources = self.sources.iter_mut().flatten();
+        sources.filter_map(|source| match &mut source.to {
+            Sink::Worker { shown, .. } => shown.as_mut(),
+            Sink::Notices(_) => None,
+        })
     }
 
     /// Reads once from source `index`: epoll reports the rest again, and other ranks have their turn.
@@ -215,8 +236,9 @@ impl Reader {
                 return;
             }
         };
+        let now = self.start.elapsed();
         match &mut source.to {
-            Sink::Notices(lines) => lines.push(bytes, batch),
+            Sink::Notices(lines) => lines.push(bytes, now, batch),
             Sink::Worker {
                 file,
                 stderr,
@@ -235,7 +257,7 @@ impl Reader {
                     tail.push(bytes);
                 }
                 if let Some(lines) = shown {
-                    lines.push(bytes, batch);
+                    lines.push(bytes, now, batch);
                 }
             }
         }
@@ -256,6 +278,7 @@ pub fn read_small(path: &std::path::Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::console::lines::Bars;
     use crate::console::queue::{LIMIT, Taken, queue};
 
     #[test]
@@ -286,7 +309,7 @@ mod tests {
         let to = Sink::Worker {
             file: File::create(&path).unwrap(),
             stderr: true,
-            shown: Some(Lines::new(0, true, false)),
+            shown: Some(Lines::new(0, true, Bars::Hidden)),
             tail: tail.clone(),
         };
         let pipe = read.into();
@@ -303,6 +326,35 @@ mod tests {
         assert_eq!(lines, [&b"a"[..], b"b", b"\xff"]);
         assert_eq!(fs_err::read(&path).unwrap(), b"a\nb\r\n\xff");
         assert_eq!(tail.lines(), ["a", "b", "\u{fffd}"]);
+    }
+
+    /// It is shown though nothing follows, and the file has it as it came.
+    #[test]
+    fn a_bar_that_stands_still_is_shown_when_its_time_has_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let (read, mut write) = std::io::pipe().unwrap();
+        let path = dir.path().join("0.out");
+        let bars = Bars::Lines(Duration::from_millis(20));
+        let to = Sink::Worker {
+            file: File::create(&path).unwrap(),
+            stderr: false,
+            shown: Some(Lines::new(0, false, bars)),
+            tail: Tail::default(),
+        };
+        let pipe = read.into();
+        let (feed, mut tap) = queue(LIMIT);
+        let logs = Logs::start(vec![Source { pipe, to }], shown(feed)).unwrap();
+        write.write_all(b"\r 10%\r 20%").unwrap();
+        // The writer stays open, so only the clock can bring the line.
+        let Taken::Batch(batch) = tap.wait(Some(Duration::from_secs(60))) else {
+            panic!("no line came")
+        };
+        let lines: Vec<_> = batch.lines().map(|line| line.text).collect();
+        assert_eq!(lines, [b" 20%"]);
+        write.write_all(b"\r100%\n").unwrap();
+        drop(write);
+        assert!(logs.finish(Duration::from_secs(10)).1);
+        assert_eq!(fs_err::read(&path).unwrap(), b"\r 10%\r 20%\r100%\n");
     }
 
     #[test]
@@ -325,7 +377,7 @@ mod tests {
         let to = Sink::Worker {
             file: File::create(&path).unwrap(),
             stderr: false,
-            shown: Some(Lines::new(3, false, false)),
+            shown: Some(Lines::new(3, false, Bars::Hidden)),
             tail: Tail::default(),
         };
         let pipe = read.into();

@@ -1,9 +1,12 @@
 //! From the bytes of a stream to whole lines, and batches of them that can travel.
 
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// A line longer than this is shown in pieces. Files are never cut.
 const MAX_LINE: usize = 64 << 10;
+/// Where no terminal can draw it, the state of a progress bar is shown as a line so long after it changed.
+pub const BAR_PERIOD: Duration = Duration::from_secs(10);
 
 /// Lines to show, of one node, in the order in which they were read.
 ///
@@ -166,25 +169,39 @@ impl Batch {
     }
 }
 
+/// What is shown of a progress bar (text after a carriage return) while its line is not complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bars {
+    Hidden,
+    /// Each state, at the bottom of a terminal.
+    Drawn,
+    /// Its last state as a line, so long after it changed.
+    Lines(Duration),
+}
+
 /// Cuts one stream into lines.
 pub struct Lines {
     rank: Option<u32>,
     stderr: bool,
     pending: Vec<u8>,
-    /// Show a progress bar (text after a carriage return) while its line is not complete.
-    progress: bool,
-    /// A bar was shown since the last complete line.
+    bars: Bars,
+    /// A bar was drawn since the last complete line.
     in_progress: bool,
+    /// When to show the state of a bar as a line, and which one was shown last.
+    due: Option<Duration>,
+    state: Vec<u8>,
 }
 
 impl Lines {
-    pub fn new(rank: u32, stderr: bool, progress: bool) -> Lines {
+    pub fn new(rank: u32, stderr: bool, bars: Bars) -> Lines {
         Lines {
             rank: Some(rank),
             stderr,
             pending: Vec::new(),
-            progress,
+            bars,
             in_progress: false,
+            due: None,
+            state: Vec::new(),
         }
     }
 
@@ -192,12 +209,12 @@ impl Lines {
     pub fn own() -> Lines {
         Lines {
             rank: None,
-            ..Lines::new(0, true, false)
+            ..Lines::new(0, true, Bars::Hidden)
         }
     }
 
-    /// Takes in `bytes`; complete lines, and a progress line in the making, go to `batch`.
-    pub fn push(&mut self, bytes: &[u8], batch: &mut Batch) {
+    /// Takes in `bytes`; complete lines, and a progress line in the making, go to `batch`. `now` counts from any start.
+    pub fn push(&mut self, bytes: &[u8], now: Duration, batch: &mut Batch) {
         let mut rest = bytes;
         while let Some(end) = memchr::memchr(b'\n', rest) {
             if self.pending.is_empty() && end <= MAX_LINE {
@@ -212,13 +229,38 @@ impl Lines {
         // Of a bar that redraws itself without ever ending the line, only the last state matters.
         if let Some(start) = last_return(&self.pending) {
             self.pending.drain(..start);
-            if let (true, Some(rank)) = (self.progress, self.rank) {
-                self.in_progress = true;
-                batch.bar = Some((rank, visible(&self.pending).to_vec()));
+            let state = visible(&self.pending);
+            match (self.bars, self.rank) {
+                (Bars::Drawn, Some(rank)) => {
+                    self.in_progress = true;
+                    batch.bar = Some((rank, state.to_vec()));
+                }
+                (Bars::Lines(period), _) if state != self.state && !is_blank(state) => {
+                    self.due.get_or_insert(now + period);
+                }
+                _ => {}
             }
         }
         if self.pending.len() > MAX_LINE {
             self.complete(batch);
+        }
+    }
+
+    /// When to call [`Lines::show_bar`].
+    pub fn deadline(&self) -> Option<Duration> {
+        self.due
+    }
+
+    /// Shows the state of a bar whose time has come.
+    pub fn show_bar(&mut self, now: Duration, batch: &mut Batch) {
+        if self.due.is_none_or(|at| now < at) {
+            return;
+        }
+        self.due = None;
+        let state = visible(&self.pending);
+        if state != self.state && !is_blank(state) {
+            self.state = state.to_vec();
+            batch.push(self.rank, self.stderr, state);
         }
     }
 
@@ -240,7 +282,13 @@ impl Lines {
         if let (true, Some(rank)) = (std::mem::take(&mut self.in_progress), self.rank) {
             batch.bar = Some((rank, Vec::new()));
         }
-        batch.push(self.rank, self.stderr, visible(line));
+        self.due = None;
+        let state = std::mem::take(&mut self.state);
+        let line = visible(line);
+        // The last state of a bar may be shown already.
+        if state.is_empty() || state != line {
+            batch.push(self.rank, self.stderr, line);
+        }
     }
 }
 
@@ -249,6 +297,10 @@ impl Lines {
 fn last_return(line: &[u8]) -> Option<usize> {
     let body = line.strip_suffix(b"\r").unwrap_or(line);
     memchr::memrchr(b'\r', body).or((body.len() < line.len()).then_some(0))
+}
+
+fn is_blank(text: &[u8]) -> bool {
+    text.trim_ascii().is_empty()
 }
 
 /// What a terminal would show of `line` in the end.
@@ -262,10 +314,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn show(chunks: &[&[u8]], progress: bool) -> (Vec<String>, Option<String>) {
-        let (mut lines, mut batch) = (Lines::new(3, true, progress), Batch::default());
+    const START: Duration = Duration::ZERO;
+
+    fn show(chunks: &[&[u8]], bars: Bars) -> (Vec<String>, Option<String>) {
+        let (mut lines, mut batch) = (Lines::new(3, true, bars), Batch::default());
         for chunk in chunks {
-            lines.push(chunk, &mut batch);
+            lines.push(chunk, START, &mut batch);
         }
         lines.finish(&mut batch);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -281,32 +335,66 @@ mod tests {
     #[test]
     fn lines_are_whole() {
         assert_eq!(
-            show(&[b"ab", b"c\nd", b"\n\ne"], false).0,
+            show(&[b"ab", b"c\nd", b"\n\ne"], Bars::Hidden).0,
             ["abc", "d", "", "e"]
         );
-        assert_eq!(show(&[b"\xff\xfe\n"], false).0, ["\u{fffd}\u{fffd}"]);
-        assert_eq!(show(&[b"dos\r\nline\r\n"], false).0, ["dos", "line"]);
+        assert_eq!(show(&[b"\xff\xfe\n"], Bars::Hidden).0, ["\u{fffd}\u{fffd}"]);
+        assert_eq!(show(&[b"dos\r\nline\r\n"], Bars::Hidden).0, ["dos", "line"]);
     }
 
     #[test]
     fn of_a_progress_bar_the_last_state_is_shown() {
         let chunks: [&[u8]; 4] = [b"\r 10%", b"\r 50%", b"\r100%\n", b"next\n"];
-        let (lines, none) = show(&chunks, false);
+        let (lines, none) = show(&chunks, Bars::Hidden);
         assert_eq!((lines, none), (vec!["100%".into(), "next".into()], None));
-        assert_eq!(show(&chunks, true).1.as_deref(), Some(""));
+        assert_eq!(show(&chunks, Bars::Drawn).1.as_deref(), Some(""));
         let mut batch = Batch::default();
-        Lines::new(3, true, true).push(b" 10%\r 20%\r", &mut batch);
+        Lines::new(3, true, Bars::Drawn).push(b" 10%\r 20%\r", START, &mut batch);
         assert_eq!(batch.bar, Some((3, b" 20%".to_vec())));
+    }
+
+    /// As a job's output file has it.
+    #[test]
+    fn without_a_terminal_a_bar_is_a_line_now_and_then() {
+        let s = Duration::from_secs;
+        let (mut lines, mut batch) = (Lines::new(3, true, Bars::Lines(s(10))), Batch::default());
+        let mut shown = Vec::new();
+        // A state each second, and then nothing.
+        for i in 0..40 {
+            if i <= 24 {
+                lines.push(format!("\r {i:2}%").as_bytes(), s(i), &mut batch);
+            }
+            assert!(lines.deadline().is_none_or(|at| at >= s(i)));
+            lines.show_bar(s(i), &mut batch);
+            let batch = std::mem::take(&mut batch);
+            let text = |line: Line| String::from_utf8_lossy(line.text).into_owned();
+            shown.extend(batch.lines().map(|line| (i, text(line))));
+            assert_eq!(batch.bar, None);
+        }
+        let expected = [(10, " 10%"), (21, " 21%"), (32, " 24%")];
+        assert_eq!(shown, expected.map(|(i, text)| (i, text.to_string())));
+        assert_eq!(lines.deadline(), None, "it stands still");
+        // Its end is shown once, and what follows as always.
+        lines.push(b"\n 24%\n\r    \r", s(41), &mut batch);
+        assert_eq!(lines.deadline(), None, "a bar that was wiped away");
+        let text: Vec<_> = batch.lines().map(|line| line.text).collect();
+        assert_eq!(text, [b" 24%"]);
+        // A short bar has only an end.
+        let mut batch = Batch::default();
+        lines.push(b"\r 1%", s(50), &mut batch);
+        lines.push(b"\r100%\n", s(59), &mut batch);
+        assert_eq!(lines.deadline(), None);
+        assert_eq!(batch.lines().count(), 1);
     }
 
     #[test]
     fn an_endless_bar_or_line_takes_no_memory() {
-        let (mut lines, mut batch) = (Lines::new(0, true, false), Batch::default());
+        let (mut lines, mut batch) = (Lines::new(0, true, Bars::Hidden), Batch::default());
         for _ in 0..100_000 {
-            lines.push(b"\r 10% of it", &mut batch);
+            lines.push(b"\r 10% of it", START, &mut batch);
         }
         assert!(lines.pending.len() < 64 && batch.is_empty());
-        lines.push(&vec![b'x'; 3 * MAX_LINE], &mut batch);
+        lines.push(&vec![b'x'; 3 * MAX_LINE], START, &mut batch);
         assert!(lines.pending.is_empty());
         assert!(batch.lines().all(|line| line.text.len() <= MAX_LINE));
         assert!(batch.bytes() > 3 * MAX_LINE);
@@ -342,7 +430,7 @@ mod tests {
                 rest = after;
             }
             chunks.push(rest);
-            prop_assert_eq!(show(&chunks, false).0, show(&[text.as_bytes()], false).0);
+            prop_assert_eq!(show(&chunks, Bars::Hidden).0, show(&[text.as_bytes()], Bars::Hidden).0);
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::{Logs, Shown, Sink, Source, Tail};
 use crate::console::Console;
-use crate::console::lines::Lines;
+use crate::console::lines::{Bars, Lines};
 use crate::console::painter::{Format, Style};
 use crate::console::screen::{Outputs, Screen};
 
@@ -50,7 +50,7 @@ pub fn measure(
         let to = Sink::Worker {
             file: File::create(path(rank))?,
             stderr: false,
-            shown: shown.then(|| Lines::new(rank, false, false)),
+            shown: shown.then(|| Lines::new(rank, false, Bars::Hidden)),
             tail: Tail::default(),
         };
         sources.push(Source { pipe, to });

@@ -14,7 +14,7 @@ use tsm_job::message::WorkerMessage;
 use super::Setup;
 use crate::ahead::Ahead;
 use crate::cluster::message::{NodeReport, Progress, Start};
-use crate::console::lines::Lines;
+use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::cores;
 use crate::doctor::kmsg;
 use crate::logs::{Logs, Shown, Sink, Source, Tail};
@@ -228,14 +228,21 @@ impl Generation {
                 .as_ref()
                 .is_none_or(|ranks| ranks.contains(&rank))
         };
-        let shown =
-            |stderr, progress| shows(plan.rank).then(|| Lines::new(plan.rank, stderr, progress));
         let first_shown = self.plans.iter().find(|w| shows(w.rank)).map(|w| w.rank);
-        let progress = first_shown == Some(plan.rank) && std::io::stderr().is_terminal();
+        let is_first = first_shown == Some(plan.rank);
+        let is_terminal = std::io::stderr().is_terminal();
+        let shown = |stderr| {
+            let bars = match is_terminal {
+                false => Bars::Lines(BAR_PERIOD),
+                true if is_first && stderr => Bars::Drawn,
+                true => Bars::Hidden,
+            };
+            shows(plan.rank).then(|| Lines::new(plan.rank, stderr, bars))
+        };
         let sink = |file, stderr: bool| Sink::Worker {
             file,
             stderr,
-            shown: shown(stderr, progress && stderr),
+            shown: shown(stderr),
             tail: tail.clone(),
         };
         self.sources.push(Source {
