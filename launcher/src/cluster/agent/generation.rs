@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 use tsm_job::RunDir;
+use tsm_job::exit::{self, Coded};
 use tsm_job::message::WorkerMessage;
 
 use super::Setup;
@@ -144,7 +145,14 @@ impl Generation {
         let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
         let removed = REMOVED_VARIABLES.map(String::from).into_iter();
         let remove = removed.chain(identity_in_mpi(names)).collect();
-        process::allow_open_files(FILES + FILES_PER_RANK * num_ranks as u64);
+        let files = FILES + FILES_PER_RANK * num_ranks as u64;
+        if let Err(limit) = process::allow_open_files(files) {
+            let text = format!(
+                "{num_ranks} ranks need {files} open files, and the hard limit is {limit}\n  hint: ulimit -Hn {files}, \
+                nofile in /etc/security/limits.conf, LimitNOFILE= of systemd, docker run --ulimit nofile={files}"
+            );
+            anyhow::bail!(Coded::new(exit::PREFLIGHT, text));
+        }
         Ok(Generation {
             state: State::new(num_ranks, start.grace, start.saves, start.shielded),
             plans,
