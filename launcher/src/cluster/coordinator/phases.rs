@@ -51,7 +51,7 @@ impl State {
                 "{host} was started with another config or program than the first node: give the same command on every node"
             ));
         }
-        if let Some(out) = self.left_out.iter().find(|l| l.host == host && l.must) {
+        if let Some(out) = self.left_out().find(|l| l.host == host && l.must) {
             return refuse(format!("{host} is left out: {}", out.why));
         }
         let fields =
@@ -125,8 +125,11 @@ impl State {
             },
         ));
         let exact = self.settings.min_nodes == self.settings.max_nodes && !self.settings.open;
-        let starting =
-            matches!(self.phase, Phase::Gather { .. } | Phase::Form { .. }) && self.generation == 0;
+        let starting = self.generation == 0
+            && matches!(
+                self.phase,
+                Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }
+            );
         if starting && (exact || self.settings.max_nodes == 1) {
             actions.push(Action::Notice(format!(
                 "{host} cannot run the job: {message}"
@@ -190,7 +193,7 @@ impl State {
                 }
             }
             // Before its ranks were started, or after it was clean.
-            Some(_) if matches!(self.phase, Phase::Form { .. }) => {
+            Some(_) if matches!(self.phase, Phase::Form { .. } | Phase::Measure { .. }) => {
                 actions.push(Action::Notice(format!("{host} is lost: {how}")));
                 self.gather(now);
             }
@@ -266,7 +269,10 @@ impl State {
             }
             // What was begun goes on, but nothing is started after it.
             Phase::Stop { .. } => self.end_by(Cause::Signal(signal)),
-            Phase::Gather { .. } | Phase::Form { .. } | Phase::Pause { .. } => {
+            Phase::Gather { .. }
+            | Phase::Form { .. }
+            | Phase::Measure { .. }
+            | Phase::Pause { .. } => {
                 let code = match signal {
                     libc::SIGUSR1 => return,
                     // Nothing runs, so nothing is lost: it asks to be started again.
@@ -395,6 +401,7 @@ impl State {
                 self.try_to_form(now, actions);
             }
             Phase::Form { .. } => self.try_to_start(now, actions),
+            Phase::Measure { .. } => self.go_on_measuring(now, actions),
             Phase::Run | Phase::Stop { .. }
                 if self.members.iter().all(|m| !self.is_awaited(m.id)) =>
             {

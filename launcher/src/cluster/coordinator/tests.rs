@@ -46,6 +46,7 @@ pub(in crate::cluster) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
         },
         policy: policy::Options::default(),
         hang: Limits::default(),
+        measure: None,
         save_at: None,
     }
 }
@@ -397,6 +398,11 @@ fn a_failed_job_has_the_code_of_the_rank_that_failed_first() {
         (End::Code(1), record(92), 1),
         // It announced its failure, and did not end by itself.
         (killed(libc::SIGKILL), record(92), 92),
+        // It announced its failure, and ended as if there were none.
+        (End::Code(0), record(92), 92),
+        (End::Code(0), record(0), 1),
+        (End::Code(0), record(256), 1),
+        (End::Code(0), record(i32::MIN), 1),
     ];
     for (end, record, code) in cases {
         let mut scene = Scene::running(settings(2, 2), 2);
