@@ -1,14 +1,18 @@
 //! Nodes whose run folders are not shared: only that of rank 0 holds checkpoints, and all ranks go on from them.
 
 use crate::crew::{Job, Rank, finish};
-use crate::job::{Scene, config, contains, events, expect, history, json, start, survivors};
+use crate::job::{
+    DEADLINE, Running, Scene, config, contains, events, expect, history, json, kill_rank, start,
+    survivors,
+};
 use crate::resume::{assert_identical, learned, tensors};
+use rustix::process::{Signal, kill_process};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 use tsm_job::{RunDir, exit};
 
-const STEPS_PER_EPOCH: u64 = 8;
+const STEPS_PER_EPOCH: u64 = 12;
 const LAST: u64 = 2 * STEPS_PER_EPOCH;
 
 /// Everything random is on.
@@ -38,6 +42,10 @@ fn is_empty(folder: &Path) -> bool {
     fs_err::read_dir(folder).map_or(true, |mut f| f.next().is_none())
 }
 
+fn sent(rank: u32, step: u64, to: u32) -> String {
+    format!("rank {rank} sent its checkpoint of step {step} to rank {to}, which did not have it")
+}
+
 /// A start of both ranks, each with its own run folder.
 fn ranks(scene: &Scene, job: &Job, runs: [&str; 2]) -> Vec<Rank> {
     let rank = |(run, rank)| job.start(scene, run, rank);
@@ -62,11 +70,6 @@ fn a_checkpoint_on_one_disk_is_enough_for_all_ranks() {
     both[1].ask_to_save();
     let said = finish(both, exit::REQUEUE);
     let saved = starts(&scene.run("a"))[1];
-    let sent = |rank: u32, step: u64, to: u32| {
-        format!(
-            "rank {rank} sent its checkpoint of step {step} to rank {to}, which did not have it"
-        )
-    };
     contains(
         &said[0].out,
         &["run folder is not shared", &sent(0, saved, 1)],
@@ -91,99 +94,119 @@ fn a_checkpoint_on_one_disk_is_enough_for_all_ranks() {
     );
 }
 
-/// `tsm-launch` on a node of its own: with this host name, and `disk` where the others have another.
-fn node(scene: &Scene, name: &str, port: u16) -> Command {
-    let (disk, run) = (scene.path(name), scene.path("run"));
-    for folder in [&disk, &run] {
-        fs_err::create_dir_all(folder).unwrap();
+/// Two nodes with host names and run folders of their own, where a launcher is started by hand on each.
+struct Nodes {
+    scene: Scene,
+    port: u16,
+}
+
+impl Nodes {
+    /// `None`, said on stderr, where there are no mount namespaces.
+    fn new(scene: Scene) -> Option<Nodes> {
+        let tried = Command::new("unshare")
+            .args(["--mount", "--uts", "true"])
+            .output();
+        if !tried.is_ok_and(|o| o.status.success()) {
+            eprintln!("skipped: no mount namespaces here; needs root and unshare");
+            return None;
+        }
+        let key = tsm_launch::cluster::key::Key::random();
+        key.write_file(&scene.path("key")).unwrap();
+        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = free.local_addr().unwrap().port();
+        Some(Nodes { scene, port })
     }
-    let words = [
-        "--cpus=1",
-        "--nodes=2",
-        "--run-dir=run",
-        "--key-file=key",
-        "--max-restarts=3",
-    ];
-    let launch = scene.launch(&words);
-    let mut command = Command::new("unshare");
-    // A mount that is gone with the last process that sees it.
-    let script = r#"hostname "$1" && mount --bind "$2" "$3" && shift 3 && exec "$@""#;
-    command.args([
-        "--mount",
-        "--uts",
-        "--propagation=private",
-        "sh",
-        "-c",
-        script,
-        "sh",
-        name,
-    ]);
-    command.args([&disk, &run]);
-    command.arg(launch.get_program()).args(launch.get_args());
-    command.arg(format!("--rendezvous=127.0.0.1:{port}"));
-    command.arg(config("demo.yaml"));
-    command.args(scene.overrides(&JOB));
-    command.current_dir(scene.path("."));
-    for (name, _) in launch.get_envs() {
-        command.env_remove(name);
+
+    /// Starts `tsm-launch` on both nodes, the first when the second cannot be quicker.
+    fn start(&self, words: &[String]) -> [Running; 2] {
+        let run = self.scene.run("node-a");
+        let joined = || events(&run.events(), "join").len();
+        let before = joined();
+        let mut first = start(self.command("node-a", words));
+        first.until("the first node", || (joined() > before).then_some(()));
+        [first, start(self.command("node-b", words))]
     }
-    // As the other ranks, on one node, have.
-    command.env("OMP_NUM_THREADS", "1");
-    command
+
+    /// `tsm-launch` where the folder `name` lies over the run folder: a mount that is gone with the last process
+    /// that sees it.
+    fn command(&self, name: &str, words: &[String]) -> Command {
+        let (disk, run) = (self.scene.path(name), self.scene.path("run"));
+        for folder in [&disk, &run] {
+            fs_err::create_dir_all(folder).unwrap();
+        }
+        let launch = self.scene.launch(words);
+        let script = r#"hostname "$1" && mount --bind "$2" "$3" && shift 3 && exec "$@""#;
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--uts", "--propagation=private"]);
+        command.args(["sh", "-c", script, "sh", name]);
+        command.args([&disk, &run]).arg(launch.get_program());
+        command.args([
+            "--cpus=1",
+            "--nodes=2",
+            "--key-file=key",
+            "--max-restarts=3",
+        ]);
+        command.arg(format!("--rendezvous=127.0.0.1:{}", self.port));
+        command.args(launch.get_args());
+        command.current_dir(self.scene.path("."));
+        for (name, _) in launch.get_envs() {
+            command.env_remove(name);
+        }
+        // As the ranks of one node have it, with which these are compared.
+        command.env("OMP_NUM_THREADS", "1");
+        command
+    }
 }
 
 #[test]
-fn a_rank_that_dies_on_a_node_with_its_own_disk_is_started_again() {
-    let allowed = Command::new("unshare")
-        .args(["--mount", "--uts", "true"])
-        .output();
-    if !allowed.is_ok_and(|o| o.status.success()) {
-        eprintln!("skipped: no mount namespaces here; needs root and unshare");
+fn nodes_with_disks_of_their_own_restart_save_and_resume() {
+    let Some(nodes) = Nodes::new(scene()) else {
         return;
-    }
-    let scene = scene();
+    };
+    let scene = &nodes.scene;
     let mut whole = scene.job("whole", 2, &JOB);
     whole.env("OMP_NUM_THREADS", "1");
     expect(whole, exit::OK);
 
-    let key = tsm_launch::cluster::key::Key::random();
-    key.write_file(&scene.path("key")).unwrap();
-    let free = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
     let (a, b) = (scene.run("node-a"), scene.run("node-b"));
-    let mut first = start(node(&scene, "node-a", free));
-    first.until("the first node", || {
-        (!events(&a.events(), "join").is_empty()).then_some(())
-    });
-    let second = start(node(&scene, "node-b", free));
+    let demo = config("demo.yaml").display().to_string();
+    let mut words = vec!["--run-dir=run".to_string(), demo];
+    words.extend(scene.overrides(&JOB));
+    let [mut first, second] = nodes.start(&words);
     let manifest = tensors(&a, 6).with_extension("json");
     first.until("checkpoint of step 6", || manifest.exists().then_some(()));
-    crate::job::kill_rank(&a, 1);
-    let said = first.finish(crate::job::DEADLINE);
-    assert_eq!(said.code, exit::OK, "{said:#?}");
-    assert_eq!(second.finish(crate::job::DEADLINE).code, exit::OK);
-
-    let [0, from] = starts(&a)[..] else {
-        panic!("{:?}", starts(&a));
-    };
+    kill_rank(&a, 1);
+    let from = first.until("the restart", || starts(&a).get(1).copied());
+    // The newest before it was killed.
     assert!(from >= 6, "{from}");
-    let sent = format!("rank 0 sent its checkpoint of step {from} to rank 1");
-    contains(&said.out, &[&sent]);
-    assert!(
-        !said.err.contains("warning: this start is at step"),
-        "{}",
-        said.err
-    );
-    assert_eq!(json(&a.manifest())["nodes"].as_array().unwrap().len(), 2);
+    first.until("a step", || {
+        let steps = events(&a.metrics(), "step");
+        steps
+            .last()
+            .is_some_and(|s| s["step"] == from + 1)
+            .then_some(())
+    });
+    kill_process(first.pid(), Signal::USR2).unwrap();
+    let said = first.finish(DEADLINE);
+    assert_eq!(said.code, exit::REQUEUE, "{said:#?}");
+    assert_eq!(second.finish(DEADLINE).code, exit::REQUEUE);
+    contains(&said.out, &[&sent(0, from, 1)]);
+    assert!(!said.err.contains("this start is at step"), "{}", said.err);
     assert!(is_empty(&b.checkpoints()) && b.log("node-b", 1, false).exists());
-    assert!(
-        is_empty(scene.run("run").path()),
-        "it was hidden below the disks"
-    );
-    let whole = scene.run("whole");
-    assert_identical(&tensors(&whole, LAST), &tensors(&a, LAST));
-    assert_eq!(survivors(&scene.path("run")), Vec::<String>::new());
+
+    // By the command that the launcher gives for it, on both nodes.
+    let run = scene.path("run").display().to_string();
+    let [first, second] = nodes.start(&["--resume".into(), run]);
+    let said = first.finish(DEADLINE);
+    assert_eq!(said.code, exit::OK, "{said:#?}");
+    assert_eq!(second.finish(DEADLINE).code, exit::OK);
+    let saved = starts(&a)[2];
+    assert!(from < saved && saved < LAST, "{saved}");
+    contains(&said.out, &[&sent(0, saved, 1)]);
+
+    assert_eq!(json(&a.manifest())["nodes"].as_array().unwrap().len(), 2);
+    let folder = scene.path("run");
+    assert!(is_empty(&folder), "it was hidden below the disks");
+    assert_identical(&tensors(&scene.run("whole"), LAST), &tensors(&a, LAST));
+    assert_eq!(survivors(&folder), Vec::<String>::new());
 }
