@@ -185,12 +185,28 @@ impl State {
                 rank.section.as_deref(),
                 now,
             );
+            if let Some(step) = progress.step {
+                self.compare_with_checkpoint(step, actions);
+            }
             if progress.checkpoint.is_some() {
                 self.checkpoint_step = progress.checkpoint;
                 self.grow(now, actions);
             }
         }
         self.metrics.extend(beat.metrics);
+    }
+
+    /// Says so where a new start did not find what an earlier one has saved.
+    fn compare_with_checkpoint(&mut self, step: u64, actions: &mut Vec<Action>) {
+        let saved = self.goes_on_from.take();
+        let Some(saved) = saved.filter(|&saved| step <= saved && self.settings.job.saves) else {
+            return;
+        };
+        let dir = self.settings.job.run_dir.display();
+        actions.push(record("went_back", json!({"step": step, "saved": saved})));
+        actions.push(Action::Notice(format!(
+            "warning: this start is at step {step}, though step {saved} was saved: no rank has found a usable checkpoint of it in {dir}\n  hint: it may be on the disk of a node that is lost; use a run folder that all nodes share"
+        )));
     }
 
     /// Takes in a waiting node, now that little is lost by a new start.
