@@ -3,6 +3,7 @@
 
 use crate::ground::{Bystander, Ground, grounds};
 use crate::harness::{FAKE, Outcome, Running, Scene, alive, finish, start, until};
+use rustix::fs::FlockOperation;
 use rustix::process::Signal;
 use std::time::Duration;
 use tsm_launch::contain::Kind;
@@ -126,6 +127,56 @@ fn daemons_are_gone_before_the_ranks_start_again() {
         assert_eq!(outcome.code, 0, "{}", outcome.err);
         assert_dead(&ground, &scene);
     }
+}
+
+#[test]
+fn a_launcher_below_a_launcher_loses_nothing_either() {
+    for ground in grounds() {
+        let scene = Scene::new();
+        let inner = format!(
+            "--run-dir inner --ignore-env --cpus 2 -- {FAKE} {} --hang",
+            daemons(&scene)
+        );
+        let mut command = scene.command(&["--run-dir", "run", "--cpus", "1", "--"]);
+        command.arg(env!("CARGO_BIN_EXE_tsm-launch"));
+        command.args(inner.split_whitespace());
+        ground.enter(&mut command);
+        let running = start(&mut command);
+        wait_for_daemons(&scene);
+        running.signal(Signal::KILL);
+        assert_eq!(finish(running).code, 137);
+        until("the daemons to die", || {
+            let daemons = scene.wait_for_pids("daemon", 2);
+            daemons.iter().all(|&pid| !alive(pid)).then_some(())
+        });
+        assert_dead(&ground, &scene);
+    }
+}
+
+#[test]
+fn groups_that_are_left_over_are_removed_and_others_are_not() {
+    let Some(ground) = Ground::new(Kind::Cgroup) else {
+        return;
+    };
+    let scene = Scene::new();
+    // What a launcher leaves behind when it is killed together with its guard.
+    let (empty, below, used) = (
+        ground.make("tsm-launch.a.0.1"),
+        ground.make("tsm-launch.a.0.1/below"),
+        ground.make("tsm-launch.b.0.2"),
+    );
+    let foreign = ground.make("mine");
+    let lock = fs_err::File::open(&used).unwrap();
+    rustix::fs::flock(&lock, FlockOperation::LockShared).unwrap();
+    let outcome = finish(run(&ground, &scene, "", ""));
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert!(!below.exists() && !empty.exists() && used.exists() && foreign.exists());
+    drop(lock);
+    fs_err::remove_dir(&foreign).unwrap();
+    let again = Scene::new();
+    let outcome = finish(run(&ground, &again, "", ""));
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    ground.wait_until_empty();
 }
 
 #[test]

@@ -87,6 +87,13 @@ impl Ground {
         paths.filter(|path| path.is_dir()).collect()
     }
 
+    /// A group below that of the test.
+    pub fn make(&self, name: &str) -> PathBuf {
+        let path = self.group.as_ref().expect("a group").join(name);
+        fs_err::create_dir(&path).expect("a group");
+        path
+    }
+
     /// Waits until no process and no group of a launcher is left.
     pub fn wait_until_empty(&self) {
         until("all processes and groups to be gone", || {
