@@ -467,8 +467,9 @@ impl State {
                 pids,
                 at,
                 environment,
+                containment,
             } if self.current(generation) => {
-                self.started(id, &pids, at, environment, actions);
+                self.started(id, &pids, at, environment, containment, actions);
             }
             FromAgent::CannotStart {
                 generation,

@@ -7,6 +7,7 @@ use tsm_job::config::duration::format;
 use super::{Action, Cause, INSPECT, Inspection, LOOK, Phase, State, record};
 use crate::cluster::message::{Beat, NodeReport, ToAgent};
 use crate::cluster::topology::{Member, NodeId};
+use crate::contain;
 use crate::end::End;
 use crate::hang::progress::Event as Pace;
 use crate::hang::ras::Answer;
@@ -21,6 +22,7 @@ impl State {
         pids: &[i32],
         at: Duration,
         environment: Vec<Change>,
+        containment: contain::Kind,
         actions: &mut Vec<Action>,
     ) {
         let Some(member) = self.member(id).cloned() else {
@@ -33,7 +35,7 @@ impl State {
         let (host, at) = (node.join.host.clone(), node.clock.map(at));
         for (rank, pid) in member.ranks.zip(pids) {
             let fields = json!({"generation": self.generation, "rank": rank, "pid": pid, "host": host,
-                "at_ms": at.as_secs_f64() * 1e3});
+                "at_ms": at.as_secs_f64() * 1e3, "containment": containment});
             actions.push(record("spawn", fields));
         }
         if !environment.is_empty() {
