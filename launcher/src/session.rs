@@ -146,8 +146,12 @@ impl Running {
             heard = self.session.hub.next() => match heard {
                 Heard::Said { node, local, message } => Event::Said { node, local, message },
                 Heard::Lost { node, how } => Event::Lost { node, how },
-                Heard::Refused(refusal) => {
-                    self.events.write("refused", json!({"peer": refusal.peer, "why": refusal.why.to_string()}));
+                Heard::Refused(mut refusal) => {
+                    let host = self.state.host_at(&refusal.peer).map(str::to_owned);
+                    self.events.write("refused", json!({"peer": refusal.peer, "host": host, "why": refusal.why.to_string()}));
+                    if let Some(host) = host {
+                        refusal.peer = format!("{host} ({})", refusal.peer);
+                    }
                     self.session.voice.notice(&format!("refused a connection: {refusal}"));
                     self.ran_at = start.elapsed();
                     return;

@@ -5,12 +5,14 @@
 //! - [`run_dir`]: which file lies where in a run folder.
 //! - [`message`]: what a worker tells its launcher over `TSM_AGENT_FD`.
 //! - [`exit`]: the documented exit codes.
+//! - [`text`]: texts of any length, cut.
 
 pub mod config;
 pub mod env;
 pub mod exit;
 pub mod message;
 pub mod run_dir;
+pub mod text;
 
 pub use config::Config;
 pub use env::WorkerEnv;

@@ -230,6 +230,7 @@ impl Agent {
                     generation,
                     looks,
                     ras,
+                    more: false,
                 });
             }
             Wake::Drained(warnings) => self.conclude(warnings),
@@ -377,7 +378,8 @@ impl Agent {
                 device,
                 process,
             };
-            let looks = places.into_iter().zip(processes).map(look).collect();
+            let looks = places.into_iter().zip(processes).map(look);
+            let looks = looks.map(super::fit::look).collect();
             let _ = found.send(Found::Inspected(generation, looks, ras));
         });
     }

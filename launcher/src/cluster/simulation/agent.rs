@@ -246,6 +246,7 @@ impl Agent {
                     generation,
                     looks,
                     ras,
+                    more: false,
                 };
                 say(inspected, effects);
             }

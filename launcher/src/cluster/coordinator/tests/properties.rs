@@ -187,6 +187,7 @@ impl Scene {
                         generation,
                         looks,
                         ras,
+                        more: false,
                     },
                 );
             }
