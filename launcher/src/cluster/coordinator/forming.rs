@@ -112,6 +112,7 @@ impl State {
         (self.cause, self.inspection) = (None, None);
         self.interrupted.clear();
         self.reports.clear();
+        self.parts.clear();
         self.lost.clear();
         self.gone.clear();
         self.attempt += 1;

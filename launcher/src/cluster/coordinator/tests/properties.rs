@@ -188,6 +188,7 @@ impl Scene {
                         generation,
                         looks,
                         ras,
+                        more: false,
                     },
                 );
             }
