@@ -1,6 +1,6 @@
 //! What is seen of real processes that do not move.
 
-use crate::harness::{FAKE, Scene, alive, survivors, until};
+use crate::harness::{FAKE, Scene, alive, send, survivors, until};
 use rustix::process::{Pid, Signal, kill_process};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
@@ -194,7 +194,7 @@ fn the_program_below_a_shell_is_looked_into() {
         stack.text.ends_with(&format!("-p {program}\n")),
         "{stack:?}"
     );
-    kill_process(Pid::from_raw(program).unwrap(), Signal::KILL).unwrap();
+    send(program, Signal::KILL);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The launcher with real processes: exit codes, reports, files, and that nothing survives.
 
+#[path = "../common/harness.rs"]
+#[allow(dead_code, reason = "what only the other test programs use")]
 mod harness;
 
 mod cascade;

@@ -243,9 +243,7 @@ fn a_process_that_leaves_the_session_does_not_hold_up_the_end() {
         "setsid sh -c 'touch {0}; sleep 5; : {0}' & while [ ! -e {0} ]; do sleep 0.01; done",
         marker.display()
     );
-    let outcome = finish(start(
-        &mut scene.command(&["--cpus", "1", "--", "sh", "-c", &script]),
-    ));
+    let outcome = scene.shell("--cpus 1", &script);
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     assert!(
         outcome.took < Duration::from_millis(4500),
