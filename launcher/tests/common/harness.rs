@@ -1,6 +1,7 @@
 //! Starts `tsm-launch` with fake workers in a folder of its own. Every test program of this crate has it.
 
 use rustix::process::{Pid, Signal, kill_process};
+use std::ops::Range;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -132,14 +133,17 @@ impl Scene {
 
     /// Waits until `ranks` workers have made the file `<name><rank>` here; their pids.
     pub fn wait_for_pids(&self, name: &str, ranks: u32) -> Vec<i32> {
+        self.wait_for_pids_of(name, 0..ranks)
+    }
+
+    /// As [`Self::wait_for_pids`], for some ranks.
+    pub fn wait_for_pids_of(&self, name: &str, ranks: Range<u32>) -> Vec<i32> {
         let read = |rank| {
-            fs_err::read_to_string(self.path(&format!("{name}{rank}")))
-                .ok()?
-                .parse()
-                .ok()
+            let path = self.path(&format!("{name}{rank}"));
+            fs_err::read_to_string(path).ok()?.parse().ok()
         };
-        until("the workers to start", || {
-            (0..ranks).map(read).collect::<Option<Vec<i32>>>()
+        until(&format!("{name}{ranks:?}"), || {
+            ranks.clone().map(read).collect::<Option<Vec<i32>>>()
         })
     }
 }
