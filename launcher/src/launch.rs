@@ -485,6 +485,7 @@ fn prepare(
             hang_timeout: args.hang_timeout.0,
             ..Limits::default()
         },
+        measure: (args.preflight == Preflight::Full).then(|| args.preflight_scale.clone()),
         save_at: None,
     };
     // Nodes that are not there yet say later how many ranks they have; this is for the width of the labels.

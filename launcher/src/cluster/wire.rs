@@ -23,6 +23,7 @@ use tokio::time::timeout;
 use tsm_job::exit::{self, Coded};
 
 use super::key::Key;
+use super::message::Round;
 use super::tls::Tls;
 
 mod connection;
@@ -209,6 +210,15 @@ pub fn prove(key: &Key, nonce: [u8; 16], node: u64) -> [u8; 32] {
 /// Whether `answer` is what [`prove`] gives, in a time that does not depend on where it differs.
 pub fn is_proof(key: &Key, nonce: [u8; 16], node: u64, answer: &[u8]) -> bool {
     probe_mac(key, nonce, node).verify_slice(answer).is_ok()
+}
+
+/// How a member of a ring answers its neighbour, which chose `nonce`. No answer to a probe is one.
+pub fn prove_member(key: &Key, nonce: [u8; 16], round: Round) -> [u8; 32] {
+    let mut mac = key.mac(b"tsm-wire ring\0").chain_update(nonce);
+    for number in [round.generation, round.attempt, round.number] {
+        mac = mac.chain_update(number.to_be_bytes());
+    }
+    mac.finalize().into_bytes().into()
 }
 
 fn probe_mac(key: &Key, nonce: [u8; 16], node: u64) -> super::key::HmacSha256 {
