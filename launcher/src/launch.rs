@@ -11,9 +11,9 @@ use tsm_job::exit::{self, Coded};
 
 use crate::cli::Args;
 use crate::cluster::key::Key;
-use crate::start::adopt::{self, Kind};
+use crate::start::adopt::{self, Adopted, Kind};
 use crate::start::slurm::{Allocation, Place};
-use crate::start::{agent as start_agent, by_hand, run_here, ssh};
+use crate::start::{run_here, ssh};
 use crate::target::Target;
 use crate::{gpus, plan};
 
@@ -33,16 +33,8 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     } else {
         adopt::adopt(lookup, args.share_host)?
     };
-    // Kubeflow sets torch's variables too, for nodes instead of ranks.
-    let is_meant = matches!(&adopted, Some(a) if matches!(a.kind, Kind::Point { .. }));
-    if let Some((name, value)) =
-        plan::stale_variable(lookup).filter(|_| !args.ignore_env && !is_meant)
-    {
-        let hint = format!("unset {name}, or give --ignore-env to replace it");
-        let text = format!(
-            "{name} is {value:?} in the environment: this is inside another job\n  hint: {hint}"
-        );
-        bail!(Coded::new(exit::USAGE, text));
+    if !args.ignore_env {
+        refuse_other_job(adopted.as_ref())?;
     }
     let mut target = Target::resolve(args)?;
     if !args.dry_run && !is_told && adopted.is_none() {
@@ -88,21 +80,27 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     };
     match adopted.map(|a| a.kind).filter(|_| nodes > 1) {
         Some(Kind::File { by, id }) => run_here(node.meet_by_file(by, &id)),
-        Some(Kind::Point { host, port, .. }) => {
-            let (key, tls) = (args.key()?, args.tls()?);
-            run_here(async {
-                if order == Some(0) {
-                    return node.coordinate(key, by_hand::listen(port)?, tls).await;
-                }
-                let connection =
-                    by_hand::dial(&host, port, &key, tls.as_ref(), args.join_timeout).await?;
-                Ok(start_agent::finish(node.attend(key, connection).await?))
-            })
-        }
+        Some(Kind::Point { host, port, .. }) => run_here(node.meet_at(&host, port)),
         None => match &args.rendezvous {
             Some(point) => node.meet_by_hand(point),
             None => run_here(node.alone(None)),
         },
+    }
+}
+
+/// A worker of another job must not start a job by accident.
+fn refuse_other_job(adopted: Option<&Adopted>) -> Result<(), Coded> {
+    // Kubeflow sets torch's variables too, for nodes instead of ranks.
+    let is_meant = adopted.is_some_and(|a| matches!(a.kind, Kind::Point { .. }));
+    match plan::stale_variable(|name| std::env::var(name).ok()) {
+        Some((name, value)) if !is_meant => Err(Coded::new(
+            exit::USAGE,
+            format!(
+                "{name} is {value:?} in the environment: this is inside another job\n  \
+                 hint: unset {name}, or give --ignore-env to replace it"
+            ),
+        )),
+        _ => Ok(()),
     }
 }
 
@@ -129,5 +127,5 @@ async fn over_ssh(
             .children
             .start(&shim, starter, &session.hub, &key, &session.voice);
     }
-    prepared.run(None).await
+    prepared.run().await
 }

@@ -148,5 +148,5 @@ async fn on_nodes(
         .children
         .start(&shim, starter, &session.hub, &key, &voice);
     prepared.take_turn(turn, start);
-    prepared.run(None).await
+    prepared.run().await
 }

@@ -47,13 +47,24 @@ impl Node<'_> {
         run_here(async {
             match by_hand::part(&addresses)? {
                 Part::Coordinator(listener) => self.coordinate(key, listener, tls).await,
-                Part::Agent => {
-                    let connection =
-                        by_hand::dial(&host, port, &key, tls.as_ref(), args.join_timeout).await?;
-                    Ok(start_agent::finish(self.attend(key, connection).await?))
-                }
+                Part::Agent => self.dial(&host, port, key, tls).await,
             }
         })
+    }
+
+    /// At a point of which everybody was told who listens there.
+    pub async fn meet_at(self, host: &str, port: u16) -> anyhow::Result<i32> {
+        let (key, tls) = (self.args.key()?, self.args.tls()?);
+        if self.order == Some(0) {
+            return self.coordinate(key, by_hand::listen(port)?, tls).await;
+        }
+        self.dial(host, port, key, tls).await
+    }
+
+    async fn dial(self, host: &str, port: u16, key: Key, tls: Option<Tls>) -> anyhow::Result<i32> {
+        let wait = self.args.join_timeout;
+        let connection = by_hand::dial(host, port, &key, tls.as_ref(), wait).await?;
+        Ok(start_agent::finish(self.attend(key, connection).await?))
     }
 
     /// By a file in a folder that all nodes share; `id` is the same on all, and `by` has started them.
@@ -89,25 +100,13 @@ impl Node<'_> {
         if let Some(turn) = turn {
             prepared.take_turn(turn, self.start);
         }
-        let preflight = prepared.preflight(self.args, &self.devices);
-        let link = prepared.session.hub.local();
-        let shown = Some(prepared.shown());
-        let parts = Parts {
-            start: self.start,
-            host: manifest::host(),
-            devices: self.devices,
-            order: None,
-            job: None,
-            key: None,
-            local: true,
-            shown,
-            preflight,
-        };
-        prepared.run(Some((parts, link))).await
+        prepared
+            .run_with_agent(self.args, self.devices, None, None)
+            .await
     }
 
     /// The first of several nodes.
-    pub async fn coordinate(
+    async fn coordinate(
         self,
         key: Key,
         listener: TcpListener,
@@ -118,29 +117,17 @@ impl Node<'_> {
         prepared.session.settings.open = true;
         prepared.session.settings.job.digest = digest;
         prepared.session.hub.listen(listener, key.clone(), tls);
-        let link = prepared.session.hub.local();
-        let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
-        let preflight = prepared.preflight(self.args, &self.devices);
-        let parts = Parts {
-            start: self.start,
-            host,
-            devices: self.devices,
-            order: self.order.or(Some(0)),
-            job: None,
-            key,
-            local: true,
-            shown,
-            preflight,
-        };
-        prepared.run(Some((parts, link))).await
+        let order = self.order.or(Some(0));
+        prepared
+            .run_with_agent(self.args, self.devices, order, Some(key))
+            .await
     }
 
     /// One of the others.
-    pub async fn attend(self, key: Key, connection: Connection) -> anyhow::Result<Leave> {
-        let looks = self.args.preflight != Preflight::Off;
-        let preflight = looks.then(|| start_agent::context(&self.devices, None, None));
+    async fn attend(self, key: Key, connection: Connection) -> anyhow::Result<Leave> {
+        let context = || start_agent::context(&self.devices, None, None);
         let parts = Parts {
-            preflight,
+            preflight: (self.args.preflight != Preflight::Off).then(context),
             start: self.start,
             host: manifest::host(),
             order: self.order,

@@ -12,27 +12,29 @@ use crate::cli::{Args, Preflight, Show};
 use crate::clock;
 use crate::cluster::agent;
 use crate::cluster::coordinator::{Job, Settings};
+use crate::cluster::key::Key;
 use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
 use crate::console::painter::Style;
 use crate::console::screen::{Outputs, Screen};
-use crate::doctor::Context;
 use crate::folder::Folder;
 use crate::hang::progress::Limits;
 use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Devices};
-use crate::session::{End, Session, Voice};
+use crate::session::{Session, Voice};
 use crate::start::agent::{self as start_agent, Parts};
 use crate::start::children::Children;
 use crate::start::slurm::Turn;
 use crate::status::Snapshot;
 use crate::status::http::Server;
 use crate::status::view::{View, wants_colour};
-use crate::target::{Resume, Target, What};
+use crate::target::{Resume, Target};
 
 /// How long to wait for more nodes when there are enough.
 const LAST_CALL: Duration = Duration::from_secs(5);
+/// Between SIGTERM and SIGKILL, where neither the command line nor a config says it.
+const GRACE: Duration = Duration::from_secs(30);
 /// How long the end waits for somebody who reads the output, but takes nothing.
 const FLUSH: Duration = Duration::from_secs(2);
 
@@ -48,23 +50,6 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// Where an agent in this process shows its lines.
-    pub fn shown(&self) -> Shown {
-        Shown {
-            host: manifest::host(),
-            feed: self.screen.feed(),
-            patience: self.screen.patience(),
-        }
-    }
-
-    /// What the agent of this node looks at first.
-    pub fn preflight(&self, args: &Args, devices: &Devices) -> Option<Context> {
-        let program = self.session.settings.job.command.first().map(PathBuf::from);
-        let folder = self.session.folder.dir.path().to_path_buf();
-        (args.preflight != Preflight::Off)
-            .then(|| start_agent::context(devices, Some(folder), program))
-    }
-
     /// Makes it a turn of a job of SLURM, which saves before its time is over.
     pub fn take_turn(&mut self, turn: Turn, start: Instant) {
         let settings = &mut self.session.settings;
@@ -76,8 +61,42 @@ impl Prepared {
         self.session.turn = Some(turn);
     }
 
-    /// Runs the job, and the agent of this node where it has ranks.
-    pub async fn run(self, agent_here: Option<(Parts, Link)>) -> anyhow::Result<i32> {
+    /// Runs the job, whose ranks are all on other nodes.
+    pub async fn run(self) -> anyhow::Result<i32> {
+        self.run_beside(None).await
+    }
+
+    /// Runs the job, and the agent of this node in the same process.
+    pub async fn run_with_agent(
+        mut self,
+        args: &Args,
+        devices: Devices,
+        order: Option<u32>,
+        key: Option<Key>,
+    ) -> anyhow::Result<i32> {
+        let program = self.session.settings.job.command.first().map(PathBuf::from);
+        let folder = self.session.folder.dir.path().to_path_buf();
+        let context = || start_agent::context(&devices, Some(folder), program);
+        let parts = Parts {
+            preflight: (args.preflight != Preflight::Off).then(context),
+            start: self.session.start,
+            host: manifest::host(),
+            order,
+            job: None,
+            key,
+            local: true,
+            shown: Some(Shown {
+                host: manifest::host(),
+                feed: self.screen.feed(),
+                patience: self.screen.patience(),
+            }),
+            devices,
+        };
+        let link = self.session.hub.local();
+        self.run_beside(Some((parts, link))).await
+    }
+
+    async fn run_beside(self, agent_here: Option<(Parts, Link)>) -> anyhow::Result<i32> {
         let Prepared {
             session,
             screen,
@@ -87,36 +106,32 @@ impl Prepared {
         } = self;
         let end = match agent_here {
             Some((parts, link)) => {
-                let (code, leave) = tokio::join!(session.run(), agent::run(parts.setup()?, link));
+                let (end, leave) = tokio::join!(session.run(), agent::run(parts.setup()?, link));
                 leave?;
-                code?
+                end?
             }
             None => session.run().await?,
         };
         screen.finish(FLUSH);
-        let End {
-            code,
-            outcome,
-            stopped,
-            turn,
-            folder,
-        } = end;
-        // SLURM may end this process for it, so it comes last of all that can be lost.
-        let requeue = || {
-            if let Some(text) = turn.and_then(|turn| turn.end(code, outcome, &folder, stopped)) {
-                eprintln!("tsm-launch: {text}");
-            }
-        };
-        if revised && code == exit::CONFIG {
+        if revised && end.code == exit::CONFIG {
             // The next `--resume` takes the newest config, which must not be one the workers refused.
             fs_err::rename(&config, config.with_extension("yaml.refused"))?;
         }
-        requeue();
-        Ok(code)
+        // Last of all, since SLURM may end this process for it.
+        let turn = end.turn.as_ref();
+        if let Some(text) =
+            turn.and_then(|turn| turn.end(end.code, end.outcome, &end.folder, end.stopped))
+        {
+            eprintln!("tsm-launch: {text}");
+        }
+        Ok(end.code)
     }
 }
 
 /// Makes the run folder and all that the coordinator needs. `devices`: of this node, where it has ranks.
+///
+/// # Errors
+/// [`exit::USAGE`] for `--env` before there is a folder; then for whatever cannot be written or opened.
 pub(super) fn prepare(
     args: &Args,
     mut target: Target,
@@ -126,97 +141,118 @@ pub(super) fn prepare(
     if let Some(devices) = devices {
         target.settle(devices);
     }
-    let time = clock::Utc::now();
+    let env = args.env.iter().map(|pair| variable(pair));
+    let env = env.collect::<anyhow::Result<_>>()?;
+    let now = clock::Utc::now();
+    let (folder, revised) = open_folder(args, &target, &now)?;
+    let job = job(args, &target, &folder, env)?;
+    let mut manifest = manifest(args, &target, &job, &now);
+    manifest.gpus = devices.map_or(Vec::new(), |devices| devices.gpus().to_vec());
+    let settings = settings(args, job);
+    let style = style(args, &settings, devices, &folder);
+    let (snapshots, seen) = watch::channel(Arc::new(Snapshot::default()));
+    let view = (!args.no_view && target.is_trainer())
+        .then(|| View::new(seen.clone(), wants_colour(|name| std::env::var(name).ok())));
+    let screen = Screen::start(Outputs::standard()?, style, view)?;
+    let status = Server::start(args.status_port, &folder.dir, seen)?;
+    let voice = Voice {
+        feed: screen.feed(),
+        host: manifest.host.clone(),
+    };
+    Ok(Prepared {
+        config: folder.config.clone(),
+        session: Session {
+            start,
+            settings,
+            hub: Hub::new(),
+            folder,
+            manifest,
+            voice,
+            children: Children::new(),
+            turn: None,
+            snapshots,
+        },
+        screen,
+        _status: status,
+        revised,
+    })
+}
+
+/// The run folder with the config in it, and whether that differs from the one it had.
+fn open_folder(args: &Args, target: &Target, now: &clock::Utc) -> anyhow::Result<(Folder, bool)> {
     let (root, name) = target.place();
     let mut folder = match (&args.run_dir, &target.resume) {
         (Some(dir), _) => Folder::at(dir)?,
         (None, Some(Resume::Run(dir))) => Folder::resume(dir)?,
-        (None, _) => Folder::create(&root, &name, &time.compact())?,
+        (None, _) => Folder::create(&root, &name, &now.compact())?,
     };
     let revised = match target.config() {
         Some(config) => folder.write_config(config)?,
         None => false,
     };
-    let config = folder.config.clone();
-    let dir = folder.dir.path().to_path_buf();
-    let run_id = run_id(&dir);
-    let command = target.command(&folder.config);
-    let is_trainer = matches!(target.what, What::Trainer { .. });
-    let default_show = if is_trainer {
-        Show::Ranks(vec![0])
-    } else {
-        Show::All
+    Ok((folder, revised))
+}
+
+fn job(
+    args: &Args,
+    target: &Target,
+    folder: &Folder,
+    env: Vec<(String, String)>,
+) -> anyhow::Result<Job> {
+    let config = target.config();
+    let text = |path: &Path| -> std::io::Result<(String, String)> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        Ok((name.into_owned(), fs_err::read_to_string(path)?))
     };
-    let launch = target.config().map(|config| &config.launch);
-    let host = manifest::host();
-    let text = |word: &OsString| word.to_string_lossy().into_owned();
-    let manifest = Manifest {
-        run_id: run_id.clone(),
-        argv: std::env::args_os().map(|word| text(&word)).collect(),
-        overrides: args.overrides.clone(),
-        command: command.iter().map(text).collect(),
-        folder: dir.to_string_lossy().into_owned(),
-        resumed_from: target
-            .resume
-            .as_ref()
-            .map(|from| from.path().to_string_lossy().into_owned()),
-        tsm_launch: env!("CARGO_PKG_VERSION"),
-        commit: None,
-        host: host.clone(),
-        machine: None,
-        gpus: match devices {
-            Some(Devices::Gpus(gpus)) => gpus.clone(),
-            _ => Vec::new(),
-        },
-        world_size: 0,
-        started: time.rfc3339(),
-        ended: None,
-        outcome: "running",
-        exit_code: None,
-        ranks: Vec::new(),
-        ..Manifest::default()
-    };
-    let config_text = match target.config() {
-        Some(_) => {
-            let name = config
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
-            Some((name, fs_err::read_to_string(&config)?))
-        }
-        None => None,
-    };
-    let job = Job {
-        run_id,
-        run_dir: dir.clone(),
-        config: config_text,
+    let grace = args.grace.or(config.map(|config| config.launch.grace));
+    let is_trainer = target.is_trainer();
+    let run_dir = folder.dir.path().to_path_buf();
+    Ok(Job {
+        run_id: run_id(&run_dir),
+        config: config.map(|_| text(&folder.config)).transpose()?,
         digest: String::new(),
-        command,
+        command: target.command(&folder.config),
         directory: std::env::current_dir().context("the current folder is gone")?,
         base_env: None,
-        env: args
-            .env
-            .iter()
-            .map(|pair| variable(pair))
-            .collect::<anyhow::Result<_>>()?,
+        env,
         resume_from: target.resume.as_ref().map(|from| from.path().to_path_buf()),
-        grace: args
-            .grace
-            .or(launch.map(|l| l.grace))
-            .unwrap_or(Duration::from_secs(30)),
-        show: match args.show_ranks.clone().unwrap_or(default_show) {
-            Show::All => None,
-            Show::Ranks(ranks) => Some(ranks),
+        grace: grace.unwrap_or(GRACE),
+        show: match &args.show_ranks {
+            Some(Show::Ranks(ranks)) => Some(ranks.clone()),
+            None if is_trainer => Some(vec![0]),
+            Some(Show::All) | None => None,
         },
         affinity: !args.no_affinity,
-        resume: is_trainer.then(|| resume_command(args, &dir)),
+        resume: is_trainer.then(|| resume_command(args, &run_dir)),
         saves: is_trainer,
         shielded: false,
-    };
-    let settings = Settings {
-        min_nodes: args.num_nodes().min,
-        max_nodes: args.num_nodes().max,
+        run_dir,
+    })
+}
+
+fn manifest(args: &Args, target: &Target, job: &Job, now: &clock::Utc) -> Manifest {
+    let text = |word: &OsString| word.to_string_lossy().into_owned();
+    let path = |path: &Path| path.to_string_lossy().into_owned();
+    Manifest {
+        run_id: job.run_id.clone(),
+        argv: std::env::args_os().map(|word| text(&word)).collect(),
+        overrides: args.overrides.clone(),
+        command: job.command.iter().map(text).collect(),
+        folder: path(&job.run_dir),
+        resumed_from: target.resume.as_ref().map(|from| path(from.path())),
+        tsm_launch: env!("CARGO_PKG_VERSION"),
+        host: manifest::host(),
+        started: now.rfc3339(),
+        outcome: "running",
+        ..Manifest::default()
+    }
+}
+
+fn settings(args: &Args, job: Job) -> Settings {
+    let nodes = args.num_nodes();
+    Settings {
+        min_nodes: nodes.min,
+        max_nodes: nodes.max,
         join: args.join_timeout,
         last_call: LAST_CALL,
         lease: args.node_timeout,
@@ -233,47 +269,21 @@ pub(super) fn prepare(
         },
         measure: (args.preflight == Preflight::Full).then(|| args.preflight_scale.clone()),
         save_at: None,
-    };
+    }
+}
+
+fn style(args: &Args, settings: &Settings, devices: Option<&Devices>, folder: &Folder) -> Style {
     // Nodes that are not there yet say later how many ranks they have; this is for the width of the labels.
     let here = devices.map_or(8, Devices::len) as u32;
     let world_size = here * settings.max_nodes;
-    let style = Style {
+    let shown = settings.job.show.as_ref();
+    Style {
         format: args.log_format,
         hosts: settings.max_nodes > 1,
         world_size,
-        shown: settings
-            .job
-            .show
-            .as_ref()
-            .map_or(world_size as usize, Vec::len),
+        shown: shown.map_or(world_size as usize, Vec::len),
         run_dir: folder.dir.clone(),
-    };
-    let (snapshots, seen) = watch::channel(Arc::new(Snapshot::default()));
-    let view = (!args.no_view && is_trainer)
-        .then(|| View::new(seen.clone(), wants_colour(|name| std::env::var(name).ok())));
-    let screen = Screen::start(Outputs::standard()?, style, view)?;
-    let status = Server::start(args.status_port, &folder.dir, seen)?;
-    let session = Session {
-        start,
-        settings,
-        hub: Hub::new(),
-        folder,
-        manifest,
-        voice: Voice {
-            feed: screen.feed(),
-            host,
-        },
-        children: Children::new(),
-        turn: None,
-        snapshots,
-    };
-    Ok(Prepared {
-        session,
-        screen,
-        _status: status,
-        revised,
-        config,
-    })
+    }
 }
 
 /// `NAME=VALUE`, or `NAME` for the value that it has here.
