@@ -6,7 +6,7 @@ use tsm_job::exit;
 use tsm_job::message::FailureRecord;
 
 use super::{Action, Cause, Phase, State, record};
-use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure_of_cluster};
+use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 use crate::clock::Utc;
 use crate::cluster::policy;
 use crate::end::End;
@@ -168,8 +168,7 @@ impl State {
             _ => (None, None),
         };
         let nodes = self.node_ends(&ranks);
-        let fault =
-            first_failure_of_cluster(&nodes, hang.as_ref(), |rank| own_words(&places[rank]));
+        let fault = first_failure(&nodes, hang.as_ref(), |rank| own_words(&places[rank]));
         drop(nodes);
         let Some(fault) = fault else {
             ending.code = exit::BUG;
