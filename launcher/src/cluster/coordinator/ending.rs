@@ -18,8 +18,6 @@ use crate::supervisor::Rank;
 #[derive(Clone, Debug)]
 pub struct Ending {
     pub generation: u32,
-    pub world_size: u32,
-    pub started_at: Duration,
     pub ended_at: Duration,
     /// `succeeded`, `saved`, `stopped`, `failed`, `grown`.
     pub outcome: &'static str,
@@ -54,8 +52,6 @@ impl State {
         });
         let mut ending = Ending {
             generation: self.generation,
-            world_size: self.world_size(),
-            started_at: self.started_at,
             ended_at: now,
             outcome: "succeeded",
             code: exit::OK,
