@@ -106,6 +106,11 @@ impl Target {
         }
     }
 
+    /// Whether its workers report progress, save on SIGUSR2 and find their own checkpoints.
+    pub fn is_trainer(&self) -> bool {
+        matches!(self.what, What::Trainer { .. })
+    }
+
     /// Writes the devices chosen into the config, which is where the trainer learns of them.
     pub fn settle(&mut self, devices: &Devices) {
         let device = match devices {

@@ -208,14 +208,6 @@ impl Lines {
         }
     }
 
-    /// Of the launcher's own words.
-    pub fn own() -> Lines {
-        Lines {
-            rank: None,
-            ..Lines::new(0, true, false)
-        }
-    }
-
     /// Takes in `bytes`; complete lines, and a progress line in the making, go to `batch`.
     pub fn push(&mut self, bytes: &[u8], batch: &mut Batch) {
         let mut rest = bytes;

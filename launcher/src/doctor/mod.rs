@@ -103,11 +103,6 @@ pub fn facts(context: &Context) -> Facts {
     }
 }
 
-/// The findings of [`facts`].
-pub fn quick(context: &Context) -> Vec<Finding> {
-    facts(context).findings
-}
-
 impl Finding {
     pub fn ok(area: &str, text: impl Into<String>) -> Finding {
         Finding::new(Severity::Ok, area, text, "")

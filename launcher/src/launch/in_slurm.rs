@@ -5,7 +5,8 @@ use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
-use super::{Node, prepare};
+use super::node::Node;
+use super::prepared::prepare;
 use crate::cli::{Args, Gpus, Preflight};
 use crate::cluster::key::Key;
 use crate::cluster::wire;
@@ -156,5 +157,5 @@ async fn on_nodes(
         .children
         .start(&shim, starter, &session.hub, &key, &voice);
     prepared.take_turn(turn, start);
-    prepared.run(None).await
+    prepared.run().await
 }

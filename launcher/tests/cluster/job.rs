@@ -1,11 +1,12 @@
 //! A job over the nodes of a [`Cluster`]: one `tsm-launch` on each, in order of the nodes.
 
 use crate::ground::Ground;
-use crate::harness::{DEADLINE, FAKE, until};
+use crate::harness::{DEADLINE, FAKE, send, until};
 use crate::nodes::Cluster;
-use rustix::process::{Pid, Signal};
+use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command};
@@ -194,19 +195,12 @@ impl<'a> Job<'a> {
     }
 
     /// Pids of `ranks` workers that have touched `<name><rank>`.
-    pub fn wait_for_pids(&self, name: &str, ranks: std::ops::Range<u32>) -> Vec<i32> {
-        let read = |rank| {
-            let path = self.cluster.scene.path(&format!("{name}{rank}"));
-            fs_err::read_to_string(path).ok()?.parse().ok()
-        };
-        until(&format!("{name}{ranks:?}"), || {
-            ranks.clone().map(read).collect::<Option<Vec<i32>>>()
-        })
+    pub fn wait_for_pids(&self, name: &str, ranks: Range<u32>) -> Vec<i32> {
+        self.cluster.scene.wait_for_pids_of(name, ranks)
     }
 
     pub fn signal(&self, n: usize, signal: Signal) {
-        let pid = Pid::from_child(&self.agents[&n].child);
-        rustix::process::kill_process(pid, signal).expect("the launcher runs");
+        send(self.agents[&n].child.id() as i32, signal);
     }
 
     /// Whether the launcher on node `n` has ended, and with what code.
@@ -223,15 +217,7 @@ impl<'a> Job<'a> {
 
     /// Waits for the end of the launcher on node `n`; its code.
     pub fn end_of(&mut self, n: usize) -> i32 {
-        let start = Instant::now();
-        loop {
-            if let Some(code) = self.code(n) {
-                return code;
-            }
-            let waited = start.elapsed();
-            assert!(waited < DEADLINE, "node-{n} does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        until(&format!("node-{n} to end"), || self.code(n))
     }
 
     /// Waits for the end of all launchers; their codes in order of the nodes. No process of a node is left then.

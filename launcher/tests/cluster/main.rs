@@ -1,10 +1,7 @@
 //! The launcher on several nodes, which are network namespaces of this machine. Needs root and `ip`.
 
-#[path = "../launch/harness.rs"]
-#[allow(
-    dead_code,
-    reason = "this harness is the one of tests/launch, and not all of it is needed here"
-)]
+#[path = "../common/harness.rs"]
+#[allow(dead_code, reason = "what only the other test programs use")]
 mod harness;
 
 #[path = "../launch/ground.rs"]

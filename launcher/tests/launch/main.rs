@@ -1,6 +1,8 @@
 //! The launcher with real processes: exit codes, reports, files, and that nothing survives.
 
 mod ground;
+#[path = "../common/harness.rs"]
+#[allow(dead_code, reason = "what only the other test programs use")]
 mod harness;
 
 mod cascade;

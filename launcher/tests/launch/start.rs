@@ -176,17 +176,7 @@ fn without_a_name_a_folder_is_made_below_runs() {
 #[test]
 fn a_shell_command_is_a_program_too() {
     let scene = Scene::new();
-    let words = [
-        "--cpus",
-        "2",
-        "--run-dir",
-        "run",
-        "--",
-        "sh",
-        "-c",
-        "echo rank $RANK of $WORLD_SIZE",
-    ];
-    let outcome = finish(start(&mut scene.command(&words)));
+    let outcome = scene.shell("--cpus 2", "echo rank $RANK of $WORLD_SIZE");
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     assert!(outcome.out.contains("1 | rank 1 of 2\n"), "{}", outcome.out);
 }

@@ -262,7 +262,7 @@ impl Generation {
             |stderr, progress| shows(plan.rank).then(|| Lines::new(plan.rank, stderr, progress));
         let first_shown = self.plans.iter().find(|w| shows(w.rank)).map(|w| w.rank);
         let progress = first_shown == Some(plan.rank) && std::io::stderr().is_terminal();
-        let sink = |file, stderr: bool| Sink::Worker {
+        let sink = |file, stderr: bool| Sink {
             file,
             stderr,
             shown: shown(stderr, progress && stderr),
