@@ -2,6 +2,7 @@
 
 mod harness;
 
+mod all_reduce;
 mod cascade;
 mod class;
 mod hang;

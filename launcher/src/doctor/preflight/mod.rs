@@ -3,13 +3,16 @@
 //! ```text
 //! memory    how fast a node copies, and whether the copy is equal
 //! ring      a sum over the members of a group, over TCP, compared bit for bit
+//! gpus      the same over their GPUs, through NCCL
 //! schedule  who is measured with whom, and who is to blame (pure)
 //! ```
 
+mod gpus;
 mod memory;
 mod ring;
 mod schedule;
 
+pub use gpus::{GPU_WAIT, GpuTask, all_reduce, own_gpus};
 pub use memory::memory;
 pub use ring::{Measured, Ring, Task};
 pub use schedule::{Outcome, Verdict, findings, judge, judge_memory, next_round};

@@ -20,8 +20,8 @@ use crate::addresses::listen_on_all;
 
 /// Laps of a byte whose quickest is the round trip.
 const LAPS: u32 = 16;
-const LEFT: &str = "a neighbour left";
-const LATE: &str = "not done within";
+pub(super) const LEFT: &str = "a neighbour left";
+pub(super) const LATE: &str = "not done within";
 /// A stranger who connects and says nothing is sent away.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -60,6 +60,7 @@ pub struct Measured {
     pub seconds: f64,
     /// What this member sent (and received) in it; of one TCP connection.
     pub gbit_s: f64,
+    /// Zero where it was not measured.
     pub round_trip: Duration,
     /// How the sum differs from what it must be.
     pub wrong: Option<String>,
@@ -67,8 +68,12 @@ pub struct Measured {
 
 impl fmt::Display for Measured {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2} Gbit/s", self.gbit_s)?;
+        if self.round_trip.is_zero() {
+            return Ok(());
+        }
         let micros = self.round_trip.as_secs_f64() * 1e6;
-        write!(f, "{:.2} Gbit/s, round trip {micros:.0} µs", self.gbit_s)
+        write!(f, ", round trip {micros:.0} µs")
     }
 }
 
