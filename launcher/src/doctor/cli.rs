@@ -164,6 +164,25 @@ mod tests {
     }
 
     #[test]
+    fn a_missing_trainer_is_an_error_only_where_it_was_named() {
+        let gpu = crate::gpus::Gpu {
+            id: "0".into(),
+            name: "NVIDIA H200".into(),
+            uuid: "GPU-0".into(),
+        };
+        let found = |devices: Devices, is_meant| {
+            let found = all_reduce(devices, "launch".into(), "/no/trainer".into(), is_meant);
+            found.first().map(|f| f.severity)
+        };
+        let (cpus, gpus) = (Devices::Cpu(2), Devices::Gpus(vec![gpu]));
+        assert_eq!(found(cpus.clone(), true), Some(Severity::Error));
+        assert_eq!(found(gpus.clone(), true), Some(Severity::Error));
+        assert_eq!(found(gpus, false), Some(Severity::Warning));
+        assert_eq!(found(cpus, false), None);
+        assert_eq!(found(Devices::Gpus(Vec::new()), false), None);
+    }
+
+    #[test]
     fn what_a_launch_would_refuse_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let report = |words: &str| {

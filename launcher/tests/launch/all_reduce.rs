@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 use tsm_launch::cluster::key::Key;
-use tsm_launch::doctor::preflight::{GpuTask, all_reduce};
+use tsm_launch::cluster::message::Severity;
+use tsm_launch::doctor::preflight::{GpuTask, all_reduce, own_gpus};
 use tsm_launch::plan::Devices;
 
-use crate::harness::{DEADLINE, Scene, alive, finish, survivors, until};
+use crate::harness::{DEADLINE, Running, Scene, alive, finish, start, survivors, until};
 
 const LAUNCHER: &str = env!("CARGO_BIN_EXE_tsm-launch");
 
@@ -196,32 +197,40 @@ fn a_member_without_a_trainer_says_so_and_the_other_misses_it() {
     );
 }
 
-fn doctor(scene: &Scene, words: &[&str]) -> (i32, String) {
-    let mut command = scene.command(&["doctor", "--preflight", "full", "--cpus", "2"]);
-    command.args(words);
-    let outcome = finish(crate::harness::start(&mut command));
-    (outcome.code, outcome.out)
+fn doctor(scene: &Scene, name: &str) -> Running {
+    let trainer = trainer(scene, name).display().to_string();
+    let words = ["doctor", "--preflight", "full", "--cpus", "2", "--trainer"];
+    let mut command = scene.command(&words);
+    start(command.arg(trainer).env("TMPDIR", scene.path("")))
 }
 
 #[test]
 fn the_doctor_tells_of_the_all_reduce() {
     let scene = Scene::new();
-    let path = |name: &str| trainer(&scene, name).display().to_string();
-    let (_, text) = doctor(&scene, &["--trainer", &path("right")]);
+    let text = finish(doctor(&scene, "right")).out;
+    let good = "all-reduce  2 ranks on the CPU (cpu): 3.0 GB/s bus bandwidth, every sum is right";
+    assert!(text.contains(good), "{text}");
+    let found = own_gpus(&alone(&scene, "dies"));
+    assert_eq!(found[0].severity, Severity::Error);
+    let bad = "the all-reduce over 2 ranks on the CPU failed: rank 1 on ";
+    assert!(found[0].text.starts_with(bad), "{found:?}");
     assert!(
-        text.contains("2 ranks on the CPU (cpu): 3.0 GB/s bus bandwidth, every sum is right"),
-        "{text}"
+        found[0].hint.contains("all-reduce measures again"),
+        "{found:?}"
     );
-    let (code, text) = doctor(&scene, &["--trainer", &path("dies")]);
-    assert_eq!(code, tsm_job::exit::PREFLIGHT, "{text}");
-    assert!(
-        text.contains("the all-reduce over 2 ranks on the CPU failed: rank 1 on "),
-        "{text}"
-    );
-    let (code, text) = doctor(&scene, &["--trainer", "/no/such/trainer"]);
-    assert_eq!(code, tsm_job::exit::PREFLIGHT, "{text}");
-    assert!(
-        text.contains("not measured: /no/such/trainer is not a program"),
-        "{text}"
-    );
+}
+
+#[test]
+fn nothing_survives_a_doctor_that_is_killed() {
+    let scene = Scene::new();
+    let doctor = doctor(&scene, "hangs");
+    let pids = scene.wait_for_pids("pid", 2);
+    // SIGKILL.
+    drop(doctor);
+    until("the ranks to end", || {
+        (!pids.iter().any(|&pid| alive(pid))).then_some(())
+    });
+    until("all processes to end", || {
+        survivors(&scene.path("")).is_empty().then_some(())
+    });
 }
