@@ -157,7 +157,7 @@ impl Running {
             ended = self.session.children.next() => {
                 self.events.write("starter", json!({"host": ended.host, "code": ended.code}));
                 // Later its agent's connection tells.
-                if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. }) {
+                if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }) {
                     self.ran_at = start.elapsed();
                     return;
                 }
@@ -207,6 +207,7 @@ impl Running {
                 Action::Send { .. } | Action::Drop { .. } => {}
                 Action::Notice(text) => self.session.voice.notice(&text),
                 Action::Record { kind, fields } => self.events.write(kind, fields),
+                Action::Measured(report) => self.session.manifest.preflight.push(*report),
                 Action::Show(batch) => self.session.voice.feed.offer(batch),
                 Action::Started(launched) => self.started(&launched, now),
                 Action::Environment(changes) => self.session.manifest.environment = changes,
