@@ -25,6 +25,7 @@ use crate::cluster::wire::Connection;
 use crate::console::painter::Style;
 use crate::console::screen::{Outputs, Screen};
 use crate::doctor::Context;
+use crate::doctor::preflight::Scale;
 use crate::folder::{self, Folder};
 use crate::hang::progress::Limits;
 use crate::logs::Shown;
@@ -395,7 +396,11 @@ fn prepare(
     let dir = folder.dir.path().to_path_buf();
     let run_id = run_id(&dir);
     let command = target.command(&folder.config);
-    let is_trainer = matches!(target.what, What::Trainer { .. });
+    let trainer = match &target.what {
+        What::Trainer { trainer, .. } => Some(trainer.clone()),
+        What::Program(_) => None,
+    };
+    let is_trainer = trainer.is_some();
     let default_show = if is_trainer {
         Show::Ranks(vec![0])
     } else {
@@ -485,7 +490,10 @@ fn prepare(
             hang_timeout: args.hang_timeout.0,
             ..Limits::default()
         },
-        measure: (args.preflight == Preflight::Full).then(|| args.preflight_scale.clone()),
+        measure: (args.preflight == Preflight::Full).then(|| Scale {
+            trainer,
+            ..args.preflight_scale.clone()
+        }),
         save_at: None,
     };
     // Nodes that are not there yet say later how many ranks they have; this is for the width of the labels.

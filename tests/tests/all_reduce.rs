@@ -1,9 +1,12 @@
 //! `tsm-trainer all-reduce` below the real launcher, and below the doctor.
 
 use crate::job::{LAUNCH, Scene, TRAINER, contains, events, expect, json, kill_rank, start};
+use std::ffi::OsString;
+use std::net::TcpListener;
 use std::process::Command;
 use tsm_job::all_reduce::{AllReduce, DIR_VARIABLE};
 use tsm_job::exit;
+use tsm_launch::cluster::key::Key;
 
 /// `ranks` ranks on the CPU that measure with these words.
 fn measure(scene: &Scene, ranks: u32, words: &[&str]) -> Command {
@@ -99,4 +102,57 @@ fn the_doctor_measures_with_the_real_trainer() {
         text.starts_with("2 ranks on the CPU (cpu): ") && text.ends_with("every sum is right"),
         "{text}"
     );
+}
+
+/// Two nodes that are both this machine; their CPUs are measured as GPUs would be.
+#[test]
+fn two_nodes_are_measured_with_the_trainer_before_a_job() {
+    let scene = Scene::new();
+    scene.motion_set(16, 8);
+    let key = scene.path("key");
+    Key::random().write_file(&key).unwrap();
+    let free = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let node = || {
+        let mut command = scene.job("run", 2, &[]);
+        command.args(["--nodes", "2", "--rendezvous", &free.to_string()]);
+        command.arg("--key-file").arg(&key);
+        // A busy machine is no lost one.
+        command.args(["--node-timeout", "30s", "--preflight", "full"]);
+        command.args(["--preflight-scale", "1048576,100ms,60s,cpus"]);
+        command.env("TMPDIR", scene.path("."));
+        start(command)
+    };
+    let nodes = [node(), node()];
+    let outcomes = nodes.map(|n| n.finish(crate::job::DEADLINE));
+    assert_eq!(
+        [outcomes[0].code, outcomes[1].code],
+        [0, 0],
+        "{outcomes:#?}"
+    );
+    let told = outcomes.map(|o| o.err).concat();
+    contains(
+        &told,
+        &[
+            "all-reduce within a node: ",
+            "GB/s bus bandwidth on 2 nodes",
+            "2 nodes in 1 group: ",
+        ],
+    );
+    let manifest = json(&scene.run("run").manifest());
+    let report = &manifest["preflight"][0];
+    assert!(
+        report["nodes"][1]["all_reduce_gb_s"].as_f64() > Some(0.0),
+        "{report}"
+    );
+    let group = &report["groups"][0][0];
+    assert!(group["gbit_s"].as_f64() > Some(0.0), "{report}");
+    // Rings are timed by their round trip; the trainer's sums have none.
+    assert!(group["round_trip_us"].is_null(), "{report}");
+    let left = fs_err::read_dir(scene.path(".")).unwrap().flatten();
+    let left: Vec<_> = left.map(|e| e.file_name()).collect();
+    let is_ours = |name: &OsString| name.to_string_lossy().starts_with("tsm-all-reduce");
+    assert!(!left.iter().any(is_ours), "{left:?}");
 }

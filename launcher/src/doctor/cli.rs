@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use tsm_job::RunDir;
 use tsm_job::exit;
 
-use super::preflight::{self, GpuTask};
+use super::preflight::{self, GpuTask, Scale};
 use super::{Context, facts, print};
 use crate::cli::Gpus;
 use crate::cluster::message::{Finding, Severity};
@@ -90,7 +90,7 @@ fn report(args: &Args, color: bool) -> anyhow::Result<(String, i32)> {
     let mut facts = facts(&context);
     facts.findings.extend(refused);
     if args.preflight == Preflight::Full {
-        let own = preflight::own_node(&preflight::Scale::default());
+        let own = preflight::own_node(&Scale::default());
         facts.findings.extend(own.findings);
         let is_meant = args.trainer.is_some();
         let found = all_reduce(devices, launcher, trainer, is_meant);
@@ -114,7 +114,11 @@ fn all_reduce(
     is_meant: bool,
 ) -> Vec<Finding> {
     if is_executable(&trainer) {
-        return preflight::own_gpus(&GpuTask::alone(devices, launcher, trainer));
+        let scale = Scale {
+            trainer: Some(trainer),
+            ..Scale::default()
+        };
+        return preflight::own_gpus(&GpuTask::alone(devices, launcher, &scale), || false).findings;
     }
     // Memory and loopback say enough about CPUs.
     if !is_meant && (devices.is_empty() || matches!(devices, Devices::Cpu(_))) {

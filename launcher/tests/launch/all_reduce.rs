@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 use tsm_launch::cluster::key::Key;
 use tsm_launch::cluster::message::Severity;
-use tsm_launch::doctor::preflight::{GpuTask, all_reduce, own_gpus};
+use tsm_launch::doctor::preflight::{GpuTask, Scale, all_reduce, own_gpus};
 use tsm_launch::plan::Devices;
 
 use crate::harness::{DEADLINE, Running, Scene, alive, finish, start, survivors, until};
@@ -25,7 +25,11 @@ fn trainer(scene: &Scene, name: &str) -> PathBuf {
 }
 
 fn alone(scene: &Scene, name: &str) -> GpuTask {
-    let mut task = GpuTask::alone(Devices::Cpu(2), LAUNCHER.into(), trainer(scene, name));
+    let scale = Scale {
+        trainer: Some(trainer(scene, name)),
+        ..Scale::default()
+    };
+    let mut task = GpuTask::alone(Devices::Cpu(2), LAUNCHER.into(), &scale);
     task.task.wait = DEADLINE;
     task
 }
@@ -184,7 +188,7 @@ fn of_two_members_the_first_names_the_rank_that_failed() {
 fn a_member_without_a_trainer_says_so_and_the_other_misses_it() {
     let scene = Scene::new();
     let mut tasks = group(&scene, "right");
-    tasks[1].trainer = scene.path("missing");
+    tasks[1].task.trainer = Some(scene.path("missing"));
     for task in &mut tasks {
         task.task.wait = Duration::from_secs(6);
     }
@@ -210,7 +214,7 @@ fn the_doctor_tells_of_the_all_reduce() {
     let text = finish(doctor(&scene, "right")).out;
     let good = "all-reduce  2 ranks on the CPU (cpu): 3.0 GB/s bus bandwidth, every sum is right";
     assert!(text.contains(good), "{text}");
-    let found = own_gpus(&alone(&scene, "dies"));
+    let found = own_gpus(&alone(&scene, "dies"), || false).findings;
     assert_eq!(found[0].severity, Severity::Error);
     let bad = "the all-reduce over 2 ranks on the CPU failed: rank 1 on ";
     assert!(found[0].text.starts_with(bad), "{found:?}");

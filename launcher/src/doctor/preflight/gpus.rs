@@ -18,7 +18,7 @@ use tsm_job::RunDir;
 use tsm_job::all_reduce::{self, AllReduce};
 
 use super::ring::{LATE, LEFT, Measured};
-use super::{BUDGET, BYTES, Task};
+use super::{OwnNode, Scale, Task};
 use crate::cluster::key::Key;
 use crate::cluster::message::Finding;
 use crate::doctor::count;
@@ -35,8 +35,8 @@ const LOOK: Duration = Duration::from_millis(50);
 /// An all-reduce in which this node takes part.
 #[derive(Clone, Debug)]
 pub struct GpuTask {
-    /// As for a [`super::Ring`]. The ring that was open for this node is closed by now: the job meets at the address
-    /// of the first member. With one member nothing is listened on.
+    /// As for a [`super::Ring`], with a trainer, which is at the same place on all members. The ring that was open
+    /// for this node is closed by now: the job meets at the address of the first member.
     pub task: Task,
     /// Of this group alone, and equal on all its members, see [`Key::derive`].
     pub key: Key,
@@ -44,25 +44,16 @@ pub struct GpuTask {
     pub devices: Devices,
     /// This executable.
     pub launcher: PathBuf,
-    /// `tsm-trainer`, at the same place on all members.
-    pub trainer: PathBuf,
 }
 
 impl GpuTask {
     /// For this node alone.
-    pub fn alone(devices: Devices, launcher: PathBuf, trainer: PathBuf) -> GpuTask {
+    pub fn alone(devices: Devices, launcher: PathBuf, scale: &Scale) -> GpuTask {
         GpuTask {
-            task: Task {
-                members: Vec::new(),
-                me: 0,
-                bytes: BYTES,
-                budget: BUDGET,
-                wait: GPU_WAIT,
-            },
+            task: Task::new(Vec::new(), 0, scale),
             key: Key::random(),
             devices,
             launcher,
-            trainer,
         }
     }
 
@@ -74,6 +65,10 @@ impl GpuTask {
             let _ = done.send(lines.map(|lines| summary(&lines)));
         });
         result
+    }
+
+    fn trainer(&self) -> PathBuf {
+        self.task.trainer.clone().unwrap_or("tsm-trainer".into())
     }
 
     fn first(&self) -> bool {
@@ -125,7 +120,7 @@ impl GpuTask {
             command.arg("--key-file").arg(key_file);
             command.args(["--join-timeout", &join]);
         }
-        command.arg("--").arg(&self.trainer);
+        command.arg("--").arg(self.trainer());
         command.args(["all-reduce", "--json"]);
         command.args(["--bytes", &(bytes / 4 * 4).max(4).to_string()]);
         command.args(["--seconds", &budget.as_secs_f64().to_string()]);
@@ -159,18 +154,20 @@ pub fn all_reduce(task: &GpuTask) -> Result<Measured, String> {
     measure(task, || false).map(|lines| summary(&lines))
 }
 
-/// What the devices of this node do together, without any other node.
-pub fn own_gpus(task: &GpuTask) -> Vec<Finding> {
+/// What the devices of this node do together, without any other node. `cancelled`: nobody waits for it any more.
+pub fn own_gpus(task: &GpuTask, cancelled: impl Fn() -> bool) -> OwnNode {
     let what = match &task.devices {
-        Devices::Gpus(gpus) if gpus.is_empty() => return Vec::new(),
+        Devices::Gpus(gpus) if gpus.is_empty() => return OwnNode::default(),
         Devices::Gpus(gpus) => count(gpus.len() as u64, "GPU"),
         Devices::Cpu(n) => count(*n, "rank") + " on the CPU",
     };
-    vec![judge(
-        &what,
-        measure(task, || false),
-        &command_by_hand(task),
-    )]
+    let result = measure(task, cancelled);
+    let slowest = |lines: &Vec<AllReduce>| (lines.len() > 1).then(|| summary(lines).gbit_s / 8.0);
+    OwnNode {
+        all_reduce_gb_s: result.as_ref().ok().and_then(slowest),
+        findings: vec![judge(&what, result, &command_by_hand(task))],
+        ..OwnNode::default()
+    }
 }
 
 fn command_by_hand(task: &GpuTask) -> String {
@@ -178,7 +175,7 @@ fn command_by_hand(task: &GpuTask) -> String {
         Devices::Gpus(_) => "--gpus",
         Devices::Cpu(_) => "--cpus",
     };
-    let trainer = plan::shell(&[task.trainer.clone().into()]);
+    let trainer = plan::shell(&[task.trainer().into()]);
     format!(
         "tsm-launch {flag} {} -- {trainer} all-reduce",
         task.devices.len()

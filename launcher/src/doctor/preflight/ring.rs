@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::ops::Range;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -15,7 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::Scale;
+use super::{GPU_WAIT, Scale};
 use crate::addresses::listen_on_all;
 
 /// Laps of a byte whose quickest is the round trip.
@@ -38,6 +39,9 @@ pub struct Task {
     pub budget: Duration,
     /// All must be done by then.
     pub wait: Duration,
+    /// What measures it in the place of a ring, see [`super::GpuTask`].
+    #[serde(default)]
+    pub trainer: Option<PathBuf>,
 }
 
 impl Task {
@@ -47,7 +51,11 @@ impl Task {
             me,
             bytes: scale.bytes,
             budget: scale.budget,
-            wait: scale.wait,
+            wait: match scale.trainer {
+                Some(_) => GPU_WAIT,
+                None => scale.wait,
+            },
+            trainer: scale.trainer.clone(),
         }
     }
 }
