@@ -210,7 +210,7 @@ pub fn find_program(name: &OsStr) -> anyhow::Result<PathBuf> {
     })
 }
 
-fn is_executable(path: &Path) -> bool {
+pub fn is_executable(path: &Path) -> bool {
     path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
 }
 

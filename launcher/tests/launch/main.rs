@@ -5,6 +5,7 @@ mod ground;
 #[allow(dead_code, reason = "what only the other test programs use")]
 mod harness;
 
+mod all_reduce;
 mod cascade;
 mod class;
 mod contain;

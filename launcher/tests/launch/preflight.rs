@@ -15,6 +15,7 @@ fn scale(wait: Duration) -> Scale {
         bytes: 1 << 20,
         budget: Duration::from_millis(200),
         wait,
+        ..Scale::default()
     }
 }
 

@@ -25,9 +25,14 @@ impl State {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        let Some(scale) = self.settings.measure.clone() else {
+        let Some(mut scale) = self.settings.measure.clone() else {
             return;
         };
+        // Figures of GPUs and of the network alone do not compare.
+        let has_gpus = |id| self.nodes.get(&id).is_some_and(|n| !n.join.gpus.is_empty());
+        if !scale.on_cpus && !self.members.iter().all(|m| has_gpus(m.id)) {
+            scale.trainer = None;
+        }
         let place = |(i, interface): (usize, &String)| {
             let id = self.members[i].id;
             let node = self.nodes.get(&id)?;

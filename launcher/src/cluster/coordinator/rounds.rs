@@ -86,6 +86,7 @@ pub struct NodeFigures {
     pub host: String,
     pub memory_gbyte_s: Option<f64>,
     pub loopback_gbit_s: Option<f64>,
+    pub all_reduce_gb_s: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -136,7 +137,7 @@ impl Measuring {
             groups: Vec::new(),
             done: Vec::new(),
             began: now,
-            deadline: now + scale.wait + MARGIN,
+            deadline: now + scale.patience() + MARGIN,
             places,
             scale,
         }
@@ -240,7 +241,7 @@ impl Measuring {
                 return true;
             }
             self.round.number += 1;
-            self.deadline = now + self.scale.wait + MARGIN;
+            self.deadline = now + self.scale.patience() + MARGIN;
             self.waiting = groups.len();
             self.answers.fill(Answer::None);
             for &member in groups.iter().flatten() {
@@ -256,7 +257,7 @@ impl Measuring {
     }
 
     fn conclude_round(&mut self) {
-        let wait = format(self.scale.wait + MARGIN);
+        let wait = format(self.scale.patience() + MARGIN);
         for place in self.places.iter_mut().filter(|p| p.own.is_none()) {
             place.own = Some(OwnNode::failed(format!(
                 "it did not measure itself within {wait}"
@@ -342,7 +343,11 @@ impl Measuring {
         let loopback = line("network", loopback, &|all, on| {
             format!("loopback: {all} Gbit/s on {on}")
         });
-        memory.into_iter().chain(loopback).collect()
+        let together: Vec<f64> = own().filter_map(|o| o.all_reduce_gb_s).collect();
+        let together = line("all-reduce", together, &|all, on| {
+            format!("all-reduce within a node: {all} GB/s bus bandwidth on {on}")
+        });
+        [memory, loopback, together].into_iter().flatten().collect()
     }
 
     fn groups_of(&self, hosts: &[String]) -> Vec<Vec<GroupFigures>> {
@@ -351,7 +356,9 @@ impl Measuring {
             GroupFigures {
                 hosts: outcome.members.iter().map(|&m| hosts[m].clone()).collect(),
                 gbit_s: measured.map(|m| m.gbit_s),
-                round_trip_us: measured.map(|m| m.round_trip.as_secs_f64() * 1e6),
+                round_trip_us: measured
+                    .filter(|m| !m.round_trip.is_zero())
+                    .map(|m| m.round_trip.as_secs_f64() * 1e6),
                 failure: outcome.failure().map(String::from),
             }
         };
@@ -367,6 +374,7 @@ impl From<&Place> for NodeFigures {
             host: place.host.clone(),
             memory_gbyte_s: own.and_then(|o| o.memory_gbyte_s),
             loopback_gbit_s: own.and_then(|o| o.loopback_gbit_s),
+            all_reduce_gb_s: own.and_then(|o| o.all_reduce_gb_s),
         }
     }
 }

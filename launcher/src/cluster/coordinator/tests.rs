@@ -1,6 +1,7 @@
 //! Every decision, with scripted agents. What happens in all orders is left to [`crate::cluster::simulation`].
 
 mod hostile;
+mod gpus;
 mod properties;
 
 use std::collections::BTreeSet;

@@ -3,13 +3,16 @@
 //! ```text
 //! memory    how fast a node copies, and whether the copy is equal
 //! ring      a sum over the members of a group, over TCP, compared bit for bit
+//! gpus      the same over their GPUs, through NCCL
 //! schedule  who is measured with whom, and who is to blame (pure)
 //! ```
 
+mod gpus;
 mod memory;
 mod ring;
 mod schedule;
 
+pub use gpus::{GPU_WAIT, GpuTask, all_reduce, own_gpus};
 pub use memory::memory;
 pub use ring::{Measured, Ring, Task};
 pub use schedule::{
@@ -18,6 +21,7 @@ pub use schedule::{
 
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 use tsm_job::config::duration;
@@ -40,6 +44,22 @@ pub struct Scale {
     pub bytes: usize,
     pub budget: Duration,
     pub wait: Duration,
+    /// The job's workers, where they are `tsm-trainer`: it measures nodes that have GPUs.
+    #[serde(default)]
+    pub trainer: Option<PathBuf>,
+    /// It measures nodes without GPUs too, as tests want it.
+    #[serde(default)]
+    pub on_cpus: bool,
+}
+
+impl Scale {
+    /// By when a node, or a group of them, has to be done.
+    pub fn patience(&self) -> Duration {
+        match self.trainer {
+            Some(_) => self.wait + GPU_WAIT,
+            None => self.wait,
+        }
+    }
 }
 
 impl Default for Scale {
@@ -48,6 +68,8 @@ impl Default for Scale {
             bytes: BYTES,
             budget: BUDGET,
             wait: WAIT,
+            trainer: None,
+            on_cpus: false,
         }
     }
 }
@@ -55,16 +77,22 @@ impl Default for Scale {
 impl FromStr for Scale {
     type Err = String;
 
-    /// `1048576,200ms,5s`: bytes, budget, wait.
+    /// `1048576,200ms,5s`: bytes, budget, wait; and `,cpus` to measure CPUs as GPUs are.
     fn from_str(text: &str) -> Result<Scale, String> {
         let refuse = || format!("`{text}` is not BYTES,BUDGET,WAIT, such as 1048576,200ms,5s");
-        let [bytes, budget, wait] = text.split(',').collect::<Vec<_>>()[..] else {
+        let (numbers, on_cpus) = match text.strip_suffix(",cpus") {
+            Some(numbers) => (numbers, true),
+            None => (text, false),
+        };
+        let [bytes, budget, wait] = numbers.split(',').collect::<Vec<_>>()[..] else {
             return Err(refuse());
         };
         Ok(Scale {
             bytes: bytes.parse().map_err(|_| refuse())?,
             budget: duration::parse(budget).map_err(|_| refuse())?,
             wait: duration::parse(wait).map_err(|_| refuse())?,
+            trainer: None,
+            on_cpus,
         })
     }
 }
@@ -76,6 +104,9 @@ pub struct OwnNode {
     pub memory_gbyte_s: Option<f64>,
     /// Through the loopback interface.
     pub loopback_gbit_s: Option<f64>,
+    /// Bus bandwidth of an all-reduce over its GPUs, in GB/s.
+    #[serde(default)]
+    pub all_reduce_gb_s: Option<f64>,
     pub findings: Vec<Finding>,
 }
 
@@ -125,6 +156,7 @@ pub fn own_node(scale: &Scale) -> OwnNode {
     OwnNode {
         memory_gbyte_s: memory.ok(),
         loopback_gbit_s: loopback.ok().map(|measured| measured.gbit_s),
+        all_reduce_gb_s: None,
         findings: vec![of_memory, of_network],
     }
 }

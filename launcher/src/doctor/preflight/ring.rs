@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::ops::Range;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -15,13 +16,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::Scale;
+use super::{GPU_WAIT, Scale};
 use crate::addresses::listen_on_all;
 
 /// Laps of a byte whose quickest is the round trip.
 const LAPS: u32 = 16;
-const LEFT: &str = "a neighbour left";
-const LATE: &str = "not done within";
+pub(super) const LEFT: &str = "a neighbour left";
+pub(super) const LATE: &str = "not done within";
 /// A stranger who connects and says nothing is sent away.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -38,6 +39,9 @@ pub struct Task {
     pub budget: Duration,
     /// All must be done by then.
     pub wait: Duration,
+    /// What measures it in the place of a ring, see [`super::GpuTask`].
+    #[serde(default)]
+    pub trainer: Option<PathBuf>,
 }
 
 impl Task {
@@ -47,7 +51,11 @@ impl Task {
             me,
             bytes: scale.bytes,
             budget: scale.budget,
-            wait: scale.wait,
+            wait: match scale.trainer {
+                Some(_) => GPU_WAIT,
+                None => scale.wait,
+            },
+            trainer: scale.trainer.clone(),
         }
     }
 }
@@ -59,6 +67,7 @@ pub struct Measured {
     pub seconds: f64,
     /// What this member sent (and received) in it; of one TCP connection.
     pub gbit_s: f64,
+    /// Zero where it was not measured.
     pub round_trip: Duration,
     /// How the sum differs from what it must be.
     pub wrong: Option<String>,
@@ -66,8 +75,12 @@ pub struct Measured {
 
 impl fmt::Display for Measured {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2} Gbit/s", self.gbit_s)?;
+        if self.round_trip.is_zero() {
+            return Ok(());
+        }
         let micros = self.round_trip.as_secs_f64() * 1e6;
-        write!(f, "{:.2} Gbit/s, round trip {micros:.0} µs", self.gbit_s)
+        write!(f, ", round trip {micros:.0} µs")
     }
 }
 
