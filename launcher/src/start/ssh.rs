@@ -10,7 +10,7 @@ use tsm_job::exit::{self, Coded};
 use super::agent::AGENT;
 use super::children::Starter;
 use super::hosts::{self, Host, Workers};
-use crate::cli::{Args, Nodes};
+use crate::cli::{Args, Nodes, Preflight};
 use crate::plan;
 use crate::target::{Target, find_program};
 
@@ -98,6 +98,8 @@ pub struct Plan {
     launcher: PathBuf,
     /// How often a host that is lost is tried again.
     retries: u32,
+    /// The agents look at their machines.
+    looks: bool,
     pub nodes: Nodes,
 }
 
@@ -151,6 +153,7 @@ impl Plan {
             ssh,
             launcher,
             retries,
+            looks: args.preflight != Preflight::Off,
             nodes,
         }))
     }
@@ -161,7 +164,7 @@ impl Plan {
             .zip(&self.hosts)
             .map(|(order, (host, workers))| Starter {
                 host: host.name().into(),
-                argv: argv(&self.ssh, &self.launcher, host, order, workers),
+                argv: argv(&self.ssh, &self.launcher, host, order, workers, self.looks),
                 env_remove: &[],
                 is_wire: true,
                 code_meaning: meaning,
@@ -221,11 +224,12 @@ fn argv(
     host: &Host,
     order: u32,
     workers: &Workers,
+    looks: bool,
 ) -> Vec<OsString> {
     // ssh begins in the home folder, where a path without `~/` leads as well.
     let launcher = launcher.strip_prefix("~").unwrap_or(launcher);
     let [kind, count] = workers.flag();
-    let agent: [OsString; 9] = [
+    let mut agent: Vec<OsString> = vec![
         launcher.into(),
         AGENT.into(),
         "--stdio".into(),
@@ -236,6 +240,9 @@ fn argv(
         "--host".into(),
         host.name().into(),
     ];
+    if !looks {
+        agent.push("--no-preflight".into());
+    }
     let mut argv = ssh.to_vec();
     argv.extend(OPTIONS.map(OsString::from));
     argv.push("--".into());
@@ -281,8 +288,12 @@ mod tests {
     use crate::cli::Gpus;
 
     fn words(launcher: &str, host: &Host, workers: &Workers) -> Vec<String> {
+        agent(launcher, host, workers, true)
+    }
+
+    fn agent(launcher: &str, host: &Host, workers: &Workers, looks: bool) -> Vec<String> {
         let ssh = ["ssh".into(), "-p".into(), "2222".into()];
-        let argv = argv(&ssh, Path::new(launcher), host, 3, workers);
+        let argv = argv(&ssh, Path::new(launcher), host, 3, workers, looks);
         argv.into_iter()
             .map(|word| word.into_string().unwrap())
             .collect()
@@ -301,6 +312,8 @@ mod tests {
             found[found.len() - 1],
             "exec '/opt/my apps/tsm-launch' __agent --stdio --cpus 2 --order 3 --host gpu-01"
         );
+        let last = agent("tsm-launch", &host, &Workers::Cpus(2), false).pop();
+        assert!(last.unwrap().ends_with(" --host gpu-01 --no-preflight"));
         let gpus = Workers::Gpus(Gpus::List(vec![0, 2]));
         let last = words("~/bin/tsm-launch", &host, &gpus).pop().unwrap();
         assert!(

@@ -114,7 +114,7 @@ impl State {
             if !go_on {
                 let all: Vec<&str> = bad.iter().map(|(_, f)| f.text.as_str()).collect();
                 let (all, left) = (all.join("; "), nodes(left));
-                let text = format!("{all}: {left} without it, of {needed} that are needed");
+                let text = format!("{all}; {left} left, {needed} are needed");
                 return self.refuse(&text, &finding.hint, now, actions);
             }
         } else if let Some(finding) = errors.first() {
@@ -163,7 +163,7 @@ impl State {
         for (id, Finding { text, hint, .. }) in out {
             let host = self.host(*id);
             actions.push(record("left_out", json!({"host": host, "why": text})));
-            let text = format!("{host} gets no ranks: {text}\n  hint: {hint}");
+            let text = format!("left out: {text}\n  hint: {hint}");
             actions.push(Action::Notice(text));
         }
         actions.push(record("preflight", to_value(&report).unwrap_or_default()));
