@@ -32,8 +32,6 @@ pub struct Place {
     pub address: Option<IpAddr>,
     /// What it measured of itself, where that is known already.
     pub own: Option<OwnNode>,
-    /// What was seen without measuring.
-    pub seen: Vec<Finding>,
 }
 
 /// What a node of the current round has answered.
@@ -304,8 +302,7 @@ impl Measuring {
         let mut findings = Vec::new();
         for (place, verdict) in self.places.iter().zip(&network) {
             let own = place.own.clone().unwrap_or_default();
-            let said = own.findings.iter().chain(&place.seen);
-            let said = said.map(|finding| Finding {
+            let said = own.findings.iter().map(|finding| Finding {
                 text: format!("{}: {}", place.host, finding.text),
                 ..finding.clone()
             });

@@ -1,5 +1,6 @@
 //! Every decision, with scripted agents. What happens in all orders is left to [`crate::cluster::simulation`].
 
+mod measuring;
 mod properties;
 
 use std::collections::BTreeSet;
