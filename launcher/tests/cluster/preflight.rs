@@ -232,3 +232,16 @@ fn a_node_that_fails_alone_gets_no_ranks() {
     assert_eq!(job.end(), [exit::PREFLIGHT; 2]);
     assert!(job.err(1).contains(text) && job.err(2).contains(text));
 }
+
+#[test]
+fn a_broken_node_alone_gets_no_ranks() {
+    let Some(cluster) = Cluster::new(1) else {
+        return;
+    };
+    cluster.node(1).ip("link set lo down\n");
+    let mut job = Job::on_all(&cluster, SHORT, "--exit 0");
+    assert_eq!(job.end(), [exit::PREFLIGHT]);
+    let text =
+        "node-1: a sum over two threads through loopback failed: cannot connect to 127.0.0.1:";
+    assert!(job.err(1).contains(text) && job.err(1).contains("0 nodes left, 1 are needed"));
+}

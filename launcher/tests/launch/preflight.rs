@@ -8,7 +8,7 @@ use tsm_launch::doctor::preflight::{
     Measured, Outcome, Ring, Scale, Task, Verdict, conviction, judge, next_round,
 };
 
-use crate::harness::DEADLINE;
+use crate::harness::{DEADLINE, Scene};
 
 fn scale(wait: Duration) -> Scale {
     Scale {
@@ -195,4 +195,26 @@ fn a_stranger_is_not_let_in() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn a_node_alone_is_measured_before_its_ranks() {
+    let scene = Scene::new();
+    let options = "--cpus 2 --preflight full --preflight-scale 1048576,50ms,60s";
+    let outcome = scene.launch(options, "--exit 0");
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    let shown = "tsm-launch: preflight: memory copies ";
+    assert!(outcome.err.contains(shown), "{}", outcome.err);
+    let report = &scene.json("manifest.json")["preflight"][0];
+    let node = &report["nodes"][0];
+    assert!(node["memory_gbyte_s"].as_f64() > Some(0.0), "{report}");
+    assert!(node["loopback_gbit_s"].as_f64() > Some(0.0), "{report}");
+    assert!(report["groups"].as_array().is_some_and(Vec::is_empty));
+    let events = scene.read("events.jsonl");
+    let order: Vec<usize> = [r#""event":"preflight""#, r#""event":"spawn""#]
+        .map(|event| events.find(event).expect("an event"))
+        .to_vec();
+    assert!(order.is_sorted(), "{events}");
+    let outcome = Scene::new().launch("--cpus 1", "--exit 0");
+    assert!(!outcome.err.contains("preflight"), "{}", outcome.err);
 }
