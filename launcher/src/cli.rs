@@ -10,7 +10,7 @@ use tsm_job::exit::{self, Coded};
 
 use crate::cluster::key::Key;
 use crate::cluster::tls::{Tls, TlsFiles};
-use crate::console::screen::Format;
+use crate::console::painter::Format;
 use crate::doctor::preflight::Scale;
 use crate::status::http::Port;
 

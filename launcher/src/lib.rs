@@ -12,6 +12,7 @@
 //! ```
 
 pub mod addresses;
+mod ahead;
 pub mod blame;
 pub mod class;
 pub mod cli;

@@ -34,10 +34,9 @@ mod handshake;
 pub use connection::{Connection, Fault, Receiver, Sender, WireError};
 pub use frame::{MAX_FROM_AGENT, MAX_TO_AGENT};
 pub use fuzz::fuzz_one;
-pub use handshake::{Refusal, VERSION, Why};
+pub use handshake::{Refusal, Role, VERSION, Why};
 
 pub(super) use connection::open;
-pub(super) use handshake::Role;
 
 use handshake::NOT_BOUND;
 
@@ -49,11 +48,12 @@ pub const MAX_UNPROVEN: usize = 1024;
 /// come at once have to try again, which takes a second.
 const BACKLOG: u32 = 16384;
 
-/// The coordinator's side of the handshake. `peer` names the other side in errors.
+/// The handshake over a stream of any kind, as the side that `role` says. `peer` names the other side in errors.
 ///
 /// # Errors
 /// When the other side does not prove within `deadline` that it has the key.
-pub async fn accept<S>(
+pub async fn authenticate<S>(
+    role: Role,
     stream: S,
     peer: &str,
     key: &Key,
@@ -62,25 +62,7 @@ pub async fn accept<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let open = open(stream, peer, key, Role::Coordinator, &NOT_BOUND);
-    within(deadline, peer, open).await
-}
-
-/// The agent's side of the handshake, see [`accept`].
-///
-/// # Errors
-/// As [`accept`].
-pub async fn connect<S>(
-    stream: S,
-    peer: &str,
-    key: &Key,
-    deadline: Duration,
-) -> Result<Connection, Refusal>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let open = open(stream, peer, key, Role::Agent, &NOT_BOUND);
-    within(deadline, peer, open).await
+    within(deadline, peer, open(stream, peer, key, role, &NOT_BOUND)).await
 }
 
 /// An agent's way to a coordinator that listens: TCP, TLS where it is wanted, the handshake; one try, all

@@ -169,31 +169,6 @@ fn floats(stepper: &Stepper) -> impl Iterator<Item = &Tensor> {
     buffers.filter(|t| t.kind() == Kind::Float)
 }
 
-/// What the launcher told this rank to go on from, and what to tell the user about it. `None`: from
-/// the beginning, also after a restart before the first checkpoint.
-///
-/// # Errors
-/// No usable checkpoint, though this is no restart.
-pub fn find(env: &WorkerEnv) -> Result<(Option<Found>, Vec<String>)> {
-    let restart = env.restart_count;
-    match &env.resume_from {
-        None if restart == 0 => Ok((None, Vec::new())),
-        None => Ok((None, vec![format!("restart {restart} from the beginning")])),
-        Some(path) if restart == 0 => Ok((Some(checkpoint::find(path)?), Vec::new())),
-        Some(path) => Ok(match checkpoint::find_if_any(path)? {
-            Ok(found) => (Some(found), Vec::new()),
-            Err(unusable) => {
-                let why = format!(
-                    "restart {restart} from the beginning: {} holds no usable checkpoint yet",
-                    path.display()
-                );
-                let warnings = unusable.iter().map(|u| format!("warning: {u}"));
-                (None, warnings.chain([why]).collect())
-            }
-        }),
-    }
-}
-
 /// A training put back to where a checkpoint was made.
 pub struct Resumed {
     pub at: Position,
@@ -344,7 +319,7 @@ fn check_order(meta: &Meta, config: &Config, num_clips: u64, path: &Path) -> Res
 /// Checks that all ranks are at one place, and asks whether one of them was told to stop already.
 ///
 /// # Errors
-/// Ranks that found different checkpoints (exit code DATA), or a peer that is gone.
+/// Ranks that count otherwise (exit code DATA), or a peer that is gone.
 pub fn agree(stepper: &Stepper, device: Device, at: &Position, asked: bool) -> Result<bool> {
     let own = [
         at.step,
@@ -365,7 +340,7 @@ pub fn agree(stepper: &Stepper, device: Device, at: &Position, asked: bool) -> R
         let same = position[1..3] == [i64::from(at.epoch), at.clips_in_epoch as i64];
         if step != zero || !same {
             let message = format!(
-                "rank {rank} starts from step {step}, rank 0 from step {zero}\n  hint: all ranks must see the same checkpoints: the run folder has to be on a file system that all nodes share"
+                "rank {rank} starts from step {step}, rank 0 from step {zero}\n  hint: every rank must run the same config.yaml and the same program"
             );
             return Err(Coded::new(exit::DATA, message).into());
         }

@@ -12,6 +12,7 @@ use tsm_job::RunDir;
 use tsm_job::message::WorkerMessage;
 
 use super::Setup;
+use crate::ahead::Ahead;
 use crate::cluster::message::{NodeReport, Progress, Start};
 use crate::console::lines::Lines;
 use crate::cores;
@@ -374,6 +375,7 @@ impl Generation {
     /// Takes in events and signals the workers as is decided; what is left is for others to do.
     pub fn decide(&mut self, events: &[Event], now: Duration) -> Vec<Action> {
         let actions = supervisor::decide(&mut self.state, events, now);
+        let _ahead = (actions.len() > 1).then(Ahead::new);
         for action in &actions {
             match action {
                 Action::Signal { rank, signal } => {

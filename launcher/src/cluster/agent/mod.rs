@@ -387,7 +387,7 @@ impl Agent {
         let places: Vec<(u32, String)> = current.places();
         let host = self.setup.host.clone();
         let found = self.reach.0.clone();
-        let looked = hang::look_into(hang::stacks::Probe::default(), pids, ras);
+        let looked = hang::look_into(hang::probe::Probe::default(), pids, ras);
         tokio::task::spawn_local(async move {
             let findings = looked.await;
             let (processes, ras) = findings.map_or((Vec::new(), None), |f| (f.processes, f.ras));

@@ -9,7 +9,8 @@
 //!
 //! A **generation** is one start of all ranks. The next one starts only when every node of the last has
 //! said that it is clean, or is lost and its lease has run out: its agent, or the guard beside it, has then
-//! killed its ranks. So no two generations ever run at once.
+//! killed its ranks. So no two generations ever run at once; and the coordinator finishes no sooner, so that a
+//! job which is queued again does not find ranks of this one.
 
 mod ending;
 mod forming;
@@ -47,6 +48,8 @@ const FORM: Duration = Duration::from_secs(10);
 const LEAVE: Duration = Duration::from_secs(3);
 /// After its lease a lost node's ranks are gone: its agent kills them, or the guard does a little later.
 pub const FENCE: Duration = Duration::from_millis(500);
+/// A wait at the end that is longer is explained.
+const MOMENT: Duration = Duration::from_millis(500);
 /// Time beyond two graces in which an agent must report: the kernel ends processes in 5 s, or they are named.
 const REPORT: Duration = Duration::from_secs(15);
 /// Between two looks for hangs and stragglers.
@@ -373,9 +376,8 @@ impl State {
                 let ready = last_call.map(|call| call.max(self.fence));
                 Some(ready.unwrap_or(deadline).min(deadline.max(self.fence)))
             }
-            Phase::Form { deadline, .. }
-            | Phase::Stop { deadline }
-            | Phase::Leave { deadline, .. } => Some(*deadline),
+            Phase::Form { deadline, .. } | Phase::Stop { deadline } => Some(*deadline),
+            Phase::Leave { deadline, .. } => Some(self.left(*deadline)),
             Phase::Measure { measuring, .. } => Some(measuring.deadline),
             Phase::Pause { until } => Some(*until),
             Phase::Run => {

@@ -6,8 +6,8 @@ use tsm_job::config::duration::format;
 use tsm_job::exit;
 
 use super::{
-    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, Node, Phase, REPORT, State, nodes, record,
-    send,
+    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, State, nodes,
+    record, send,
 };
 use crate::cluster::message::{Finding, Join, Severity, ToAgent};
 use crate::cluster::topology::NodeId;
@@ -294,6 +294,10 @@ impl State {
                 )));
                 self.leave(code, None, now, actions);
             }
+            // Somebody who waits for the launcher knows better whether it is worth it.
+            Phase::Leave { .. } if signal == libc::SIGINT && place.is_empty() => {
+                self.fence = self.fence.min(now);
+            }
             Phase::Leave { .. } | Phase::Finished { .. } => {}
         }
     }
@@ -365,9 +369,6 @@ impl State {
                     );
                 }
             }
-            Phase::Leave { code, deadline } if now >= deadline => {
-                self.phase = Phase::Finished { code }
-            }
             _ => {}
         }
     }
@@ -414,11 +415,19 @@ impl State {
             {
                 self.settle(now, actions)
             }
-            Phase::Leave { code, .. } if self.nodes.values().all(|n| n.local) => {
+            Phase::Leave { code, deadline } if now >= self.left(deadline) => {
                 self.phase = Phase::Finished { code }
             }
             _ => {}
         }
+    }
+
+    /// When the coordinator may go: its agents have left, or are not waited for any longer, and no rank of a
+    /// lost node can run on beside what is started next in the run folder.
+    pub(super) fn left(&self, deadline: Duration) -> Duration {
+        let alone = self.nodes.values().all(|n| n.local);
+        let agents = if alone { Duration::ZERO } else { deadline };
+        agents.max(self.fence)
     }
 
     /// Whether the generation cannot end without a word from this node.
@@ -487,6 +496,17 @@ impl State {
             code,
             deadline: now + LEAVE,
         };
+        let wait = self.fence.saturating_sub(now);
+        if wait > MOMENT {
+            let seconds = wait.as_secs_f64();
+            let of = match self.lost.as_slice() {
+                [one] => one.host.clone(),
+                more => format!("{} lost nodes", more.len()),
+            };
+            actions.push(Action::Notice(format!(
+                "waiting {seconds:.1} s: until then ranks of {of} may still run; Ctrl-C leaves at once"
+            )));
+        }
         self.advance(now, actions);
     }
 

@@ -3,7 +3,6 @@
 use serde_json::json;
 use std::time::Duration;
 use tsm_job::config::duration::format;
-use tsm_job::exit;
 
 use super::{Action, Cause, INSPECT, Inspection, LOOK, Phase, State, record};
 use crate::cluster::message::{Beat, NodeReport, ToAgent};
@@ -94,9 +93,13 @@ impl State {
         };
         let others = self.world_size().saturating_sub(1) as usize;
         if others > 0 {
-            let end = end.map_or("says that it fails".into(), |end| {
-                format!("ended with {end}")
-            });
+            let end = match end {
+                None => "says that it fails".into(),
+                Some(end) if end.is_success() => {
+                    format!("said that it fails, and ended with {end}")
+                }
+                Some(end) => format!("ended with {end}"),
+            };
             let at = if self.members.len() > 1 {
                 format!(" on {}", self.host(id))
             } else {
@@ -134,11 +137,7 @@ impl State {
             };
             actions.push(Action::Notice(format!("warning: {at}{warning}")));
         }
-        let well = |end: End| end.is_success() || end == End::Code(exit::REQUEUE);
-        let failed = report
-            .ranks
-            .iter()
-            .any(|(rank, _)| !rank.end.is_some_and(well));
+        let failed = report.ranks.iter().any(|(rank, _)| !rank.is_well());
         self.reports.insert(id, report);
         // It was not said before where a rank that saved by itself was not followed by the others in time.
         if failed && self.cause.is_none() {

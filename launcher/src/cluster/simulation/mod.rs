@@ -8,7 +8,7 @@
 //!
 //! In every run:
 //! - ranks of two generations never run at the same time, on whatever machine;
-//! - every rank and every agent ends, and the coordinator finishes;
+//! - every rank and every agent ends, and the coordinator finishes, after every rank unless it is hurried;
 //! - a node that is gone is noticed within its lease, whatever the job is doing;
 //! - where one thing went wrong, the report names it, with its exit code;
 //! - nothing is started more often than is allowed, nor after the job was told to end;

@@ -116,6 +116,8 @@ pub struct World {
     expected: Option<Expected>,
     /// Somebody asked for the end of the job, and the coordinator has heard it.
     told_to_end: bool,
+    /// Somebody did not wait for the end of a lost node's ranks.
+    hurried: bool,
     endings: Vec<Ending>,
     /// Hosts that were measured and found bad.
     convicted: Vec<String>,
@@ -146,6 +148,7 @@ impl World {
             ranks: Vec::new(),
             expected: None,
             told_to_end: false,
+            hurried: false,
             endings: Vec::new(),
             convicted: Vec::new(),
             starts: 0,
@@ -331,6 +334,10 @@ impl World {
             }
             _ => {}
         }
+        self.hurried |= matches!(
+            (&event, &self.state.phase),
+            (Event::Signal(libc::SIGINT), Phase::Leave { .. })
+        );
         let phase = name(&self.state.phase);
         let lost = match event {
             Event::Lost { node, .. } if self.state.is_connected(node) => Some("cut"),
@@ -355,11 +362,18 @@ impl World {
 
     fn stop_coordinator(&mut self) {
         self.coordinator_up = false;
+        let left = |r: &&Rank| match self.nodes[r.node].local {
+            true => r.alive,
+            false => r.alive && !r.dying && !self.hurried,
+        };
+        if let (Some(code), Some(rank)) = (self.code, self.ranks.iter().find(left)) {
+            let (number, generation, n) = (rank.number, rank.generation, rank.node);
+            self.fault(format!(
+                "the launcher ends with {code} before rank {number} of generation {generation} on node {n}"
+            ));
+        }
         for n in 0..self.nodes.len() {
             if self.nodes[n].local {
-                if self.code.is_some() && self.nodes[n].ranks.iter().any(|&r| self.ranks[r].alive) {
-                    self.fault("the launcher ends before ranks of its own".into());
-                }
                 self.nodes[n].agent = None;
                 self.kill_all(n);
             } else {
