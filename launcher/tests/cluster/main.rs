@@ -7,6 +7,10 @@
 )]
 mod harness;
 
+#[path = "../launch/ground.rs"]
+#[allow(dead_code, reason = "as above")]
+mod ground;
+
 mod job;
 mod nodes;
 
