@@ -106,6 +106,14 @@ impl Target {
         }
     }
 
+    /// Our trainer, where its workers are that.
+    pub fn trainer(&self) -> Option<&Path> {
+        match &self.what {
+            What::Trainer { trainer, .. } => Some(trainer),
+            What::Program(_) => None,
+        }
+    }
+
     /// Whether its workers report progress, save on SIGUSR2 and find their own checkpoints.
     pub fn is_trainer(&self) -> bool {
         matches!(self.what, What::Trainer { .. })

@@ -17,6 +17,7 @@ use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
 use crate::console::painter::Style;
 use crate::console::screen::{Outputs, Screen};
+use crate::doctor::preflight::Scale;
 use crate::folder::Folder;
 use crate::hang::progress::Limits;
 use crate::logs::Shown;

@@ -26,7 +26,7 @@ pub use member::{Clock, Node};
 pub use rounds::Report;
 
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -275,6 +275,8 @@ pub struct State {
     /// The spares are measured too, to tell who is to blame; once in a generation.
     is_wide: bool,
     was_wide: bool,
+    /// Warnings that were said.
+    warned: BTreeSet<String>,
     pub restarts: Vec<Restart>,
     progress: BTreeMap<u32, view::Rank>,
     metrics: BTreeMap<String, f64>,
@@ -342,6 +344,7 @@ impl State {
             measured: BTreeMap::new(),
             is_wide: false,
             was_wide: false,
+            warned: BTreeSet::new(),
             restarts: Vec::new(),
             progress: BTreeMap::new(),
             metrics: BTreeMap::new(),

@@ -11,7 +11,7 @@ use super::{
     Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, State, nodes,
     record, send,
 };
-use crate::cluster::message::{Join, ToAgent};
+use crate::cluster::message::{Finding, Join, Severity, ToAgent};
 use crate::cluster::topology::NodeId;
 use crate::end::signal_name;
 use crate::supervisor::count;
@@ -71,8 +71,16 @@ impl State {
         if let Some(out) = self.left_out().find(|l| l.host == host && l.must) {
             return refuse(format!("{host} is left out: {}", out.why));
         }
-        let fields =
-            json!({"node": id, "host": join.host, "pid": join.pid, "devices": join.devices});
+        let found = join.facts.findings.iter();
+        let found: Vec<&Finding> = found.filter(|f| f.severity > Severity::Ok).collect();
+        if let Some(error) = found.iter().find(|f| f.severity == Severity::Error) {
+            let why = error.to_string() + "; --preflight off starts all the same";
+            let message = Some(format!("{host} cannot run the job: {why}"));
+            let code = exit::PREFLIGHT;
+            actions.push(send(id, ToAgent::Exit { code, message }));
+            return self.unfit(id, &host, code, &why, now, actions);
+        }
+        let fields = json!({"node": id, "host": join.host, "pid": join.pid, "devices": join.devices, "found": found});
         actions.push(record("join", fields));
         actions.push(send(
             id,

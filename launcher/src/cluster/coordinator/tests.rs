@@ -1,7 +1,8 @@
 //! Every decision, with scripted agents. What happens in all orders is left to [`crate::cluster::simulation`].
 
-mod hostile;
 mod gpus;
+mod hostile;
+mod measuring;
 mod properties;
 
 use std::collections::BTreeSet;

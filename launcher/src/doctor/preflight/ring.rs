@@ -3,7 +3,7 @@
 //! Member i sends to member i + 1 and hears from member i - 1. The numbers are integers that wrap around: their
 //! sum is the same in any order, and no wrong bit gets lost in rounding. Every member compares it with what it must be.
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::{SocketAddr, TcpListener as StdListener};
@@ -23,6 +23,8 @@ use crate::addresses::listen_on_all;
 const LAPS: u32 = 16;
 pub(super) const LEFT: &str = "a neighbour left";
 pub(super) const LATE: &str = "not done within";
+/// The neighbours are found within this time, or half of what there is.
+const MEET: Duration = Duration::from_secs(10);
 /// A stranger who connects and says nothing is sent away.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -149,13 +151,19 @@ async fn run(
     );
     let next = task.members[(task.me + 1) % num];
     let listener = TcpListener::from_std(listener)?;
+    let meet = MEET.min(task.wait / 2);
     let (to, from) = tokio::try_join!(
         async {
-            dial(next, prove)
-                .await
-                .with_context(|| format!("cannot connect to {next}"))
+            let dialled = timeout(meet, dial(next, prove)).await;
+            let late = || Err(anyhow!("no answer within {meet:?}"));
+            let dialled = dialled.unwrap_or_else(|_| late());
+            dialled.with_context(|| format!("cannot connect to {next}"))
         },
-        accept(&listener, prove),
+        async {
+            // A little longer: who cannot connect knows more.
+            let accepted = timeout(meet * 5 / 4, accept(&listener, prove)).await;
+            accepted.unwrap_or_else(|_| bail!("{LEFT}: it did not connect"))
+        },
     )?;
     let mut ring = Links {
         num,
