@@ -16,3 +16,4 @@ mod membership;
 mod refusals;
 mod signals;
 mod success;
+mod tls;
