@@ -17,6 +17,7 @@ use tsm_job::exit::{self, Coded};
 use crate::cli::{Args, Preflight, Show};
 use crate::cluster::agent::{self, Leave};
 use crate::cluster::coordinator::{Job, Settings};
+use crate::cluster::fit;
 use crate::cluster::key::Key;
 use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
@@ -226,6 +227,7 @@ impl Node<'_> {
         let mut prepared = prepare(self.args, self.target, Some(&self.devices), self.start)?;
         prepared.session.settings.open = true;
         prepared.session.settings.job.digest = digest;
+        fit::job(&prepared.session.settings.job)?;
         prepared.session.hub.listen(listener, key.clone(), tls);
         let link = prepared.session.hub.local();
         let (host, key, shown) = (manifest::host(), Some(key), Some(prepared.shown()));
@@ -280,6 +282,7 @@ async fn over_ssh(
     let mut env = ssh::environment(std::env::vars_os());
     env.push(("PWD".into(), job.directory.clone().into()));
     job.base_env = Some(env);
+    fit::job(job)?;
     let (shim, key) = (std::env::current_exe()?, Key::random());
     for starter in plan.starters() {
         session
@@ -379,6 +382,11 @@ fn prepare(
     if let Some(devices) = devices {
         target.settle(devices);
     }
+    let env: Vec<(String, String)> = args
+        .env
+        .iter()
+        .map(|pair| variable(pair))
+        .collect::<anyhow::Result<_>>()?;
     let time = clock::Utc::now();
     let (root, name) = target.place();
     let mut folder = match (&args.run_dir, &target.resume) {
@@ -448,11 +456,7 @@ fn prepare(
         command,
         directory: std::env::current_dir().context("the current folder is gone")?,
         base_env: None,
-        env: args
-            .env
-            .iter()
-            .map(|pair| variable(pair))
-            .collect::<anyhow::Result<_>>()?,
+        env,
         resume_from: target.resume.as_ref().map(|from| from.path().to_path_buf()),
         grace: args
             .grace

@@ -102,6 +102,7 @@ async fn on_nodes(
         .and_then(|n| n.to_str()?.parse().ok());
     let mut prepared = prepare(args, target, None, start)?;
     let session = &mut prepared.session;
+    fit::job(&session.settings.job)?;
     session.settings.max_nodes = wanted as u32;
     session.settings.min_nodes = args.nodes.map_or(wanted as u32, |n| n.min);
     let key = Key::random();

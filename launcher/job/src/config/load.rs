@@ -7,6 +7,7 @@ use super::problem::{ConfigError, Problem};
 use super::template::Examples;
 use super::tree::{Document, KeyPath, Segment, get, get_mut};
 use serde_json::Value;
+use std::io::ErrorKind;
 use std::path::Path;
 
 impl Config {
@@ -20,7 +21,14 @@ impl Config {
     /// A [`ConfigError`] that lists every problem at once.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigError> {
         let text = fs_err::read_to_string(path).map_err(|error| {
-            let problem = Problem::new(&KeyPath::default(), error.to_string());
+            let hint = match error.kind() {
+                ErrorKind::NotFound => "check the name; configs/ has one for each recipe",
+                ErrorKind::IsADirectory => "give a YAML file in it",
+                ErrorKind::PermissionDenied => "make it readable for this user",
+                ErrorKind::InvalidData => "a config is a text in YAML; this is something else",
+                _ => "give a YAML file that can be read",
+            };
+            let problem = Problem::new(&KeyPath::default(), error.to_string()).hint(hint);
             ConfigError::new(path, "", vec![problem])
         })?;
         Config::from_yaml(&text, path, overrides)
