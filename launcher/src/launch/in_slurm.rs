@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::node::Node;
 use super::prepared::prepare;
 use crate::cli::{Args, Gpus, Preflight};
+use crate::cluster::fit;
 use crate::cluster::key::Key;
 use crate::cluster::wire;
 use crate::plan::{self, Workers};
@@ -104,6 +105,7 @@ async fn on_nodes(
     }
     let mut prepared = prepare(args, target, None, start)?;
     let session = &mut prepared.session;
+    fit::job(&session.settings.job)?;
     session.settings.max_nodes = wanted as u32;
     session.settings.min_nodes = args.nodes.map_or(wanted as u32, |n| n.min);
     let key = Key::random();

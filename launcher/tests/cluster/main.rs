@@ -18,3 +18,4 @@ mod preflight;
 mod refusals;
 mod signals;
 mod success;
+mod tls;
