@@ -14,7 +14,7 @@ use tsm_job::message::WorkerMessage;
 use super::Setup;
 use crate::cluster::message::{NodeReport, Progress, Start};
 use crate::console::lines::Lines;
-use crate::contain::{self, Containment, Left, Process};
+use crate::contain::{self, Ability, Containment, Left, Process};
 use crate::cores;
 use crate::doctor::kmsg;
 use crate::logs::{Logs, Shown, Sink, Source, Tail};
@@ -97,7 +97,12 @@ impl Generation {
     ///
     /// # Errors
     /// What keeps this node from running the job.
-    pub fn prepare(setup: &Setup, start: Start, now: Duration) -> anyhow::Result<Generation> {
+    pub fn prepare(
+        setup: &Setup,
+        ability: &mut Ability,
+        start: Start,
+        now: Duration,
+    ) -> anyhow::Result<Generation> {
         let here = std::env::current_dir().unwrap_or_default();
         let directory = (start.directory != here).then(|| start.directory.clone());
         if let Some(directory) = &directory {
@@ -162,7 +167,7 @@ impl Generation {
         let removed = REMOVED_VARIABLES.map(String::from).into_iter();
         let remove = removed.chain(identity_in_mpi(names)).collect();
         process::allow_open_files(FILES + FILES_PER_RANK * num_ranks as u64);
-        let containment = Containment::open(&setup.shim, &start.run_id, start.generation);
+        let containment = Containment::open(ability, &start.run_id, start.generation);
         Ok(Generation {
             state: State::new(num_ranks, start.grace, start.saves, start.shielded),
             plans,
