@@ -72,7 +72,8 @@ pub fn role(rank: &Rank, stderr: impl FnOnce() -> String) -> Role {
     match rank.end {
         None if own_record => Role::OwnError,
         None => Role::Stuck,
-        Some(end) if end.is_success() => Role::Succeeded,
+        // One that announced a failure has not succeeded, whatever its code says.
+        Some(end) if end.is_success() && rank.record.is_none() => Role::Succeeded,
         Some(_) if lost_peer => Role::LostPeer,
         Some(_) if own_record => {
             if rank.after_stop {
@@ -253,6 +254,18 @@ pub mod tests {
         let mut ranks = [rank(2, End::Code(1)), rank(1, End::Code(1))];
         ranks[1].record = said("panic", "boom");
         assert_eq!(blamed(&ranks), 1);
+    }
+
+    #[test]
+    fn a_record_is_a_failure_also_of_a_rank_that_ended_with_0() {
+        let well = rank(1, End::Code(0));
+        let announced = |cause: &str| Rank {
+            record: said(cause, "index 7 out of range"),
+            ..rank(2, End::Code(0))
+        };
+        assert_eq!(blamed(&[well.clone(), announced("error")]), 1);
+        assert_eq!(role(&announced("peer"), String::new), Role::LostPeer);
+        assert!(well.has_succeeded() && !announced("error").is_well());
     }
 
     #[test]

@@ -10,7 +10,8 @@ use tsm_job::exit::{self, Coded};
 
 use crate::cluster::key::Key;
 use crate::cluster::tls::{Tls, TlsFiles};
-use crate::console::screen::Format;
+use crate::console::painter::Format;
+use crate::doctor::preflight::Scale;
 use crate::status::http::Port;
 
 const EXAMPLES: &str = "Examples:
@@ -116,6 +117,10 @@ pub struct Args {
     #[arg(long, value_name = "HOW", value_enum, default_value = "quick")]
     pub preflight: Preflight,
 
+    /// How much `--preflight full` measures: BYTES,BUDGET,WAIT.
+    #[arg(long, hide = true, default_value = "67108864,2s,30s")]
+    pub preflight_scale: Scale,
+
     /// A variable for the workers: with its value, or as it is here.
     #[arg(long = "env", value_name = "NAME[=VALUE]")]
     pub env: Vec<String>,
@@ -184,6 +189,8 @@ pub enum Preflight {
     Off,
     /// GPUs, driver, disks, limits: less than a second.
     Quick,
+    /// Memory and the network between the nodes are measured too: some seconds.
+    Full,
 }
 
 impl Args {

@@ -22,7 +22,8 @@ use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
 use crate::cluster::tls::Tls;
 use crate::cluster::wire::Connection;
-use crate::console::screen::{Outputs, Screen, Style};
+use crate::console::painter::Style;
+use crate::console::screen::{Outputs, Screen};
 use crate::doctor::Context;
 use crate::folder::{self, Folder};
 use crate::hang::progress::Limits;
@@ -484,6 +485,7 @@ fn prepare(
             hang_timeout: args.hang_timeout.0,
             ..Limits::default()
         },
+        measure: (args.preflight == Preflight::Full).then(|| args.preflight_scale.clone()),
         save_at: None,
     };
     // Nodes that are not there yet say later how many ranks they have; this is for the width of the labels.

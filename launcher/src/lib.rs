@@ -13,6 +13,7 @@
 //! ```
 
 pub mod addresses;
+mod ahead;
 pub mod blame;
 pub mod class;
 pub mod cli;
@@ -79,7 +80,7 @@ pub fn main() -> ExitCode {
 
 /// Says whether this machine can run a job, and what to do where it cannot.
 #[derive(clap::Parser)]
-#[command(name = "tsm-launch doctor")]
+#[command(name = "tsm-launch doctor", bin_name = "tsm-launch doctor")]
 struct Doctor {
     #[command(flatten)]
     args: doctor::cli::Args,
@@ -87,7 +88,7 @@ struct Doctor {
 
 /// Makes a key for a job, in a file of its own.
 #[derive(clap::Parser)]
-#[command(name = "tsm-launch key")]
+#[command(name = "tsm-launch key", bin_name = "tsm-launch key")]
 struct KeyArgs {
     /// It must not exist yet.
     file: std::path::PathBuf,

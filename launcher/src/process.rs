@@ -49,13 +49,20 @@ pub struct Worker {
     pidfd: OwnedFd,
 }
 
-/// Raises the limit of open files to `needed` where it is lower; workers inherit it. More than the hard limit is
-/// not given, and the file that is one too many is then an error of its own.
-pub fn allow_open_files(needed: u64) {
+/// Raises the limit of open files to `needed` where it is lower; workers inherit it. The hard limit where that is
+/// lower still.
+///
+/// # Errors
+/// The hard limit.
+pub fn allow_open_files(needed: u64) -> Result<(), u64> {
     let limit = getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| current < needed) {
         let current = Some(limit.maximum.map_or(needed, |maximum| needed.min(maximum)));
         let _ = setrlimit(Resource::Nofile, Rlimit { current, ..limit });
+    }
+    match limit.maximum {
+        Some(maximum) if maximum < needed => Err(maximum),
+        _ => Ok(()),
     }
 }
 

@@ -113,6 +113,20 @@ pub struct Rank {
     pub section: Option<String>,
 }
 
+impl Rank {
+    /// It came to the end of its work, or saved and ended; one that announced a failure did not, whatever its code.
+    pub fn is_well(&self) -> bool {
+        let ended = self
+            .end
+            .is_some_and(|end| end.is_success() || end == End::Code(exit::REQUEUE));
+        ended && self.record.is_none()
+    }
+
+    pub fn has_succeeded(&self) -> bool {
+        self.end.is_some_and(End::is_success) && self.record.is_none()
+    }
+}
+
 /// Everything the supervisor knows.
 #[derive(Clone, Debug)]
 pub struct State {
@@ -267,8 +281,10 @@ pub fn decide(state: &mut State, events: &[Event], now: Duration) -> Vec<Action>
 fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Action>) {
     match (event, state.phase) {
         (_, Phase::Finished) => {}
-        (Event::Ended { end, .. }, Phase::Running)
-            if state.saves && *end == End::Code(exit::REQUEUE) =>
+        (Event::Ended { rank, end }, Phase::Running)
+            if state.saves
+                && *end == End::Code(exit::REQUEUE)
+                && state.ranks[*rank].record.is_none() =>
         {
             // They agree on the step among themselves: the others follow.
             state.phase = Phase::Stopping {
@@ -276,9 +292,9 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
             };
             state.saving = true;
         }
-        (Event::Ended { end, .. }, Phase::Stopping { .. })
-            if state.saving && (end.is_success() || *end == End::Code(exit::REQUEUE)) => {}
-        (Event::Ended { rank, end }, Phase::Running) if !end.is_success() => {
+        (Event::Ended { rank, .. }, Phase::Stopping { .. })
+            if state.saving && state.ranks[*rank].is_well() => {}
+        (Event::Ended { rank, .. }, Phase::Running) if !state.ranks[*rank].has_succeeded() => {
             state.fail(*rank, now, actions);
         }
         (Event::Ended { rank, .. }, Phase::Stopping { .. }) if state.saving => {

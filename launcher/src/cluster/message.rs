@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::console::lines::Batch;
 use crate::contain;
+use crate::doctor::preflight::{Measured, OwnNode, Scale, Task};
 use crate::end::End;
 use crate::gpus::Gpu;
 use crate::hang::ras;
@@ -47,6 +48,18 @@ pub enum FromAgent {
         generation: u32,
         attempt: u32,
         by: Vec<(IpAddr, String)>,
+    },
+    /// Answer to [`ToAgent::MeasureNode`].
+    NodeMeasured { round: Round, own: OwnNode },
+    /// Answer to [`ToAgent::OpenRing`]: the port, or why there is none.
+    RingOpen {
+        round: Round,
+        port: Result<u16, String>,
+    },
+    /// Answer to [`ToAgent::Measure`].
+    Measured {
+        round: Round,
+        result: Result<Measured, String>,
     },
     /// All ranks of this node are started.
     Started {
@@ -117,6 +130,20 @@ pub enum ToAgent {
         addresses: Vec<IpAddr>,
         port: u16,
     },
+    /// Measure this node alone.
+    MeasureNode {
+        round: Round,
+        scale: Scale,
+    },
+    /// Open a place in a ring. It takes that of an earlier round.
+    OpenRing {
+        round: Round,
+    },
+    /// Measure the network together with others, in the place that was opened.
+    Measure {
+        round: Round,
+        task: Task,
+    },
     Start(Box<Start>),
     /// Stop all ranks: the signal, the grace, SIGKILL.
     Stop {
@@ -142,6 +169,15 @@ pub enum ToAgent {
         code: i32,
         message: Option<String>,
     },
+}
+
+/// Of the measurements before a start. One that is asked for ends those of earlier rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Round {
+    pub generation: u32,
+    pub attempt: u32,
+    /// From 0, where each node measures itself.
+    pub number: u32,
 }
 
 /// An agent shows that it lives so many times within a lease.

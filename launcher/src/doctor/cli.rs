@@ -81,7 +81,8 @@ fn report(args: &Args, color: bool) -> anyhow::Result<(String, i32)> {
     let mut facts = facts(&context);
     facts.findings.extend(refused);
     if args.preflight == Preflight::Full {
-        facts.findings.extend(preflight::own_node());
+        let own = preflight::own_node(&preflight::Scale::default());
+        facts.findings.extend(own.findings);
     }
     let failed = facts.findings.iter().any(|f| f.severity == Severity::Error);
     let text = if args.json {

@@ -4,18 +4,17 @@ use anyhow::Context as _;
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
-use tsm_job::Config;
-use tsm_job::config::DeviceKind;
 
 use super::{Node, prepare};
 use crate::cli::{Args, Gpus, Preflight};
 use crate::cluster::key::Key;
 use crate::cluster::wire;
+use crate::plan::{self, Workers};
 use crate::start::children::Starter;
 use crate::start::slurm::{self, Allocation, Entry, Place, Request, Turn};
 use crate::start::{agent, run_here};
 use crate::target::{Resume, Target};
-use crate::{addresses, gpus, plan};
+use crate::{addresses, gpus};
 
 /// Runs the job of `args` on the nodes that it has been given.
 ///
@@ -56,7 +55,16 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
             return Some(code);
         }
         Entry::Resume => target.resume = Some(Resume::Run(folder)),
-        Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),
+        Entry::Fresh if !folder.exists() => {
+            let (job, turns) = (turn.allocation.job, turn.allocation.restart_count);
+            if turns > 0 {
+                eprintln!(
+                    "tsm-launch: warning: job {job} was queued again, but has no run folder {} here: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
+                    folder.display()
+                );
+            }
+            args.run_dir = Some(folder);
+        }
         // Another run of the same job has that name.
         Entry::Fresh => {}
     }
@@ -85,21 +93,14 @@ async fn on_nodes(
         };
         return node.alone(Some(turn)).await;
     }
-    let device = device_arguments(args, target.config());
-    if let [kind, count] = device.as_slice() {
-        target.settle_as(
-            if kind == "--gpus" {
-                DeviceKind::Gpu
-            } else {
-                DeviceKind::Cpu
-            },
-            count.to_str().and_then(|n| n.parse().ok()),
-        );
+    let workers = Workers::asked_for(args.gpus.as_ref(), args.cpus, launch);
+    let gpus = match &workers {
+        Some(Workers::Gpus(Gpus::Count(n))) => Some(*n),
+        _ => None,
+    };
+    if let Some(workers) = &workers {
+        target.settle_as(workers.device(), workers.count());
     }
-    let gpus = device
-        .get(1)
-        .filter(|_| device[0] == "--gpus")
-        .and_then(|n| n.to_str()?.parse().ok());
     let mut prepared = prepare(args, target, None, start)?;
     let session = &mut prepared.session;
     session.settings.max_nodes = wanted as u32;
@@ -133,7 +134,9 @@ async fn on_nodes(
     if args.preflight == Preflight::Off {
         command.push("--no-preflight".into());
     }
-    command.extend(device);
+    // Without any the agents refuse, and say what is missing.
+    let device = workers.iter().flat_map(Workers::flag);
+    command.extend(device.map(OsString::from));
     let srun = slurm::srun(
         &turn.allocation,
         &hosts[..wanted.min(hosts.len())],
@@ -154,22 +157,4 @@ async fn on_nodes(
         .start(&shim, starter, &session.hub, &key, &voice);
     prepared.take_turn(turn, start);
     prepared.run(None).await
-}
-
-/// By which an agent is told what its workers run on.
-fn device_arguments(args: &Args, config: Option<&Config>) -> Vec<OsString> {
-    let pair = |flag: &str, value: String| vec![OsString::from(flag), OsString::from(value)];
-    match (&args.gpus, args.cpus, config.map(|c| &c.launch)) {
-        (Some(gpus), _, _) => pair("--gpus", gpus.to_string()),
-        (None, Some(n), _) => pair("--cpus", n.to_string()),
-        (None, None, Some(launch)) => {
-            let count = launch.nproc_per_node;
-            match launch.device {
-                DeviceKind::Cpu => pair("--cpus", count.unwrap_or(1).to_string()),
-                DeviceKind::Gpu => pair("--gpus", count.map_or("auto".into(), |n| n.to_string())),
-            }
-        }
-        // The agents refuse, and say what is missing.
-        (None, None, None) => Vec::new(),
-    }
 }

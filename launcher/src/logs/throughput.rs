@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use super::{Logs, Shown, Sink, Source, Tail};
 use crate::console::Console;
 use crate::console::lines::Lines;
-use crate::console::screen::{Format, Outputs, Screen, Style};
+use crate::console::painter::{Format, Style};
+use crate::console::screen::{Outputs, Screen};
 
 /// What [`measure`] found.
 #[derive(Clone, Copy, Debug)]

@@ -66,9 +66,12 @@ impl Failure {
                 format!("rank {rank} hangs: no step for too long")
             }
             Some(rank) => {
-                let end = self
-                    .end
-                    .map_or("it could not be ended".into(), |end| end.to_string());
+                let end = match self.end {
+                    None => "it could not be ended".into(),
+                    // Only an announcement makes it a failure.
+                    Some(end) if end.is_success() => format!("it said so, and ended with {end}"),
+                    Some(end) => end.to_string(),
+                };
                 format!("rank {rank} failed first: {end}")
             }
         }

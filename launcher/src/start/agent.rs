@@ -14,7 +14,7 @@ use crate::cluster::agent::{self, Leave, Setup};
 use crate::cluster::key::Key;
 use crate::cluster::link::Link;
 use crate::cluster::message::{FromAgent, Join};
-use crate::cluster::wire::{self, Connection};
+use crate::cluster::wire::{self, Connection, Role};
 use crate::doctor::{self, Context};
 use crate::logs::Shown;
 use crate::plan::{self, Devices};
@@ -254,7 +254,7 @@ async fn over_stdio(key: &Key) -> anyhow::Result<Connection> {
         })?;
     ours.set_nonblocking(true)?;
     let stream = tokio::net::UnixStream::from_std(ours)?;
-    let connection = wire::connect(stream, "the coordinator", key, PROOF).await;
+    let connection = wire::authenticate(Role::Agent, stream, "the coordinator", key, PROOF).await;
     connection.map_err(|refusal| Coded::from(refusal).into())
 }
 

@@ -15,7 +15,7 @@ use tsm_job::exit;
 
 use crate::cluster::key::Key;
 use crate::cluster::link::{Door, Hub};
-use crate::cluster::wire;
+use crate::cluster::wire::{self, Role};
 use crate::session::Voice;
 use crate::shim;
 
@@ -290,7 +290,14 @@ impl Keeper {
         }
         let stream = tokio::io::join(stdout, stdin);
         let deadline = wire::PROOF_DEADLINE * 5;
-        let arrival = wire::accept(stream, &self.starter.host, &self.key, deadline).await;
+        let arrival = wire::authenticate(
+            Role::Coordinator,
+            stream,
+            &self.starter.host,
+            &self.key,
+            deadline,
+        )
+        .await;
         self.door.enter(arrival).await;
         drop(place);
         true

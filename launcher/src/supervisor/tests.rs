@@ -49,6 +49,42 @@ fn success_is_when_all_ended_with_zero() {
 }
 
 #[test]
+fn who_announces_a_failure_has_not_succeeded_whatever_its_code() {
+    for code in [0, exit::REQUEUE] {
+        let mut state = State::new(3, GRACE, true, false);
+        let record = record("error");
+        decide(&mut state, &[Event::Failing { rank: 1, record }], at(1));
+        let end = End::Code(code);
+        let actions = decide(&mut state, &[ended(1, end)], at(2));
+        let (rank, end) = (1, Some(end));
+        assert!(actions.contains(&Action::Failing { rank, end }), "{code}");
+        assert_eq!(signals(&actions), [(0, libc::SIGTERM), (2, libc::SIGTERM)]);
+        decide(
+            &mut state,
+            &[ended(0, End::Signal(15)), ended(2, End::Code(0))],
+            at(3),
+        );
+        assert_eq!((state.phase, blamed(&state)), (Phase::Finished, Some(1)));
+    }
+}
+
+/// While the others save, too.
+#[test]
+fn an_announced_failure_ends_the_save() {
+    let mut state = State::new(2, GRACE, true, false);
+    for rank in 0..2 {
+        decide(&mut state, &[Event::Hello { rank }], at(0));
+    }
+    decide(&mut state, &[stop(libc::SIGUSR2)], at(1));
+    let record = record("error");
+    let events = [Event::Failing { rank: 0, record }, ended(0, End::Code(0))];
+    let actions = decide(&mut state, &events, at(2));
+    assert_eq!(signals(&actions), [(1, libc::SIGTERM)]);
+    decide(&mut state, &[ended(1, End::Signal(15))], at(3));
+    assert_eq!(blamed(&state), Some(0));
+}
+
+#[test]
 fn a_failure_stops_the_living_and_gives_its_code() {
     let mut state = State::new(4, GRACE, false, false);
     decide(&mut state, &[ended(3, End::Code(0))], at(1));

@@ -183,6 +183,25 @@ fn both_sides_of_a_cut_end_within_the_lease() {
     );
 }
 
+/// Whoever queues the job again when it is over must not find ranks of it in the run folder.
+#[test]
+fn the_coordinator_outlives_the_ranks_of_a_lost_node() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    // Its own ranks end at once, those of a stopped agent when its guard ends them.
+    let ready = cluster.scene.path("ready").display().to_string();
+    let actions = format!("--meet --touch {ready}{{rank}} --hang");
+    let mut job = Job::on_all(&cluster, "--nodes 2", &actions);
+    let pids = job.wait_for_pids("ready", 0..4);
+    job.signal(2, Signal::STOP);
+    assert_eq!(job.end_of(1), exit::PEER);
+    let left: Vec<_> = pids.iter().filter(|&&pid| alive(pid)).collect();
+    assert!(left.is_empty(), "{left:?} of {pids:?} still run");
+    job.signal(2, Signal::CONT);
+    assert_eq!(job.end(), [exit::PEER, exit::PEER]);
+}
+
 #[test]
 fn a_cable_that_is_out_for_half_a_second_is_no_loss() {
     // A machine that is too busy leaves it out for longer.

@@ -6,7 +6,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tsm_launch::hang::look_into;
-use tsm_launch::hang::stacks::{Probe, Process, describe};
+use tsm_launch::hang::probe::{Probe, describe};
+use tsm_launch::hang::process::Process;
 
 /// A process that is killed at the end of its test.
 struct Victim(Child);

@@ -5,12 +5,18 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 use tsm_launch::doctor::preflight::{
-    Measured, Outcome, Ring, Task, Verdict, findings, judge, next_round,
+    Measured, Outcome, Ring, Scale, Task, Verdict, conviction, judge, next_round,
 };
 
 use crate::harness::DEADLINE;
 
-const BYTES: usize = 1 << 20;
+fn scale(wait: Duration) -> Scale {
+    Scale {
+        bytes: 1 << 20,
+        budget: Duration::from_millis(200),
+        wait,
+    }
+}
 
 /// What the cable to a node does.
 #[derive(Clone, Copy, PartialEq)]
@@ -86,13 +92,7 @@ fn measure(members: &[usize], cables: &[Cable], wait: Duration) -> Vec<Result<Me
     let lay = |(ring, &node): (&Ring, &usize)| lay(cables[node], local(ring.port));
     let addresses: Vec<SocketAddr> = rings.iter().zip(members).map(lay).collect();
     let start = |(me, ring): (usize, Ring)| {
-        let task = Task {
-            bytes: BYTES,
-            budget: Duration::from_millis(200),
-            wait,
-            ..Task::new(addresses.clone(), me)
-        };
-        ring.start(task, prove)
+        ring.start(Task::new(addresses.clone(), me, &scale(wait)), prove)
     };
     let started: Vec<_> = rings.into_iter().enumerate().map(start).collect();
     started
@@ -114,10 +114,6 @@ fn preflight(cables: &[Cable], wait: Duration) -> Vec<Vec<Outcome>> {
         };
         done.push(groups.into_iter().map(measured).collect());
     }
-}
-
-fn hosts(number: usize) -> Vec<String> {
-    (0..number).map(|i| format!("gpu-{i}")).collect()
 }
 
 #[test]
@@ -151,7 +147,7 @@ fn the_slow_node_is_named() {
     for good in [0, 1, 3] {
         assert_eq!(verdicts[good], Verdict::Good, "{done:?}");
     }
-    let text = &findings(&hosts(4), &done)[0].text;
+    let text = conviction("gpu-2", &verdicts[2]).unwrap().text;
     assert!(
         text.starts_with("gpu-2 is slow with every partner: 0.0"),
         "{text}"
@@ -189,11 +185,7 @@ fn the_node_that_cannot_be_reached_is_named() {
 fn a_stranger_is_not_let_in() {
     let (a, b) = (Ring::open().unwrap(), Ring::open().unwrap());
     let members = vec![local(a.port), local(b.port)];
-    let task = |me| Task {
-        bytes: BYTES,
-        wait: DEADLINE,
-        ..Task::new(members.clone(), me)
-    };
+    let task = |me| Task::new(members.clone(), me, &scale(DEADLINE));
     let own = a.start(task(0), prove);
     let stranger = b.start(task(1), |_| [0; 32]);
     for answer in [own, stranger] {

@@ -54,6 +54,30 @@ fn the_report_holds_the_record_the_step_and_the_end_of_stderr() {
 }
 
 #[test]
+fn a_rank_that_announces_a_failure_and_ends_with_0_has_failed() {
+    for (options, actions) in [
+        ("--cpus 1", "--record error --exit 0"),
+        ("--cpus 3", "--on-rank 1 --record error --exit 0"),
+    ] {
+        let scene = Scene::new();
+        let outcome = scene.launch(options, actions);
+        // What the record says.
+        assert_eq!(outcome.code, 1, "{}", outcome.err);
+        let text = "failed first: it said so, and ended with exit code 0\n  class: program error\n";
+        assert!(outcome.err.contains(text), "{}", outcome.err);
+        let failure = scene.json("failure.json");
+        let rank = i32::from(options == "--cpus 3");
+        assert_eq!(
+            (&failure["rank"], &failure["exit_code"]),
+            (&rank.into(), &1.into())
+        );
+        let message = "index 7 out of range for a clip of 7 frames";
+        assert_eq!(failure["message"], message);
+        assert_eq!(scene.json("manifest.json")["outcome"], "failed");
+    }
+}
+
+#[test]
 fn torchs_error_file_is_in_the_report() {
     let scene = Scene::new();
     let outcome = scene.launch("--cpus 2", "--on-rank 0 --error-file ValueError:x --exit 1");

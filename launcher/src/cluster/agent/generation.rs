@@ -9,9 +9,11 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 use tsm_job::RunDir;
+use tsm_job::exit::{self, Coded};
 use tsm_job::message::WorkerMessage;
 
 use super::Setup;
+use crate::ahead::Ahead;
 use crate::cluster::message::{NodeReport, Progress, Start};
 use crate::console::lines::Lines;
 use crate::contain::{self, Ability, Containment, Left, Process};
@@ -166,7 +168,14 @@ impl Generation {
         let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
         let removed = REMOVED_VARIABLES.map(String::from).into_iter();
         let remove = removed.chain(identity_in_mpi(names)).collect();
-        process::allow_open_files(FILES + FILES_PER_RANK * num_ranks as u64);
+        let files = FILES + FILES_PER_RANK * num_ranks as u64;
+        if let Err(limit) = process::allow_open_files(files) {
+            let text = format!(
+                "{num_ranks} ranks need {files} open files, and the hard limit is {limit}\n  hint: ulimit -Hn {files}, \
+                nofile in /etc/security/limits.conf, LimitNOFILE= of systemd, docker run --ulimit nofile={files}"
+            );
+            anyhow::bail!(Coded::new(exit::PREFLIGHT, text));
+        }
         let containment = Containment::open(ability, &start.run_id, start.generation);
         Ok(Generation {
             state: State::new(num_ranks, start.grace, start.saves, start.shielded),
@@ -406,6 +415,7 @@ impl Generation {
     /// Takes in events and signals the workers as is decided; what is left is for others to do.
     pub fn decide(&mut self, events: &[Event], now: Duration) -> Vec<Action> {
         let actions = supervisor::decide(&mut self.state, events, now);
+        let _ahead = (actions.len() > 1).then(Ahead::new);
         for action in &actions {
             match action {
                 Action::Signal { rank, signal } => {

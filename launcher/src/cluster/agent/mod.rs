@@ -5,6 +5,7 @@
 
 mod generation;
 pub mod lease;
+mod measure;
 
 use anyhow::Context;
 use std::path::PathBuf;
@@ -14,10 +15,11 @@ use tsm_job::exit;
 
 use super::key::Key;
 use super::link::{Link, Outbox};
-use super::message::{Beat, FromAgent, Join, NodeReport, ToAgent};
+use super::message::{Beat, FromAgent, Join, NodeReport, Round, ToAgent};
 use crate::addresses::{self, ProbeListener};
 use crate::console::queue::{LIMIT, queue};
 use crate::contain::Ability;
+use crate::doctor::preflight::{Measured, OwnNode};
 use crate::hang::report::Inspection;
 use crate::hang::{self, ras};
 use crate::logs::Shown;
@@ -27,6 +29,7 @@ use crate::signals::Signals;
 use crate::supervisor::{Action, Event, Phase};
 use generation::Generation;
 use lease::Lease;
+use measure::Measuring;
 
 /// Bytes of output that may wait for the connection.
 const OUTPUT: usize = 1 << 20;
@@ -76,6 +79,7 @@ struct Agent {
     generation: Option<Generation>,
     /// Ports held for rank 0, and answers to probes, by generation.
     reserved: Option<(Port, Option<ProbeListener>)>,
+    measuring: Measuring,
     lease: Lease,
     /// The coordinator is gone, or said so: leave when nothing runs any more.
     leaving: Option<Leave>,
@@ -91,6 +95,8 @@ struct Agent {
 enum Found {
     Reached(u32, u32, Vec<(std::net::IpAddr, String)>),
     Inspected(u32, Vec<Inspection>, Option<ras::Answer>),
+    NodeMeasured(Round, OwnNode),
+    Measured(Round, Result<Measured, String>),
 }
 
 /// Runs an agent to its end. Call on the main thread, see [`crate::process::spawn`]; inside a `LocalSet`.
@@ -116,6 +122,7 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         shown,
         generation: None,
         reserved: None,
+        measuring: Measuring::default(),
         lease: Lease::new(now),
         leaving: None,
         draining: None,
@@ -237,6 +244,12 @@ impl Agent {
                     ras,
                 });
             }
+            Wake::Found(Found::NodeMeasured(round, own)) => {
+                self.say(FromAgent::NodeMeasured { round, own });
+            }
+            Wake::Found(Found::Measured(round, result)) => {
+                self.say(FromAgent::Measured { round, result });
+            }
             Wake::Drained(warnings) => self.conclude(warnings),
             Wake::StartMore => self.start_more(),
             Wake::Time => {}
@@ -274,10 +287,17 @@ impl Agent {
                 addresses,
                 port,
             } => self.probe(generation, attempt, addresses, port),
+            ToAgent::MeasureNode { round, scale } => self.measure_node(round, scale),
+            ToAgent::OpenRing { round } => {
+                let port = self.open_ring(round);
+                self.say(FromAgent::RingOpen { round, port });
+            }
+            ToAgent::Measure { round, task } => self.measure_group(round, task),
             // It waited here while the agent was stopped: the coordinator may have given this node up since.
             ToAgent::Start(_) if !self.setup.local && self.lease.is_over(now) => {}
             ToAgent::Start(start) => {
                 let generation = start.generation;
+                self.measuring = Measuring::default();
                 if number.is_some() {
                     let e = anyhow::anyhow!(
                         "the ranks of generation {} still run",
@@ -372,7 +392,7 @@ impl Agent {
         let places: Vec<(u32, String)> = current.places();
         let host = self.setup.host.clone();
         let found = self.reach.0.clone();
-        let looked = hang::look_into(hang::stacks::Probe::default(), pids, ras);
+        let looked = hang::look_into(hang::probe::Probe::default(), pids, ras);
         tokio::task::spawn_local(async move {
             let findings = looked.await;
             let (processes, ras) = findings.map_or((Vec::new(), None), |f| (f.processes, f.ras));

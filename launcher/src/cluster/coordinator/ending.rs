@@ -3,6 +3,7 @@
 use serde_json::json;
 use std::time::Duration;
 use tsm_job::exit;
+use tsm_job::message::FailureRecord;
 
 use super::{Action, Cause, Phase, State, record};
 use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure_of_cluster};
@@ -41,18 +42,15 @@ impl State {
     pub(super) fn settle(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let (ranks, places) = self.merge();
         let ends: Vec<Option<End>> = ranks.iter().map(|rank| rank.end).collect();
-        let all = |good: fn(End) -> bool| {
-            !ends.is_empty() && ends.iter().all(|end| end.is_some_and(good))
-        };
-        let done = all(|end| end.is_success() || end == End::Code(exit::REQUEUE));
+        let all = |good: fn(&Rank) -> bool| !ranks.is_empty() && ranks.iter().all(good);
+        let done = all(Rank::is_well);
         // Some may have come to the end of their work meanwhile.
-        let saved = done && !all(End::is_success);
+        let saved = done && !all(Rank::has_succeeded);
         let whole = self.lost.is_empty();
         // A rank that was killed since it did not save in time has not failed, where nobody asked it to end for good.
         let obeyed = ranks.iter().all(|rank| {
-            let by_us = |end| matches!(end, End::Signal(s) if rank.sent.contains(&s));
-            let well = |end: End| end.is_success() || end == End::Code(exit::REQUEUE) || by_us(end);
-            rank.record.is_none() && rank.end.is_some_and(well)
+            let by_us = matches!(rank.end, Some(End::Signal(s)) if rank.sent.contains(&s));
+            rank.is_well() || (by_us && rank.record.is_none())
         });
         let mut ending = Ending {
             generation: self.generation,
@@ -70,7 +68,7 @@ impl State {
             again: false,
         };
         match self.cause.clone() {
-            None | Some(Cause::Preempt | Cause::Grow) if whole && all(End::is_success) => {}
+            None | Some(Cause::Preempt | Cause::Grow) if whole && all(Rank::has_succeeded) => {}
             Some(Cause::Grow) if whole && obeyed && !self.last => {
                 (ending.outcome, ending.again) = ("grown", true)
             }
@@ -317,15 +315,24 @@ impl State {
     }
 }
 
-/// The code of the rank to blame; of one that announced its failure and hung, what it announced.
+/// The code of the rank to blame; of one that announced its failure and hung, or ended as if it had not, what it
+/// announced.
 fn exit_code(ranks: &[Rank], fault: &Fault) -> i32 {
     let Culprit::Rank(number) = fault.culprit else {
         return exit::PEER;
     };
     let rank = &ranks[number];
+    // What it meant to end with; it failed, whatever that is.
+    let announced = |record: &FailureRecord| match record.code {
+        code @ 1..=255 => code,
+        _ => 1,
+    };
     match (&rank.record, rank.end) {
-        (Some(record), None) => record.code,
-        (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => record.code,
+        (Some(record), None) => announced(record),
+        (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => {
+            announced(record)
+        }
+        (Some(record), Some(end)) if end.is_success() => announced(record),
         (_, Some(end)) => end.exit_code(),
         // Every failure has a rank that ended or announced it.
         (None, None) => exit::BUG,
@@ -336,7 +343,7 @@ fn exit_code(ranks: &[Rank], fault: &Fault) -> i32 {
 fn failed_by_itself(ranks: &[Rank]) -> bool {
     let told = |rank: &Rank| match rank.end {
         Some(End::Signal(signal)) => rank.sent.contains(&signal),
-        Some(End::Code(code)) => code == exit::OK || code == exit::REQUEUE,
+        Some(End::Code(_)) => rank.is_well(),
         None => true,
     };
     !ranks.iter().all(told)

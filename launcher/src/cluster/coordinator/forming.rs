@@ -25,7 +25,7 @@ impl State {
         let out = |node: &Node| {
             let is =
                 |l: &&LeftOut| l.host == node.join.host && l.until.is_none_or(|until| now < until);
-            self.left_out.iter().find(is)
+            self.left_out().find(is)
         };
         let (mut good, mut poor) = (Vec::new(), Vec::new());
         for (id, node) in &self.nodes {
@@ -103,6 +103,7 @@ impl State {
         if !ready || now < self.fence {
             return;
         }
+        let max = if self.is_wide { u32::MAX } else { max };
         self.members = assign(&self.places, &candidates, max);
         if self.generation == 0 && !self.compare_nodes(now, actions) {
             return;
@@ -115,6 +116,7 @@ impl State {
         self.gone.clear();
         self.attempt += 1;
         self.progress.clear();
+        self.goes_on_from = self.goes_on_from.max(self.checkpoint_step);
         (self.checkpoint_step, self.steps) = (None, None);
         // Another node answers first: it may be heard for the last time before it learns of its lease, which then
         // ends later than anybody here would think.
@@ -243,7 +245,7 @@ impl State {
         }
     }
 
-    /// Starts the ranks when port and addresses are known.
+    /// Measures the nodes, or starts the ranks, when port and addresses are known.
     pub(super) fn try_to_start(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let Phase::Form {
             ports: Some((master_port, _)),
@@ -264,6 +266,20 @@ impl State {
                 return self.give_up(text, now, actions);
             }
         };
+        if self.must_measure() || self.is_wide {
+            let master = (master_addr, master_port);
+            return self.measure(master, &interfaces, now, actions);
+        }
+        self.start(master_port, now, actions);
+    }
+
+    /// Starts the ranks.
+    pub(super) fn start(&mut self, master_port: u16, now: Duration, actions: &mut Vec<Action>) {
+        let (master_addr, interfaces) = match self.choose_address() {
+            Ok(chosen) => chosen,
+            Err(text) => return self.give_up(text, now, actions),
+        };
+        self.was_wide = false;
         let job = &self.settings.job;
         let resume_from = if self.generation > 0 && job.saves {
             Some(job.run_dir.clone())

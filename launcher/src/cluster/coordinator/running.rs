@@ -3,7 +3,6 @@
 use serde_json::json;
 use std::time::Duration;
 use tsm_job::config::duration::format;
-use tsm_job::exit;
 
 use super::{Action, Cause, INSPECT, Inspection, LOOK, Phase, State, record};
 use crate::cluster::message::{Beat, NodeReport, ToAgent};
@@ -96,9 +95,13 @@ impl State {
         };
         let others = self.world_size().saturating_sub(1) as usize;
         if others > 0 {
-            let end = end.map_or("says that it fails".into(), |end| {
-                format!("ended with {end}")
-            });
+            let end = match end {
+                None => "says that it fails".into(),
+                Some(end) if end.is_success() => {
+                    format!("said that it fails, and ended with {end}")
+                }
+                Some(end) => format!("ended with {end}"),
+            };
             let at = if self.members.len() > 1 {
                 format!(" on {}", self.host(id))
             } else {
@@ -136,11 +139,7 @@ impl State {
             };
             actions.push(Action::Notice(format!("warning: {at}{warning}")));
         }
-        let well = |end: End| end.is_success() || end == End::Code(exit::REQUEUE);
-        let failed = report
-            .ranks
-            .iter()
-            .any(|(rank, _)| !rank.end.is_some_and(well));
+        let failed = report.ranks.iter().any(|(rank, _)| !rank.is_well());
         self.reports.insert(id, report);
         // It was not said before where a rank that saved by itself was not followed by the others in time.
         if failed && self.cause.is_none() {
@@ -188,12 +187,28 @@ impl State {
                 rank.section.as_deref(),
                 now,
             );
+            if let Some(step) = progress.step {
+                self.compare_with_checkpoint(step, actions);
+            }
             if progress.checkpoint.is_some() {
                 self.checkpoint_step = progress.checkpoint;
                 self.grow(now, actions);
             }
         }
         self.metrics.extend(beat.metrics);
+    }
+
+    /// Says so where a new start did not find what an earlier one has saved.
+    fn compare_with_checkpoint(&mut self, step: u64, actions: &mut Vec<Action>) {
+        let saved = self.goes_on_from.take();
+        let Some(saved) = saved.filter(|&saved| step <= saved && self.settings.job.saves) else {
+            return;
+        };
+        let dir = self.settings.job.run_dir.display();
+        actions.push(record("went_back", json!({"step": step, "saved": saved})));
+        actions.push(Action::Notice(format!(
+            "warning: this start is at step {step}, though step {saved} was saved: no rank has found a usable checkpoint of it in {dir}\n  hint: it may be on the disk of a node that is lost; use a run folder that all nodes share"
+        )));
     }
 
     /// Takes in a waiting node, now that little is lost by a new start.

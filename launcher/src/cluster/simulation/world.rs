@@ -11,7 +11,7 @@ use super::agent::{Agent, Effect, Input};
 use super::network::Pipe;
 use super::plan::{Expected, Fault, Plan};
 use super::random::Random;
-use crate::cluster::coordinator::{self, Action, Ending, Event, Phase, State};
+use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, Report, State};
 use crate::cluster::message::{FromAgent, LEASE, ToAgent};
 use crate::end::End;
 use tsm_job::exit;
@@ -116,7 +116,11 @@ pub struct World {
     expected: Option<Expected>,
     /// Somebody asked for the end of the job, and the coordinator has heard it.
     told_to_end: bool,
+    /// Somebody did not wait for the end of a lost node's ranks.
+    hurried: bool,
     endings: Vec<Ending>,
+    /// Hosts that were measured and found bad.
+    convicted: Vec<String>,
     starts: u32,
     pub code: Option<i32>,
     /// What came to pass, so that a test can tell that it does.
@@ -144,7 +148,9 @@ impl World {
             ranks: Vec::new(),
             expected: None,
             told_to_end: false,
+            hurried: false,
             endings: Vec::new(),
+            convicted: Vec::new(),
             starts: 0,
             code: None,
             seen: BTreeSet::new(),
@@ -328,6 +334,10 @@ impl World {
             }
             _ => {}
         }
+        self.hurried |= matches!(
+            (&event, &self.state.phase),
+            (Event::Signal(libc::SIGINT), Phase::Leave { .. })
+        );
         let phase = name(&self.state.phase);
         let lost = match event {
             Event::Lost { node, .. } if self.state.is_connected(node) => Some("cut"),
@@ -352,11 +362,18 @@ impl World {
 
     fn stop_coordinator(&mut self) {
         self.coordinator_up = false;
+        let left = |r: &&Rank| match self.nodes[r.node].local {
+            true => r.alive,
+            false => r.alive && !r.dying && !self.hurried,
+        };
+        if let (Some(code), Some(rank)) = (self.code, self.ranks.iter().find(left)) {
+            let (number, generation, n) = (rank.number, rank.generation, rank.node);
+            self.fault(format!(
+                "the launcher ends with {code} before rank {number} of generation {generation} on node {n}"
+            ));
+        }
         for n in 0..self.nodes.len() {
             if self.nodes[n].local {
-                if self.code.is_some() && self.nodes[n].ranks.iter().any(|&r| self.ranks[r].alive) {
-                    self.fault("the launcher ends before ranks of its own".into());
-                }
                 self.nodes[n].agent = None;
                 self.kill_all(n);
             } else {
@@ -384,6 +401,7 @@ impl World {
             Action::Started(launched) => {
                 self.starts += 1;
                 self.tell(format!("generation {} starts", launched.generation));
+                self.check_start(&launched);
                 if self.told_to_end {
                     self.fault("started again after it was told to end".into());
                 }
@@ -403,6 +421,7 @@ impl World {
                 self.endings.push(*ending);
             }
             Action::Notice(text) => self.tell(format!("notice: {text}")),
+            Action::Measured(report) => self.judged(&report),
             Action::Record { .. } | Action::Show(_) | Action::Environment(_) => {}
         }
     }
@@ -460,6 +479,7 @@ impl World {
         let (host, local) = (self.nodes[n].host.clone(), self.nodes[n].local);
         let (mut agent, effects) = Agent::new(&host, local, self.plan.workers, ZERO);
         (agent.broken, agent.mute) = (self.nodes[n].broken, self.nodes[n].mute);
+        agent.network = (n as u16, self.plan.measure.clone().unwrap_or_default());
         self.nodes[n].agent = Some(agent);
         self.effect(n, effects);
         self.wake(n, Input::Time);
@@ -530,6 +550,10 @@ impl World {
                     let at = self.now + self.random.ms(0, 20);
                     self.at(at, What::Input(n, Input::Drained));
                 }
+                Effect::Measure(result) => {
+                    let at = self.now + self.random.ms(50, 2500);
+                    self.at(at, What::Input(n, Input::Measured(result)));
+                }
                 Effect::Exit(code) => {
                     self.tell(format!("the agent of node {n} leaves with {code}"));
                     self.end_agent(n);
@@ -558,6 +582,7 @@ fn name(phase: &Phase) -> &'static str {
     match phase {
         Phase::Gather { .. } => "Gather",
         Phase::Form { .. } => "Form",
+        Phase::Measure { .. } => "Measure",
         Phase::Run => "Run",
         Phase::Stop { .. } => "Stop",
         Phase::Pause { .. } => "Pause",

@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::{BUDGET, BYTES, WAIT};
+use super::Scale;
 use crate::addresses::listen_on_all;
 
 /// Laps of a byte whose quickest is the round trip.
@@ -26,7 +26,7 @@ const LATE: &str = "not done within";
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What a member does.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Task {
     /// Where each member's [`Ring`] listens.
     pub members: Vec<SocketAddr>,
@@ -41,14 +41,13 @@ pub struct Task {
 }
 
 impl Task {
-    /// With the usual size and times.
-    pub fn new(members: Vec<SocketAddr>, me: usize) -> Task {
+    pub fn new(members: Vec<SocketAddr>, me: usize, scale: &Scale) -> Task {
         Task {
             members,
             me,
-            bytes: BYTES,
-            budget: BUDGET,
-            wait: WAIT,
+            bytes: scale.bytes,
+            budget: scale.budget,
+            wait: scale.wait,
         }
     }
 }
@@ -89,27 +88,31 @@ impl Ring {
         Ok(Ring { listener, port })
     }
 
-    /// Joins the ring on a thread of its own, which ends by itself after `task.wait`. `prove` answers a nonce;
-    /// only neighbours that answer alike are let in.
+    /// Joins the ring on a thread of its own, which ends by itself after `task.wait`, or when the receiver is
+    /// dropped. `prove` answers a nonce; only neighbours that answer alike are let in.
     pub fn start(
         self,
         task: Task,
         prove: impl Fn([u8; 16]) -> [u8; 32] + Send + 'static,
     ) -> oneshot::Receiver<Result<Measured, String>> {
-        let (done, result) = oneshot::channel();
+        let (mut done, result) = oneshot::channel();
         thread::spawn(move || {
             let run = || {
                 let runtime = tokio::runtime::Builder::new_current_thread()
                     .enable_all()
                     .build()?;
                 runtime.block_on(async {
-                    match timeout(task.wait, run(self.listener, &task, &prove)).await {
-                        Ok(result) => result,
-                        Err(_) => bail!("{LATE} {:?}", task.wait),
+                    tokio::select! {
+                        result = timeout(task.wait, run(self.listener, &task, &prove)) => match result {
+                            Ok(result) => result,
+                            Err(_) => bail!("{LATE} {:?}", task.wait),
+                        },
+                        () = done.closed() => bail!("nobody waits for it"),
                     }
                 })
             };
-            done.send(run().map_err(|e: anyhow::Error| format!("{e:#}")))
+            let result = run().map_err(|e: anyhow::Error| format!("{e:#}"));
+            done.send(result)
         });
         result
     }
@@ -376,11 +379,8 @@ mod tests {
                 ports.rotate_right(me);
                 let at = |(ip, port): (IpAddr, u16)| SocketAddr::new(ip, port);
                 let members = members.into_iter().zip(ports).map(at).collect();
-                let task = Task {
-                    bytes: 1 << 20,
-                    budget: Duration::from_millis(10),
-                    ..Task::new(members, me)
-                };
+                let scale = "1048576,10ms,30s".parse().unwrap();
+                let task = Task::new(members, me, &scale);
                 ring.start(task, |nonce| [nonce[3]; 32])
                     .blocking_recv()
                     .unwrap()
