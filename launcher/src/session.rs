@@ -34,6 +34,8 @@ use crate::supervisor::count;
 const DESCRIBE: Duration = Duration::from_secs(2);
 /// Open files beside those of the nodes, generously.
 const FILES: u64 = 512;
+/// So many refused connections are told one by one.
+const EACH: u64 = 5;
 /// Between two looks of a status at the job.
 const PUBLISH: Duration = Duration::from_millis(200);
 
@@ -81,6 +83,8 @@ struct Running {
     /// SLURM is being asked why it stops the job.
     asking: Option<JoinHandle<StopCause>>,
     stopped: Option<StopCause>,
+    /// Connections that were refused.
+    refused: u64,
 }
 
 /// How a job ended.
@@ -101,8 +105,8 @@ impl Session {
     /// When signals cannot be handled.
     pub async fn run(self) -> anyhow::Result<End> {
         let mut signals = Signals::catch()?;
-        // Every node is a connection.
-        process::allow_open_files(FILES + u64::from(self.settings.max_nodes));
+        // Every node is a connection. One that finds no room is refused by the kernel, and says so itself.
+        let _ = process::allow_open_files(FILES + u64::from(self.settings.max_nodes));
         let now = self.start.elapsed();
         let mut running = Running {
             state: State::new(self.settings.clone(), now),
@@ -112,6 +116,7 @@ impl Session {
             ran_at: now,
             asking: None,
             stopped: None,
+            refused: 0,
             session: self,
         };
         while running.state.finished().is_none() {
@@ -147,8 +152,16 @@ impl Running {
                 Heard::Said { node, local, message } => Event::Said { node, local, message },
                 Heard::Lost { node, how } => Event::Lost { node, how },
                 Heard::Refused(refusal) => {
-                    self.events.write("refused", json!({"peer": refusal.peer, "why": refusal.why.to_string()}));
-                    self.session.voice.notice(&format!("refused a connection: {refusal}"));
+                    self.refused += 1;
+                    if is_told(self.refused) {
+                        let (peer, why) = (&refusal.peer, refusal.why.to_string());
+                        self.events.write("refused", json!({"peer": peer, "why": why, "number": self.refused}));
+                        let number = match self.refused {
+                            ..=EACH => "a connection".into(),
+                            n => format!("{n} connections until now, the last one"),
+                        };
+                        self.session.voice.notice(&format!("refused {number}: {refusal}"));
+                    }
                     self.ran_at = start.elapsed();
                     return;
                 }
@@ -411,6 +424,11 @@ impl Running {
     }
 }
 
+/// Whether the user hears of the `number`-th refused connection: a port scanner must not fill the output.
+fn is_told(number: u64) -> bool {
+    number <= EACH || 10u64.pow(number.ilog10()) == number
+}
+
 /// Notes when a greeting came in, by our clock.
 fn received(mut event: Event) -> Event {
     if let Event::Said {
@@ -440,4 +458,15 @@ fn describe(manifest: Manifest, folder: &Folder) -> Receiver<Manifest> {
         let _ = send.send(unfinished);
     }
     receive
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_refused_connections_are_told_in_few_lines() {
+        let told: Vec<u64> = (1..=2500).filter(|&n| is_told(n)).collect();
+        assert_eq!(told, [1, 2, 3, 4, 5, 10, 100, 1000]);
+    }
 }

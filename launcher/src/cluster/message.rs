@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::console::lines::Batch;
+use crate::contain;
 use crate::doctor::preflight::{Measured, OwnNode, Scale, Task};
 use crate::end::End;
 use crate::gpus::Gpu;
@@ -67,6 +68,9 @@ pub enum FromAgent {
         at: AgentTime,
         /// What was changed in their environment; from the first node only.
         environment: Vec<Change>,
+        /// What holds their processes.
+        #[serde(default)]
+        containment: contain::Kind,
     },
     /// The ranks of this node cannot be started; none is left.
     CannotStart {

@@ -88,6 +88,7 @@ pub fn facts(context: &Context) -> Facts {
         });
     }
     findings.extend(host::judge(&host, context.num_ranks));
+    findings.push(crate::contain::finding());
     let resolved = answer(&name, Instant::now() + SHORT_PATIENCE).unwrap_or(false);
     findings.extend(host::judge_name(&crate::manifest::host(), resolved));
     Facts {

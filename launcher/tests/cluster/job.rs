@@ -1,5 +1,6 @@
 //! A job over the nodes of a [`Cluster`]: one `tsm-launch` on each, in order of the nodes.
 
+use crate::ground::Ground;
 use crate::harness::{FAKE, send, until};
 use crate::nodes::Cluster;
 use rustix::process::Signal;
@@ -19,6 +20,8 @@ pub struct Job<'a> {
     name: &'static str,
     port: u16,
     agents: BTreeMap<usize, Agent>,
+    /// Where all launchers run.
+    pub ground: Option<Ground>,
 }
 
 /// A `tsm-launch` on one node. Dropped while it runs (a failing test), it is killed.
@@ -61,6 +64,7 @@ impl<'a> Job<'a> {
             name,
             port,
             agents: BTreeMap::new(),
+            ground: None,
         }
     }
 
@@ -86,11 +90,16 @@ impl<'a> Job<'a> {
     /// ranks are in order of the nodes.
     pub fn on_all(cluster: &'a Cluster, options: &str, actions: &str) -> Job<'a> {
         let mut job = Job::new(cluster);
-        for n in 1..=cluster.nodes.len() {
-            job.start(n, options, actions);
-            job.wait_until_joined(n);
-        }
+        job.start_all(options, actions);
         job
+    }
+
+    /// See [`Job::on_all`].
+    pub fn start_all(&mut self, options: &str, actions: &str) {
+        for n in 1..=self.cluster.nodes.len() {
+            self.start(n, options, actions);
+            self.wait_until_joined(n);
+        }
     }
 
     /// Starts node `n`.
@@ -120,6 +129,9 @@ impl<'a> Job<'a> {
         command.args(words);
         command.stdout(stream("out").into_parts().0);
         command.stderr(stream("err").into_parts().0);
+        if let Some(ground) = &self.ground {
+            ground.enter(&mut command);
+        }
         die_with_this_thread(&mut command);
         let child = self.cluster.node(n).run(move || command.spawn());
         let agent = Agent {

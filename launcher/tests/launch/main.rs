@@ -1,11 +1,15 @@
 //! The launcher with real processes: exit codes, reports, files, and that nothing survives.
 
-#[path = "../common/harness.rs"]
+#[path = "../common/ground.rs"]
 #[allow(dead_code, reason = "what only the other test programs use")]
+mod ground;
+#[path = "../common/harness.rs"]
+#[allow(dead_code, reason = "as above")]
 mod harness;
 
 mod cascade;
 mod class;
+mod contain;
 mod hang;
 mod output;
 mod preflight;

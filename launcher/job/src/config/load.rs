@@ -7,7 +7,11 @@ use super::problem::{ConfigError, Problem};
 use super::template::Examples;
 use super::tree::{Document, KeyPath, Segment, get, get_mut};
 use serde_json::Value;
+use std::io::Read;
 use std::path::Path;
+
+/// Bytes of a file. A complete configuration has about 4 kB.
+const LARGEST: u64 = 1 << 20;
 
 impl Config {
     /// Reads `path`, applies `overrides` (`key.path=value`, typed like the field) and validates.
@@ -19,10 +23,20 @@ impl Config {
     /// # Errors
     /// A [`ConfigError`] that lists every problem at once.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigError> {
-        let text = fs_err::read_to_string(path).map_err(|error| {
-            let problem = Problem::new(&KeyPath::default(), error.to_string());
+        let refuse = |why: String| {
+            let problem = Problem::new(&KeyPath::default(), why);
             ConfigError::new(path, "", vec![problem])
-        })?;
+        };
+        let mut text = String::new();
+        fs_err::File::open(path)
+            .and_then(|file| file.take(LARGEST + 1).read_to_string(&mut text))
+            .map_err(|error| refuse(error.to_string()))?;
+        if text.len() as u64 > LARGEST {
+            let largest = LARGEST >> 20;
+            return Err(refuse(format!(
+                "larger than {largest} MiB, so it is no configuration"
+            )));
+        }
         Config::from_yaml(&text, path, overrides)
     }
 

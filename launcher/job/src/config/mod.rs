@@ -516,7 +516,10 @@ pub mod duration {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
     use std::time::Duration;
 
-    /// Reads `500ms`, `30s`, `10m` or `2h`.
+    /// Eleven years. Sums of a few such times, and of one and the clock, do not overflow.
+    const LONGEST: Duration = Duration::from_secs(100_000 * 3600);
+
+    /// Reads `500ms`, `30s`, `10m` or `2h`, up to `100000h`.
     pub fn parse(text: &str) -> Result<Duration, String> {
         let text = text.trim();
         let split = text
@@ -537,7 +540,14 @@ pub mod duration {
         let number: f64 = number.parse().map_err(|_| {
             format!("`{text}` is not a duration; write it like 500ms, 30s, 10m or 2h")
         })?;
-        Duration::try_from_secs_f64(number * seconds).map_err(|e| format!("`{text}`: {e}"))
+        let duration = Duration::try_from_secs_f64(number * seconds);
+        match duration.ok().filter(|d| *d <= LONGEST) {
+            Some(duration) => Ok(duration),
+            None => Err(format!(
+                "`{text}` is too long; the longest is {}",
+                format(LONGEST)
+            )),
+        }
     }
 
     /// The shortest form that [`parse`] reads back.

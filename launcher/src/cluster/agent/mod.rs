@@ -210,7 +210,7 @@ impl Agent {
         let generation = self.generation.as_ref().filter(|_| self.draining.is_none());
         let decided = generation.and_then(|g| match g.state.phase {
             // Looks again for processes that were left behind.
-            Phase::Finished => Some(self.now() + Duration::from_millis(5)),
+            Phase::Finished => Some(g.next_look),
             _ => g.state.deadline(),
         });
         let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease.until);
@@ -407,10 +407,11 @@ impl Agent {
             return;
         };
         let result = generation.start_some(&self.shown);
-        let (number, pids, done) = (
+        let (number, pids, done, containment) = (
             generation.start.generation,
             generation.pids(),
             generation.is_started(),
+            generation.containment(),
         );
         match result {
             Ok(()) if done => {
@@ -425,13 +426,14 @@ impl Agent {
                     pids,
                     at,
                     environment,
+                    containment,
                 });
             }
             Ok(()) => {}
             Err(e) => {
                 // Its workers are killed; they go with it.
                 if let Some(generation) = self.generation.take() {
-                    crate::process::kill_sessions(&generation.pids(), 50);
+                    generation.kill();
                     drop(generation.conclude(Vec::new()));
                 }
                 self.cannot_start(number, &e);

@@ -116,6 +116,7 @@ impl State {
         self.gone.clear();
         self.attempt += 1;
         self.progress.clear();
+        self.goes_on_from = self.goes_on_from.max(self.checkpoint_step);
         (self.checkpoint_step, self.steps) = (None, None);
         // Another node answers first: it may be heard for the last time before it learns of its lease, which then
         // ends later than anybody here would think.

@@ -279,6 +279,8 @@ pub struct State {
     refusal: Option<(i32, String)>,
     /// Rank 0's step at its last checkpoint in this generation.
     checkpoint_step: Option<u64>,
+    /// The newest checkpoint of the generations before, until this one has shown that it goes on from there.
+    goes_on_from: Option<u64>,
     /// First and last step of this generation.
     steps: Option<(u64, u64)>,
     /// Answers about what hanging ranks do, and how many are still to come.
@@ -340,6 +342,7 @@ impl State {
             last: false,
             refusal: None,
             checkpoint_step: None,
+            goes_on_from: None,
             steps: None,
             inspection: None,
             stalled: None,
@@ -464,8 +467,9 @@ impl State {
                 pids,
                 at,
                 environment,
+                containment,
             } if self.current(generation) => {
-                self.started(id, &pids, at, environment, actions);
+                self.started(id, &pids, at, environment, containment, actions);
             }
             FromAgent::CannotStart {
                 generation,

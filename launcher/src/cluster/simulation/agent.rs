@@ -266,6 +266,7 @@ impl Agent {
                     pids: vec![1; num_ranks],
                     at: now,
                     environment: Vec::new(),
+                    containment: Default::default(),
                 };
                 say(started, effects);
                 self.generation = Some(Generation {

@@ -159,6 +159,7 @@ impl Scene {
                     pids: vec![1, 2, 3],
                     at: Duration::MAX,
                     environment: Vec::new(),
+                    containment: Default::default(),
                 },
             ),
             Step::CannotStart(id) => self.says(
