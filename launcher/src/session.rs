@@ -17,6 +17,7 @@ use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, 
 use crate::cluster::link::{Heard, Hub};
 use crate::cluster::message::FromAgent;
 use crate::cluster::topology::NodeId;
+use crate::cluster::wire::Refusal;
 use crate::console::lines::Batch;
 use crate::console::queue::Feed;
 use crate::folder::Folder;
@@ -152,16 +153,7 @@ impl Running {
                 Heard::Said { node, local, message } => Event::Said { node, local, message },
                 Heard::Lost { node, how } => Event::Lost { node, how },
                 Heard::Refused(refusal) => {
-                    self.refused += 1;
-                    if is_told(self.refused) {
-                        let (peer, why) = (&refusal.peer, refusal.why.to_string());
-                        self.events.write("refused", json!({"peer": peer, "why": why, "number": self.refused}));
-                        let number = match self.refused {
-                            ..=EACH => "a connection".into(),
-                            n => format!("{n} connections until now, the last one"),
-                        };
-                        self.session.voice.notice(&format!("refused {number}: {refusal}"));
-                    }
+                    self.refused(refusal);
                     self.ran_at = start.elapsed();
                     return;
                 }
@@ -228,6 +220,26 @@ impl Running {
             }
         }
         self.publish(now);
+    }
+
+    fn refused(&mut self, mut refusal: Refusal) {
+        self.refused += 1;
+        if !is_told(self.refused) {
+            return;
+        }
+        let host = self.state.host_at(&refusal.peer).map(str::to_owned);
+        let (peer, why) = (&refusal.peer, refusal.why.to_string());
+        let fields = json!({"peer": peer, "host": host, "why": why, "number": self.refused});
+        self.events.write("refused", fields);
+        if let Some(host) = host {
+            refusal.peer = format!("{host} ({})", refusal.peer);
+        }
+        let number = match self.refused {
+            ..=EACH => "a connection".into(),
+            n => format!("{n} connections until now, the last one"),
+        };
+        let text = format!("refused {number}: {refusal}");
+        self.session.voice.notice(&text);
     }
 
     /// Under SLURM a SIGTERM has many meanings, and SLURM has to be asked which.

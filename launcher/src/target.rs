@@ -106,6 +106,14 @@ impl Target {
         }
     }
 
+    /// Our trainer, where its workers are that.
+    pub fn trainer(&self) -> Option<&Path> {
+        match &self.what {
+            What::Trainer { trainer, .. } => Some(trainer),
+            What::Program(_) => None,
+        }
+    }
+
     /// Whether its workers report progress, save on SIGUSR2 and find their own checkpoints.
     pub fn is_trainer(&self) -> bool {
         matches!(self.what, What::Trainer { .. })
@@ -210,7 +218,7 @@ pub fn find_program(name: &OsStr) -> anyhow::Result<PathBuf> {
     })
 }
 
-fn is_executable(path: &Path) -> bool {
+pub fn is_executable(path: &Path) -> bool {
     path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
 }
 

@@ -1,5 +1,6 @@
 //! What coordinator and agents say to each other. Nothing but data; every message that belongs to a
-//! generation carries its number, and one of an older generation is dropped.
+//! generation carries its number, and one of an older generation is dropped. What gets too long for a frame is split or
+//! cut by [`super::fit`] on its way.
 
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
@@ -85,6 +86,11 @@ pub enum FromAgent {
         end: Option<End>,
         at: AgentTime,
     },
+    /// The next ranks of a report that is too long for one message; [`FromAgent::Clean`] follows with the last ones.
+    Ranks {
+        generation: u32,
+        ranks: Vec<(Rank, Place)>,
+    },
     /// Every process of this generation on this node has ended, or is named in the report.
     Clean {
         generation: u32,
@@ -100,6 +106,9 @@ pub enum FromAgent {
         looks: Vec<Inspection>,
         /// What NCCL says on this node.
         ras: Option<ras::Answer>,
+        /// The rest follows: it is too long for one message.
+        #[serde(default)]
+        more: bool,
     },
     /// The agent was told to stop by a signal of its own: Ctrl-C, or the scheduler.
     Signal { signal: i32 },

@@ -15,10 +15,11 @@ mod nccl;
 pub mod preflight;
 mod show;
 
-pub use across::across;
+pub use across::{across, of_nodes};
 pub use clock::{ClockSample, clock_findings, now_ms};
 pub use show::print;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -129,6 +130,13 @@ impl Finding {
             text,
             hint,
         }
+    }
+}
+
+impl fmt::Display for Finding {
+    /// With its hint on a line of its own.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n  hint: {}", self.text, self.hint)
     }
 }
 

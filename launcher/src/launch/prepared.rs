@@ -17,6 +17,7 @@ use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
 use crate::console::painter::Style;
 use crate::console::screen::{Outputs, Screen};
+use crate::doctor::preflight::Scale;
 use crate::folder::Folder;
 use crate::hang::progress::Limits;
 use crate::logs::Shown;
@@ -148,7 +149,7 @@ pub(super) fn prepare(
     let job = job(args, &target, &folder, env)?;
     let mut manifest = manifest(args, &target, &job, &now);
     manifest.gpus = devices.map_or(Vec::new(), |devices| devices.gpus().to_vec());
-    let settings = settings(args, job);
+    let settings = settings(args, &target, job);
     let style = style(args, &settings, devices, &folder);
     let (snapshots, seen) = watch::channel(Arc::new(Snapshot::default()));
     let view = (!args.no_view && target.is_trainer())
@@ -248,7 +249,7 @@ fn manifest(args: &Args, target: &Target, job: &Job, now: &clock::Utc) -> Manife
     }
 }
 
-fn settings(args: &Args, job: Job) -> Settings {
+fn settings(args: &Args, target: &Target, job: Job) -> Settings {
     let nodes = args.num_nodes();
     Settings {
         min_nodes: nodes.min,
@@ -267,7 +268,10 @@ fn settings(args: &Args, job: Job) -> Settings {
             hang_timeout: args.hang_timeout.0,
             ..Limits::default()
         },
-        measure: (args.preflight == Preflight::Full).then(|| args.preflight_scale.clone()),
+        measure: (args.preflight == Preflight::Full).then(|| Scale {
+            trainer: target.trainer().map(Path::to_path_buf),
+            ..args.preflight_scale.clone()
+        }),
         save_at: None,
     }
 }

@@ -13,6 +13,7 @@ mod nodes;
 mod failures;
 mod losses;
 mod membership;
+mod preflight;
 mod refusals;
 mod signals;
 mod success;

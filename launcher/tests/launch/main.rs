@@ -7,6 +7,7 @@ mod ground;
 #[allow(dead_code, reason = "as above")]
 mod harness;
 
+mod all_reduce;
 mod cascade;
 mod class;
 mod contain;

@@ -357,9 +357,9 @@ impl Generation {
                 }) => {
                     let progress = self.progress_of(rank);
                     (progress.step, progress.epoch) = (Some(step), Some(epoch));
-                    progress
-                        .work_ms
-                        .extend(work_ms.filter(|ms| ms.is_finite()).map(|ms| ms as f32));
+                    // JSON has no word for what is too large for it.
+                    let work_ms = work_ms.map(|ms| ms as f32).filter(|ms| ms.is_finite());
+                    progress.work_ms.extend(work_ms);
                     Event::Step { rank, step }
                 }
                 Happening::Said(WorkerMessage::Section { name }) => {
@@ -373,7 +373,10 @@ impl Generation {
                     }
                     Event::Section { rank, name }
                 }
-                Happening::Said(WorkerMessage::Failure(record)) => Event::Failing { rank, record },
+                Happening::Said(WorkerMessage::Failure(record)) => {
+                    let record = record.shortened();
+                    Event::Failing { rank, record }
+                }
                 Happening::Said(WorkerMessage::Metric { name, value }) => {
                     // JSON has no word for the others.
                     if value.is_finite() {

@@ -237,6 +237,7 @@ impl Agent {
                     generation,
                     looks,
                     ras,
+                    more: false,
                 });
             }
             Wake::Found(Found::NodeMeasured(round, own)) => {
@@ -397,7 +398,8 @@ impl Agent {
                 device,
                 process,
             };
-            let looks = places.into_iter().zip(processes).map(look).collect();
+            let looks = places.into_iter().zip(processes).map(look);
+            let looks = looks.map(super::fit::look).collect();
             let _ = found.send(Found::Inspected(generation, looks, ras));
         });
     }

@@ -3,7 +3,6 @@
 use serde_json::json;
 use std::time::Duration;
 use tsm_job::exit;
-use tsm_job::message::FailureRecord;
 
 use super::{Action, Cause, Phase, State, record};
 use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
@@ -38,7 +37,7 @@ pub struct Ending {
 impl State {
     /// Every node is clean or lost: decides what comes next.
     pub(super) fn settle(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let (ranks, places) = self.merge();
+        let (ranks, places) = self.merge(now);
         let ends: Vec<Option<End>> = ranks.iter().map(|rank| rank.end).collect();
         let all = |good: fn(&Rank) -> bool| !ranks.is_empty() && ranks.iter().all(good);
         let done = all(Rank::is_well);
@@ -251,8 +250,8 @@ impl State {
         self.members.iter().map(node).collect()
     }
 
-    /// The ranks of all nodes in order of rank, their times on the coordinator's clock.
-    fn merge(&self) -> (Vec<Rank>, Vec<Place>) {
+    /// The ranks of all nodes in order of rank, their times on the coordinator's clock, where nothing lies ahead.
+    fn merge(&self, now: Duration) -> (Vec<Rank>, Vec<Place>) {
         let mut all: Vec<(Rank, Place)> = Vec::new();
         for member in &self.members {
             let clock = self.known(member.id).map(|n| n.clock);
@@ -265,7 +264,7 @@ impl State {
                 all.push(match known.get(i) {
                     Some((rank, place)) => {
                         let mut rank = rank.clone();
-                        let map = |at| clock.map_or(at, |c| c.map(at));
+                        let map = |at| clock.map_or(at, |c| c.map(at)).min(now);
                         rank.ended_at = map(rank.ended_at);
                         rank.first_at = map(rank.first_at);
                         rank.left = rank.left.map(|(order, at, after)| (order, map(at), after));
@@ -317,20 +316,18 @@ fn exit_code(ranks: &[Rank], fault: &Fault) -> i32 {
         return exit::PEER;
     };
     let rank = &ranks[number];
-    // What it meant to end with; it failed, whatever that is.
-    let announced = |record: &FailureRecord| match record.code {
-        code @ 1..=255 => code,
-        _ => 1,
-    };
-    match (&rank.record, rank.end) {
-        (Some(record), None) => announced(record),
-        (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => {
-            announced(record)
-        }
-        (Some(record), Some(end)) if end.is_success() => announced(record),
+    let code = match (&rank.record, rank.end) {
+        (Some(record), None) => record.code,
+        (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => record.code,
+        (Some(record), Some(end)) if end.is_success() => record.code,
         (_, Some(end)) => end.exit_code(),
         // Every failure has a rank that ended or announced it.
         (None, None) => exit::BUG,
+    };
+    // It failed, whatever it says.
+    match code {
+        1..=255 => code,
+        _ => 1,
     }
 }
 

@@ -298,6 +298,7 @@ impl Agent {
                     generation,
                     looks,
                     ras,
+                    more: false,
                 };
                 say(inspected, effects);
             }
