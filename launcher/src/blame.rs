@@ -9,6 +9,7 @@ mod cluster;
 pub use cluster::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 use tsm_job::exit;
 
 use crate::end::End;
@@ -33,6 +34,29 @@ pub enum Role {
     Stuck,
     /// Its node was lost, and its end is not known.
     NodeLost,
+}
+
+/// The rank that failed first as far as its own node can tell, by its place in `ranks`.
+pub fn first_on_node(ranks: &[Rank], words_of: impl Fn(usize) -> String) -> Option<usize> {
+    match first_failure(&[alone(ranks)], None, words_of)?.culprit {
+        Culprit::Rank(rank) => Some(rank),
+        Culprit::Node { .. } | Culprit::Late { .. } => None,
+    }
+}
+
+/// The ranks of one node by its own clock.
+fn alone(ranks: &[Rank]) -> NodeEnds<'_> {
+    let seen = ranks.iter().enumerate().map(|(number, rank)| Seen {
+        number,
+        rank,
+        at: rank.ended_at,
+    });
+    NodeEnds {
+        host: "",
+        ranks: seen.collect(),
+        uncertainty: Duration::ZERO,
+        lost: None,
+    }
 }
 
 /// What gloo, NCCL and c10d print when the other end of a connection is gone.
@@ -97,7 +121,6 @@ fn answers_a_signal(end: End, sent: &[i32]) -> bool {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use std::time::Duration;
     use tsm_job::message::FailureRecord;
 
     pub fn rank(order: usize, end: End) -> Rank {
@@ -121,23 +144,12 @@ pub mod tests {
     }
 
     /// Who failed first among the ranks of one node.
-    pub fn alone(ranks: &[Rank], words_of: impl Fn(usize) -> String) -> Option<Fault> {
-        let seen = ranks.iter().enumerate().map(|(number, rank)| Seen {
-            number,
-            rank,
-            at: rank.ended_at,
-        });
-        let node = NodeEnds {
-            host: "gpu-01",
-            ranks: seen.collect(),
-            uncertainty: Duration::ZERO,
-            lost: None,
-        };
-        first_failure(&[node], None, words_of)
+    pub fn fault(ranks: &[Rank], words_of: impl Fn(usize) -> String) -> Option<Fault> {
+        first_failure(&[alone(ranks)], None, words_of)
     }
 
     fn blamed(ranks: &[Rank]) -> Culprit {
-        alone(ranks, |_| String::new()).unwrap().culprit
+        fault(ranks, |_| String::new()).unwrap().culprit
     }
 
     #[test]
@@ -183,7 +195,7 @@ pub mod tests {
                 .to_string();
         let ranks = [rank(1, End::Code(1)), late];
         let words = |i| if i == 0 { gloo.clone() } else { String::new() };
-        let found = alone(&ranks, words).unwrap();
+        let found = fault(&ranks, words).unwrap();
         assert_eq!(found.culprit, Culprit::Rank(1));
         assert!(
             found.reason.starts_with("rank 0 ended earlier"),
@@ -201,7 +213,7 @@ pub mod tests {
                 ..rank(2, End::Code(1))
             },
         ];
-        let found = alone(&ranks, |_| {
+        let found = fault(&ranks, |_| {
             "download failed: Connection reset by peer\n".into()
         })
         .unwrap();
@@ -255,6 +267,6 @@ pub mod tests {
 
     #[test]
     fn nobody_is_to_blame_for_success() {
-        assert_eq!(alone(&[rank(1, End::Code(0))], |_| String::new()), None);
+        assert_eq!(fault(&[rank(1, End::Code(0))], |_| String::new()), None);
     }
 }

@@ -9,11 +9,11 @@ use serde_json::Value;
 use tsm_job::text::cut;
 
 use super::message::{Beat, FromAgent, NodeReport};
-use crate::blame::first_failure;
+use crate::blame::first_on_node;
 use crate::console::lines::Batch;
+use crate::hang::process::Process;
 use crate::hang::ras;
 use crate::hang::report::Inspection;
-use crate::hang::stacks::Process;
 use crate::report::own_words;
 use crate::supervisor::Rank;
 
@@ -70,6 +70,7 @@ pub fn fit(message: FromAgent, max: usize) -> Vec<FromAgent> {
             pids,
             at,
             mut environment,
+            containment,
         } => {
             // The manifest then has the first ones only.
             for text in [16 << 10, 1 << 10, 64] {
@@ -85,6 +86,7 @@ pub fn fit(message: FromAgent, max: usize) -> Vec<FromAgent> {
                 pids,
                 at,
                 environment,
+                containment,
             }]
         }
         FromAgent::Join(mut join) => {
@@ -119,8 +121,7 @@ fn clean(generation: u32, mut report: NodeReport, max: usize) -> Vec<FromAgent> 
     let mut entries = std::mem::take(&mut report.ranks);
     let ranks: Vec<Rank> = entries.iter().map(|(rank, _)| rank.clone()).collect();
     // The words that matter are those of the one that is to blame.
-    let blame = first_failure(&ranks, |rank| own_words(&entries[rank].1));
-    let blamed = blame.map(|blame| blame.rank);
+    let blamed = first_on_node(&ranks, |rank| own_words(&entries[rank].1));
     for level in LEVELS {
         for (number, entry) in entries.iter_mut().enumerate() {
             if Some(number) != blamed || len(entry) > max / 2 {

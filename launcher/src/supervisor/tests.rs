@@ -32,7 +32,7 @@ fn signals(actions: &[Action]) -> Vec<(usize, i32)> {
 }
 
 fn blamed(state: &State) -> Option<usize> {
-    match crate::blame::tests::alone(&state.ranks, |_| String::new())?.culprit {
+    match crate::blame::tests::fault(&state.ranks, |_| String::new())?.culprit {
         Culprit::Rank(rank) => Some(rank),
         other => panic!("{other:?}"),
     }

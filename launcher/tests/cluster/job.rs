@@ -1,7 +1,7 @@
 //! A job over the nodes of a [`Cluster`]: one `tsm-launch` on each, in order of the nodes.
 
 use crate::ground::Ground;
-use crate::harness::{DEADLINE, FAKE, send, until};
+use crate::harness::{FAKE, send, until};
 use crate::nodes::Cluster;
 use rustix::process::Signal;
 use serde_json::Value;

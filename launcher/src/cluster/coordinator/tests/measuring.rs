@@ -57,6 +57,7 @@ fn own(memory_gbyte_s: f64) -> OwnNode {
     OwnNode {
         memory_gbyte_s: Some(memory_gbyte_s),
         loopback_gbit_s: Some(20.0),
+        all_reduce_gb_s: None,
         findings: Vec::new(),
     }
 }
