@@ -127,7 +127,7 @@ pub struct Args {
     #[arg(long, value_name = "HOW", value_enum, default_value = "quick")]
     pub preflight: Preflight,
 
-    /// How much `--preflight full` measures: BYTES,BUDGET,WAIT.
+    /// How much `--preflight full` measures: BYTES,BUDGET,WAIT[,cpus].
     #[arg(long, hide = true, default_value = "67108864,2s,30s")]
     pub preflight_scale: Scale,
 
@@ -199,7 +199,7 @@ pub enum Preflight {
     Off,
     /// GPUs, driver, disks, limits: less than a second.
     Quick,
-    /// Memory and the network between the nodes are measured too: some seconds.
+    /// Memory, the network between the nodes and their GPUs are measured too: some seconds.
     Full,
 }
 

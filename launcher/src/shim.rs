@@ -33,6 +33,14 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The code of a shell for a program that cannot be executed.
 const CANNOT_EXECUTE: u8 = 126;
 
+/// The first arguments of a shim that only binds a process to the life of this one: it gets no cores, shield or
+/// control group of its own. The program and its arguments follow.
+pub fn plain() -> [String; 5] {
+    let none = String::new;
+    let parent = std::process::id().to_string();
+    [WORKER.into(), parent, none(), none(), none()]
+}
+
 /// Makes this process a worker: a session of its own, dead as soon as the launcher is, in its control group,
 /// bound to its cores; then exec. Returns only when that failed.
 pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
