@@ -88,7 +88,7 @@ fn the_trainer_measures_where_every_node_has_gpus() {
     assert_eq!(scene.state.phase, Phase::Run);
     let notices = scene.notices();
     assert!(
-        notices.contains("all-reduce within a node: 400.00 GB/s bus bandwidth on 2 nodes"),
+        notices.contains("all-reduce within a node 400.00 GB/s bus bandwidth on 2 nodes"),
         "{notices}"
     );
 }
