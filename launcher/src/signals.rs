@@ -4,7 +4,7 @@ use anyhow::Context;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// The signals that the launcher answers, for its workers.
-const HEARD: [i32; 6] = [
+pub const HEARD: [i32; 6] = [
     libc::SIGINT,
     libc::SIGQUIT,
     libc::SIGTERM,

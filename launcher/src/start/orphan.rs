@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
 use std::io::Write;
 
-use crate::process::parent;
+use crate::contain::Stat;
 
 /// Set in every process that Open MPI's mpirun starts, and in what those start.
 const STARTED: &str = "OMPI_COMM_WORLD_RANK";
@@ -53,6 +53,10 @@ fn starter(
     ancestors
         .find(|&pid| !was_started(pid))
         .filter(|&pid| pid > 0)
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    Stat::read(pid).map(|stat| stat.parent)
 }
 
 /// By the environment with which it was executed.

@@ -1,12 +1,12 @@
 //! Nodes that Open MPI's mpirun started, two processes of this machine in place of two nodes; and nodes that find
 //! each other by what Kubernetes puts into their environment.
 
-#[path = "../launch/harness.rs"]
-#[allow(dead_code, reason = "shared with the tests of one node")]
+#[path = "../common/harness.rs"]
+#[allow(dead_code, reason = "what only the other test programs use")]
 mod harness;
 mod kubernetes;
 
-use harness::{FAKE, Running, Scene, alive, finish, start, survivors, until};
+use harness::{FAKE, Running, Scene, alive, finish, parent, send, start, survivors};
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::Path;
 use std::process::Command;
@@ -15,20 +15,18 @@ use std::process::Command;
 /// said on stderr, where there is no mpirun.
 fn mpirun(scene: &Scene, options: &str, words: &str, actions: &str) -> Option<Command> {
     let mut command = mpirun_of(scene, options)?;
-    command.arg(scene.path("tsm-launch"));
+    command.arg(scene.own_launcher());
     command.args(words.split_whitespace()).arg("--").arg(FAKE);
     command.args(actions.split_whitespace());
     Some(command)
 }
 
-/// `mpirun` alone. tsm-launch is a copy in the scene, for [`survivors`].
+/// `mpirun` alone. tsm-launch is a copy in the scene, for [`harness::survivors`].
 fn mpirun_of(scene: &Scene, options: &str) -> Option<Command> {
     if !Path::new("/usr/bin/mpirun").exists() {
         eprintln!("skipped: there is no /usr/bin/mpirun");
         return None;
     }
-    let copy = scene.path("tsm-launch");
-    fs_err::copy(env!("CARGO_BIN_EXE_tsm-launch"), &copy).unwrap();
     let mut command = scene.command_of("/usr/bin/mpirun");
     command.args(["--oversubscribe", "--bind-to", "none"]);
     // Two that make their folder in the same place at the same time fail, and a killed one leaves it there.
@@ -51,7 +49,7 @@ fn mpirun_program(scene: &Scene, in_shell: bool, program: &[&str]) -> Option<Com
         &[]
     };
     let mut command = mpirun_of(scene, "-n 2")?;
-    command.args(words).arg(scene.path("tsm-launch"));
+    command.args(words).arg(scene.own_launcher());
     command.args(TWO.split_whitespace()).arg("--").args(program);
     Some(command)
 }
@@ -63,9 +61,7 @@ fn read(scene: &Scene, name: &str) -> String {
 }
 
 fn assert_nothing_is_left(scene: &Scene) {
-    until("every process to end", || {
-        survivors(&scene.path("")).is_empty().then_some(())
-    });
+    scene.assert_nothing_survives();
     let left = fs_err::read_dir(scene.path("runs")).unwrap().flatten();
     let left: Vec<_> = left.map(|e| e.file_name()).filter(|n| n != "run").collect();
     assert!(left.is_empty(), "{left:?}");
@@ -132,12 +128,6 @@ fn at_work(scene: &Scene) -> Option<(Running, Vec<i32>)> {
     Some((running, pids))
 }
 
-fn parent(pid: i32) -> i32 {
-    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let (_, rest) = stat.rsplit_once(')').unwrap();
-    rest.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 #[test]
 fn a_killed_node_ends_the_job() {
     for rank in 0..2 {
@@ -145,13 +135,10 @@ fn a_killed_node_ends_the_job() {
         let Some((running, pids)) = at_work(&scene) else {
             return;
         };
-        let agent = Pid::from_raw(parent(pids[rank])).unwrap();
-        kill_process(agent, Signal::KILL).unwrap();
+        send(parent(pids[rank]).unwrap(), Signal::KILL);
         let outcome = finish(running);
         assert_ne!(outcome.code, 0, "{}", outcome.err);
-        until("every process to end", || {
-            survivors(&scene.path("")).is_empty().then_some(())
-        });
+        scene.assert_nothing_survives();
         assert!(pids.iter().all(|&pid| !alive(pid)));
     }
 }
@@ -170,9 +157,7 @@ fn ctrl_c_ends_the_job() {
         "{}",
         outcome.err
     );
-    until("every process to end", || {
-        survivors(&scene.path("")).is_empty().then_some(())
-    });
+    scene.assert_nothing_survives();
     assert!(pids.iter().all(|&pid| !alive(pid)));
 }
 
@@ -210,9 +195,7 @@ fn the_sigkill_of_mpirun_ends_the_job() {
         let workers = scene.wait_for_pids("pid-", 2);
         running.signal(Signal::KILL);
         finish(running);
-        until("every process to end", || {
-            survivors(&scene.path("")).is_empty().then_some(())
-        });
+        scene.assert_nothing_survives();
         assert!(workers.iter().all(|&pid| !alive(pid)));
         for rank in 0..2 {
             assert!(
