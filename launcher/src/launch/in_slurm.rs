@@ -9,6 +9,7 @@ use tsm_job::config::DeviceKind;
 
 use super::{Node, prepare};
 use crate::cli::{Args, Gpus, Preflight};
+use crate::cluster::fit;
 use crate::cluster::key::Key;
 use crate::cluster::wire;
 use crate::start::children::Starter;

@@ -8,10 +8,15 @@ mod server;
 use harness::{FAKE, Outcome, Running, Scene, alive, finish, start, survivors, until};
 use rustix::process::{Pid, Signal, kill_process};
 use server::Server;
+use std::process::Command;
 
 /// `tsm-launch --hosts` with fake workers that do `actions`. The agents are a copy in the scene, so that
 /// [`survivors`] finds them, their guards and their workers.
 fn start_on(scene: &Scene, server: &Server, options: &str, actions: &str) -> Running {
+    start(&mut command_on(scene, server, options, actions))
+}
+
+fn command_on(scene: &Scene, server: &Server, options: &str, actions: &str) -> Command {
     let copy = scene.path("tsm-launch");
     if !copy.exists() {
         fs_err::copy(env!("CARGO_BIN_EXE_tsm-launch"), &copy).unwrap();
@@ -30,12 +35,11 @@ fn start_on(scene: &Scene, server: &Server, options: &str, actions: &str) -> Run
     let marker = marker.display().to_string();
     words.extend(["--touch", &marker]);
     words.extend(actions.split_whitespace());
-    start(
-        scene
-            .command(&words)
-            .env("TSM_TEST_VARIABLE", "it's here")
-            .env("TMPDIR", "/nowhere"),
-    )
+    let mut command = scene.command(&words);
+    command
+        .env("TSM_TEST_VARIABLE", "it's here")
+        .env("TMPDIR", "/nowhere");
+    command
 }
 
 fn launch(scene: &Scene, server: &Server, options: &str, actions: &str) -> Outcome {
@@ -77,6 +81,38 @@ fn assert_nothing_survives(scene: &Scene) {
     until("every process to end", || {
         survivors(&scene.path("")).is_empty().then_some(())
     });
+}
+
+/// Linux allows 2 MiB in all, and 128 KiB for each.
+#[test]
+fn a_large_environment_reaches_all_hosts() {
+    let Some(server) = Server::shared() else {
+        return;
+    };
+    let scene = Scene::new();
+    let mut command = command_on(
+        &scene,
+        &server,
+        "--hosts node-a:1,node-b:1 --cpus 4",
+        "--print-env",
+    );
+    for n in 0..12 {
+        command.env(format!("LARGE_{n}"), format!("{n:x}").repeat(127 << 10));
+    }
+    let outcome = finish(start(&mut command));
+    assert_eq!(
+        outcome.code,
+        0,
+        "{}",
+        &outcome.err[..outcome.err.len().min(2000)]
+    );
+    for (rank, host) in [(0, "node-a"), (1, "node-b")] {
+        let log = scene.read(&format!("logs/{host}-{rank}.out"));
+        for n in 0..12 {
+            let line = format!("LARGE_{n}={}", format!("{n:x}").repeat(127 << 10));
+            assert!(log.lines().any(|l| l == line), "{host}: LARGE_{n}");
+        }
+    }
 }
 
 #[test]
