@@ -10,7 +10,8 @@ use tsm_job::exit::{self, Coded};
 
 use crate::cluster::key::Key;
 use crate::cluster::tls::{Tls, TlsFiles};
-use crate::console::screen::Format;
+use crate::console::painter::Format;
+use crate::doctor::preflight::Scale;
 use crate::status::http::Port;
 
 const EXAMPLES: &str = "Examples:
@@ -126,6 +127,10 @@ pub struct Args {
     #[arg(long, value_name = "HOW", value_enum, default_value = "quick")]
     pub preflight: Preflight,
 
+    /// How much `--preflight full` measures: BYTES,BUDGET,WAIT[,cpus].
+    #[arg(long, hide = true, default_value = "67108864,2s,30s")]
+    pub preflight_scale: Scale,
+
     /// A variable for the workers: with its value, or as it is here.
     #[arg(long = "env", value_name = "NAME[=VALUE]")]
     pub env: Vec<String>,
@@ -194,12 +199,14 @@ pub enum Preflight {
     Off,
     /// GPUs, driver, disks, limits: less than a second.
     Quick,
+    /// Memory, the network between the nodes and their GPUs are measured too: some seconds.
+    Full,
 }
 
 impl Args {
     /// How many nodes, where nothing else says it.
     pub fn num_nodes(&self) -> Nodes {
-        self.nodes.unwrap_or(Nodes { min: 1, max: 1 })
+        self.nodes.unwrap_or(Nodes::ONE)
     }
 
     /// TLS for the connections, where it is asked for.
@@ -375,15 +382,6 @@ pub enum Show {
     Ranks(Vec<u32>),
 }
 
-impl Show {
-    pub fn shows(&self, rank: u32) -> bool {
-        match self {
-            Show::All => true,
-            Show::Ranks(ranks) => ranks.contains(&rank),
-        }
-    }
-}
-
 impl FromStr for Show {
     type Err = String;
 
@@ -451,10 +449,9 @@ mod tests {
 
     #[test]
     fn ranks_to_show() {
-        assert!("all".parse::<Show>().unwrap().shows(7));
-        assert!(!"none".parse::<Show>().unwrap().shows(0));
-        let some: Show = "0,3".parse().unwrap();
-        assert!(some.shows(3) && !some.shows(1));
+        assert_eq!("all".parse(), Ok(Show::All));
+        assert_eq!("none".parse(), Ok(Show::Ranks(Vec::new())));
+        assert_eq!("0,3".parse(), Ok(Show::Ranks(vec![0, 3])));
         assert!("x".parse::<Show>().is_err());
     }
 }

@@ -1,11 +1,12 @@
 //! From the bytes of the workers to what stands on the launcher's own stdout and stderr.
 //!
 //! ```text
-//! bytes -> Lines -> Batch -> queue -> (the network -> queue ->) Screen: Fold, labels -> Console
+//! bytes -> Lines -> Batch -> queue -> (the network -> queue ->) Screen: Painter: Fold, labels -> Console
 //! ```
 
 pub mod fold;
 pub mod lines;
+pub mod painter;
 pub mod queue;
 pub mod screen;
 

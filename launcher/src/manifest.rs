@@ -18,6 +18,7 @@ use self::environment::Change;
 use self::files::{Binary, Checkpoint};
 use self::generations::Generations;
 use crate::clock::Utc;
+use crate::cluster::coordinator::Report;
 use crate::cluster::message::Join;
 use crate::end::End;
 use crate::gpus::Gpu;
@@ -54,6 +55,8 @@ pub struct Manifest {
     pub exit_code: Option<i32>,
     /// Of the newest generation.
     pub ranks: Vec<RankEntry>,
+    /// What `--preflight full` found.
+    pub preflight: Vec<Report>,
     pub generations: Generations,
     /// See [`generations::goodput`].
     pub goodput: Option<f64>,

@@ -1,16 +1,20 @@
 //! Which ranks there are, on what they run, and what they find in their environment. Pure, but for
 //! the list of visible GPUs, which is asked for only where it is needed.
 
+mod workers;
+
 use std::ffi::OsString;
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
-use tsm_job::config::{DeviceKind, Launch};
+use tsm_job::config::Launch;
 use tsm_job::exit::{self, Coded};
 
 use crate::cli::Gpus;
 use crate::cores;
 use crate::gpus::Gpu;
+
+pub use workers::Workers;
 
 /// Variables by which a program notices that it is a rank of something. Inherited ones are from another job.
 pub const RANK_VARIABLES: [&str; 10] = [
@@ -58,6 +62,14 @@ impl Devices {
         self.len() == 0
     }
 
+    /// None where the workers run on the CPU.
+    pub fn gpus(&self) -> &[Gpu] {
+        match self {
+            Devices::Gpus(gpus) => gpus,
+            Devices::Cpu(_) => &[],
+        }
+    }
+
     /// The first `n` of them.
     pub fn first(&self, n: usize) -> Devices {
         match self {
@@ -77,14 +89,8 @@ impl Devices {
     }
 
     fn cuda_visible(&self) -> String {
-        match self {
-            Devices::Gpus(gpus) => gpus
-                .iter()
-                .map(|g| g.id.as_str())
-                .collect::<Vec<_>>()
-                .join(","),
-            Devices::Cpu(_) => String::new(),
-        }
+        let ids: Vec<&str> = self.gpus().iter().map(|gpu| gpu.id.as_str()).collect();
+        ids.join(",")
     }
 }
 
@@ -98,35 +104,20 @@ pub fn devices(
     launch: Option<&Launch>,
     visible: impl FnOnce() -> Vec<Gpu>,
 ) -> Result<Devices, Coded> {
-    let (wanted, said) = match (gpus, cpus, launch) {
-        (_, Some(n), _) => return Ok(Devices::Cpu(n)),
-        (Some(gpus), None, _) => (gpus.clone(), format!("--gpus is {gpus}")),
-        (
-            None,
-            None,
-            Some(Launch {
-                device: DeviceKind::Cpu,
-                nproc_per_node,
-                ..
-            }),
-        ) => {
-            return Ok(Devices::Cpu(nproc_per_node.unwrap_or(1)));
-        }
-        (
-            None,
-            None,
-            Some(Launch {
-                nproc_per_node: Some(n),
-                ..
-            }),
-        ) => (Gpus::Count(*n), format!("launch.nproc_per_node is {n}")),
-        (None, None, Some(_)) => (Gpus::Auto, "launch.device is gpu".into()),
-        (None, None, None) => {
+    let wanted = match Workers::asked_for(gpus, cpus, launch) {
+        Some(Workers::Cpus(n)) => return Ok(Devices::Cpu(n)),
+        Some(Workers::Gpus(wanted)) => wanted,
+        None => {
             return Err(Coded::new(
                 exit::USAGE,
                 "nothing says how many workers to start\n  hint: give --gpus auto, --gpus N or --cpus N",
             ));
         }
+    };
+    let said = match (gpus, &wanted) {
+        (Some(gpus), _) => format!("--gpus is {gpus}"),
+        (None, Gpus::Count(n)) => format!("launch.nproc_per_node is {n}"),
+        (None, _) => "launch.device is gpu".into(),
     };
     let visible = visible();
     let have = match visible.len() {

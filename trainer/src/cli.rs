@@ -1,7 +1,7 @@
 //! The command line of `tsm-trainer`.
 
 use crate::train::{self, Ended};
-use crate::{failure, preempt, report};
+use crate::{all_reduce, failure, preempt, report};
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use std::io::Write;
@@ -40,6 +40,8 @@ enum Command {
         #[arg(value_name = "KEY=VALUE")]
         overrides: Vec<String>,
     },
+    /// Measure how fast the ranks sum a tensor, and check every sum: tsm-launch --gpus 8 -- tsm-trainer all-reduce.
+    AllReduce(all_reduce::Args),
 }
 
 /// Parses the command line, runs it and maps the outcome to an exit code of [`tsm_job::exit`].
@@ -59,6 +61,9 @@ pub fn main() -> ExitCode {
     match cli.command {
         Some(Command::Compare { runs }) => finish(compare(&runs)),
         Some(Command::Model { config, overrides }) => finish(print_model(&config, &overrides)),
+        Some(Command::AllReduce(args)) => {
+            as_rank(|env, link| all_reduce::run(&args, env, link).map(|()| Ended::Finished))
+        }
         None => worker(cli.config, &cli.overrides),
     }
 }
@@ -67,19 +72,23 @@ fn worker(config: Option<PathBuf>, overrides: &[String]) -> ExitCode {
     if let Err(e) = preempt::listen() {
         return finish(Err(e).context("cannot start the thread that waits for signals"));
     }
+    as_rank(|env, link| {
+        let path = config
+            .ok_or_else(|| Coded::new(exit::USAGE, "no configuration given\n  hint: tsm-trainer --config FILE, or tsm-launch FILE to start several ranks"))?;
+        let config = load(&path, overrides)?;
+        train::run(config, env, link)
+    })
+}
+
+/// Does the work of one rank of a job, and ends the process.
+fn as_rank(work: impl FnOnce(&WorkerEnv, &AgentLink) -> anyhow::Result<Ended>) -> ExitCode {
     let env = match WorkerEnv::from_process() {
         Ok(env) => env,
         Err(e) => return finish(Err(e)),
     };
     let link = Arc::new(AgentLink::open(env.agent_fd));
     failure::install(env.rank, link.clone());
-    let outcome = (|| {
-        let path = config
-            .ok_or_else(|| Coded::new(exit::USAGE, "no configuration given\n  hint: tsm-trainer --config FILE, or tsm-launch FILE to start several ranks"))?;
-        let config = load(&path, overrides)?;
-        train::run(config, &env, &link)
-    })();
-    match outcome {
+    match work(&env, &link) {
         Ok(Ended::Finished) => {
             let _ = std::io::stdout().flush();
             failure::leave(exit::OK)

@@ -2,6 +2,7 @@
 //!
 //! [`train`] is the loop and the only module that knows the others.
 
+pub mod all_reduce;
 pub mod checkpoint;
 pub mod cli;
 pub mod ddp;

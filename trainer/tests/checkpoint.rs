@@ -8,8 +8,11 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 use tsm_job::config::{self, Arch, HeadOrder, PrecisionMode, ShiftMode};
 use tsm_job::exit;
-use tsm_trainer::checkpoint::{Checkpoints, FORMAT, LossScaleState, Meta, Snapshot, find, section};
+use tsm_trainer::checkpoint::{
+    Checkpoints, FORMAT, Found, LossScaleState, Meta, Snapshot, find, section,
+};
 use tsm_trainer::ddp::Peers;
+use tsm_trainer::train::origin;
 
 fn model() -> config::Model {
     config::Model {
@@ -487,5 +490,95 @@ fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
             state(&whole) == state(&second)
         });
         assert_eq!(same, [true, true], "{mode:?}");
+    }
+}
+
+/// What `rank` of 3 makes of the folder `resume`, after so many restarts.
+fn origin(peers: &Peers, resume: &Path, restarts: u32) -> anyhow::Result<(Option<Found>, String)> {
+    let get = |name: &str| match name {
+        "RANK" | "LOCAL_RANK" => Some(peers.rank().to_string()),
+        "WORLD_SIZE" | "LOCAL_WORLD_SIZE" => Some(peers.world_size().to_string()),
+        "MASTER_ADDR" => Some("127.0.0.1".into()),
+        "MASTER_PORT" => Some("29500".into()),
+        "TSM_RESTART_COUNT" => Some(restarts.to_string()),
+        "TSM_RESUME_FROM" => Some(resume.to_string_lossy().into_owned()),
+        _ => None,
+    };
+    let env = tsm_job::WorkerEnv::from_lookup(get)?;
+    let (found, notes) = origin::agree(origin::look(&env)?, peers, Device::Cpu)?;
+    Ok((found, notes.join("\n")))
+}
+
+#[test]
+fn ranks_without_the_newest_checkpoint_get_it_from_one_that_has_it() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = |rank: u32| root.path().join(rank.to_string());
+    let save = |rank: u32, step: u64| {
+        let run = Checkpoints::open(&folder(rank).join("checkpoints"), 9).unwrap();
+        run.save(&snapshot(step), false).unwrap()
+    };
+    // Rank 0 has an old one, rank 1 nothing; of the two of rank 2 the newer is broken.
+    save(0, 9);
+    let newest = save(2, 10);
+    fs_err::write(save(2, 11), "not a tensor file").unwrap();
+    for restarts in [0, 1] {
+        let found = common::world(3, common::TIMEOUT, |peers| {
+            origin(&peers, &folder(peers.rank()), restarts).unwrap()
+        });
+        let sent = "rank 2 sent its checkpoint of step 10 to 2 ranks that did not have it";
+        for (rank, (found, notes)) in found.iter().enumerate() {
+            let found = found.as_ref().unwrap();
+            assert_eq!((found.snapshot.meta.step, &found.path), (10, &newest));
+            assert!(notes.contains(sent), "rank {rank}: {notes}");
+            assert_eq!(found.skipped.len(), usize::from(rank == 2));
+            let wanted = snapshot(10);
+            assert_eq!(found.snapshot.meta, wanted.meta);
+            assert_eq!(found.snapshot.tensors.len(), wanted.tensors.len());
+            for (name, tensor) in &wanted.tensors {
+                assert_eq!(bits(&found.snapshot.tensors[name]), bits(tensor), "{name}");
+            }
+        }
+    }
+
+    // A shared folder: everybody reads, nobody sends.
+    let shared = common::world(3, common::TIMEOUT, |peers| {
+        origin(&peers, &folder(0), 0).unwrap()
+    });
+    for (found, notes) in shared {
+        assert_eq!((found.unwrap().snapshot.meta.step, notes.as_str()), (9, ""));
+    }
+}
+
+#[test]
+fn where_no_rank_has_a_checkpoint_only_a_restart_begins_anew() {
+    let root = tempfile::tempdir().unwrap();
+    let found = common::world(2, common::TIMEOUT, |peers| {
+        (0..2)
+            .map(|restarts| origin(&peers, root.path(), restarts))
+            .collect::<Vec<_>>()
+    });
+    for mut found in found {
+        let (none, notes) = found.pop().unwrap().unwrap();
+        assert!(none.is_none() && notes.starts_with("restart 1 from the beginning: "));
+        let e = found.pop().unwrap().unwrap_err();
+        assert!(e.to_string().contains("it holds no step-*.json"), "{e}");
+        assert_eq!(code(&e), exit::DATA);
+    }
+}
+
+#[test]
+fn a_packed_checkpoint_that_was_damaged_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = Checkpoints::open(dir.path(), 1).unwrap();
+    run.save(&snapshot(3), false).unwrap();
+    let bytes = find(dir.path()).unwrap().pack().unwrap();
+    assert_eq!(Found::unpack(&bytes).unwrap().snapshot.meta.step, 3);
+    let mut other = bytes.clone();
+    *other.last_mut().unwrap() ^= 1;
+    let e = Found::unpack(&other).unwrap_err();
+    assert!(e.to_string().contains("its SHA-256 is "), "{e}");
+    for length in [0, 7, 20, 100, bytes.len() - 1] {
+        let e = Found::unpack(&bytes[..length]).unwrap_err();
+        assert_eq!(code(&e), exit::DATA, "{length}: {e}");
     }
 }

@@ -16,6 +16,7 @@ use tsm_job::{Config, WorkerEnv};
 use tsm_torch_ext::cuda;
 use tsm_torch_ext::dist::{ProcessGroup, ReduceOp, Store};
 use tsm_torch_ext::ops::{Flags, ShiftPattern, set_flags, temporal_shift, to_channels_last};
+use tsm_trainer::all_reduce::{Pattern, measure};
 use tsm_trainer::checkpoint::{Checkpoints, FORMAT, Meta, Snapshot, find, section};
 use tsm_trainer::ddp::Peers;
 use tsm_trainer::model::Network;
@@ -358,6 +359,29 @@ fn one_rank_runs_every_collective_of_the_trainer() {
     group.shutdown().unwrap();
 }
 
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_sum_on_the_device_is_filled_and_checked() {
+    let _one = alone();
+    let device = device();
+    let measured = measure(&Peers::alone(), device, 1 << 20, Duration::ZERO).unwrap();
+    assert_eq!((measured.rounds, measured.wrong), (1, None));
+    let numel = 1 << 18;
+    let data = Tensor::zeros([numel], (Kind::Float, device));
+    let [first, second] = [0, 1].map(|rank| Pattern::new(rank, 2, numel, device).unwrap());
+    first.fill(&data, 9).unwrap();
+    let sum = data.copy();
+    second.fill(&data, 9).unwrap();
+    let sum = sum + &data;
+    assert_eq!(first.difference(&sum, 9).unwrap(), None);
+    let _ = sum.get(numel - 1).g_add_scalar_(1.0);
+    let text = first.difference(&sum, 9).unwrap().unwrap();
+    assert!(
+        text.starts_with("1 of 262144 sums of round 9 are wrong; number 262143 is "),
+        "{text}"
+    );
+}
+
 /// Two processes on one card: NCCL takes two ranks on a GPU for a mistake unless they say that they
 /// are on different hosts.
 #[test]
@@ -475,6 +499,15 @@ fn one_of_two_ranks() {
         worst < 1e-3,
         "two ranks and two micro steps differ by {worst}"
     );
+    let measured = measure(
+        &place.peers,
+        place.device,
+        1 << 22,
+        Duration::from_millis(100),
+    )
+    .unwrap();
+    eprintln!("rank {}: {measured:?}", env.rank);
+    assert_eq!(measured.wrong, None);
     place.peers.barrier(LIMIT, "barrier at the end").unwrap();
     place.peers.leave();
 }

@@ -1,9 +1,9 @@
 //! A rank of `tsm-bench launch`: says when it started and when it was signalled, and ends as it is told.
 //!
 //! ```text
-//! bench-rank PIPE [--ignore-sigterm RANK] [--lines N] [--culprit RANK --react-ms N]
+//! bench-rank PIPE [--ignore-sigterm RANK] [--linger-ms N] [--lines N] [--culprit RANK --react-ms N]
 //! ```
-//! SIGTERM ends it with code 143, SIGUSR1 with code 17, and so does the end of the bench, which holds
+//! SIGTERM ends it with code 143, N ms after it has said so, SIGUSR1 with code 17, and so does the end of the bench, which holds
 //! the other side of PIPE: whatever a launcher leaves behind, nothing outlives a measurement.
 
 #[path = "../launch/stamp.rs"]
@@ -51,7 +51,8 @@ fn main() {
     let signals = signals();
     let mut args = std::env::args().skip(1);
     let pipe = args.next().expect("bench-rank PIPE");
-    let (mut ignoring, mut lines, mut culprit, mut react) = (None, None, None, Duration::ZERO);
+    let (mut ignoring, mut lines, mut culprit) = (None, None, None);
+    let (mut react, mut linger) = (Duration::ZERO, Duration::ZERO);
     while let Some(flag) = args.next() {
         let value = args
             .next()
@@ -61,6 +62,7 @@ fn main() {
             .unwrap_or_else(|_| panic!("{flag} {value}: not a number"));
         match flag.as_str() {
             "--ignore-sigterm" => ignoring = Some(number),
+            "--linger-ms" => linger = Duration::from_millis(number.into()),
             "--lines" => lines = Some(number),
             "--culprit" => culprit = Some(number),
             "--react-ms" => react = Duration::from_millis(number.into()),
@@ -109,6 +111,7 @@ fn main() {
             }
             me.say(Kind::Signalled, at);
             if ignoring != Some(me.rank) {
+                std::thread::sleep(linger);
                 std::process::exit(128 + libc::SIGTERM);
             }
         } else if happened[1] {

@@ -13,6 +13,9 @@ use std::time::Duration;
 const ALL: [Tool; 4] = [Tool::TsmLaunch, Tool::Torchrun, Tool::Srun, Tool::Mpirun];
 /// Those that start ranks again by themselves.
 const RESTARTING: [Tool; 2] = [Tool::TsmLaunch, Tool::Torchrun];
+/// How long a signalled rank takes to end, as a trainer that closes its files does. If it ended at once, the time in which
+/// the kernel takes 63 processes apart would be in the time until the last one is signalled.
+const LINGER_MS: u32 = 20;
 /// How long the ranks of a dead launcher are watched.
 const ORPHANS: Duration = Duration::from_secs(5);
 
@@ -71,14 +74,18 @@ pub fn kill(bench: &mut Bench) {
             ),
             Case::new(
                 "kill",
-                format!("{from} to the launcher's exit"),
+                format!("{from}, whose peers take {LINGER_MS} ms, to the launcher's exit"),
                 "ms",
                 Some(Goal::AtMost(150.0)),
             ),
         ];
         let rounds = bench.rounds();
         bench.measure(&ALL, rounds, &cases, |programs, tool, round| {
-            let (mut stage, _, _) = launched(programs, tool, &Job::new(ranks))?;
+            let job = Job {
+                words: vec!["--linger-ms".into(), LINGER_MS.to_string()],
+                ..Job::new(ranks)
+            };
+            let (mut stage, _, _) = launched(programs, tool, &job)?;
             let victim = (round as u32 * 5 + 3) % ranks;
             let before = stage.signal_rank(victim, Signal::KILL)?;
             let peers = stage.wait(Kind::Signalled, ranks as usize - 1, VAIN, |_| true)?;

@@ -7,7 +7,7 @@ pub const OK: i32 = 0;
 pub const USAGE: i32 = 64;
 /// An input file (list, clip, weights, checkpoint) is missing or broken (`EX_DATAERR`).
 pub const DATA: i32 = 65;
-/// The machine cannot run the job, e.g. fewer GPUs than asked for (`EX_UNAVAILABLE`).
+/// The machine cannot run the job, e.g. fewer GPUs than asked for, or it computes a wrong sum (`EX_UNAVAILABLE`).
 pub const PREFLIGHT: i32 = 69;
 /// A bug of ours (`EX_SOFTWARE`); a panic ends with this code.
 pub const BUG: i32 = 70;

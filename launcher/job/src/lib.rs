@@ -4,9 +4,11 @@
 //! - [`env`]: the environment contract between the launcher and a worker.
 //! - [`run_dir`]: which file lies where in a run folder.
 //! - [`message`]: what a worker tells its launcher over `TSM_AGENT_FD`.
+//! - [`all_reduce`]: what a rank says of an all-reduce that it measured.
 //! - [`exit`]: the documented exit codes.
 //! - [`text`]: texts of any length, cut.
 
+pub mod all_reduce;
 pub mod config;
 pub mod env;
 pub mod exit;

@@ -14,11 +14,11 @@ use tsm_job::text::cut;
 use super::coordinator::Job;
 use super::message::{Beat, FromAgent, NodeReport};
 use super::wire::MAX_TO_AGENT;
-use crate::blame::first_failure;
+use crate::blame::first_on_node;
 use crate::console::lines::Batch;
+use crate::hang::process::Process;
 use crate::hang::ras;
 use crate::hang::report::Inspection;
-use crate::hang::stacks::Process;
 use crate::report::own_words;
 use crate::supervisor::Rank;
 
@@ -75,6 +75,7 @@ pub fn fit(message: FromAgent, max: usize) -> Vec<FromAgent> {
             pids,
             at,
             mut environment,
+            containment,
         } => {
             // The manifest then has the first ones only.
             for text in [16 << 10, 1 << 10, 64] {
@@ -90,6 +91,7 @@ pub fn fit(message: FromAgent, max: usize) -> Vec<FromAgent> {
                 pids,
                 at,
                 environment,
+                containment,
             }]
         }
         FromAgent::Join(mut join) => {
@@ -175,8 +177,7 @@ fn clean(generation: u32, mut report: NodeReport, max: usize) -> Vec<FromAgent> 
     let mut entries = std::mem::take(&mut report.ranks);
     let ranks: Vec<Rank> = entries.iter().map(|(rank, _)| rank.clone()).collect();
     // The words that matter are those of the one that is to blame.
-    let blame = first_failure(&ranks, |rank| own_words(&entries[rank].1));
-    let blamed = blame.map(|blame| blame.rank);
+    let blamed = first_on_node(&ranks, |rank| own_words(&entries[rank].1));
     for level in LEVELS {
         for (number, entry) in entries.iter_mut().enumerate() {
             if Some(number) != blamed || len(entry) > max / 2 {
@@ -263,8 +264,8 @@ fn outputs(batch: Batch, max: usize) -> Vec<FromAgent> {
         return Vec::new();
     };
     match batch.halves() {
-        Ok((one, other)) => [outputs(one, max), outputs(other, max)].concat(),
-        Err(line) => vec![shorter(FromAgent::Output { batch: line }, max)],
+        (one, Some(other)) => [outputs(one, max), outputs(other, max)].concat(),
+        (batch, None) => vec![shorter(FromAgent::Output { batch }, max)],
     }
 }
 

@@ -116,6 +116,12 @@ impl Key {
         parse(&line).map_err(|problem| refuse(&problem, "send one line of 64 hexadecimal digits"))
     }
 
+    /// Another key, for one purpose: whoever has this one can make it, but it does not tell this one.
+    pub fn derive(&self, purpose: &[u8]) -> Key {
+        let code = self.mac(b"tsm-key derived\0").chain_update(purpose);
+        Key(code.finalize().into_bytes().into())
+    }
+
     /// The key as 64 hexadecimal digits and the end of the line: what a key file holds, and what
     /// [`Key::read_fd`] expects.
     pub fn to_line(&self) -> String {

@@ -10,6 +10,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::console::lines::Batch;
+use crate::contain;
+use crate::doctor::preflight::{Measured, OwnNode, Scale, Task};
 use crate::end::End;
 use crate::gpus::Gpu;
 use crate::hang::ras;
@@ -49,6 +51,18 @@ pub enum FromAgent {
         attempt: u32,
         by: Vec<(IpAddr, String)>,
     },
+    /// Answer to [`ToAgent::MeasureNode`].
+    NodeMeasured { round: Round, own: OwnNode },
+    /// Answer to [`ToAgent::OpenRing`]: the port, or why there is none.
+    RingOpen {
+        round: Round,
+        port: Result<u16, String>,
+    },
+    /// Answer to [`ToAgent::Measure`].
+    Measured {
+        round: Round,
+        result: Result<Measured, String>,
+    },
     /// All ranks of this node are started.
     Started {
         generation: u32,
@@ -56,6 +70,9 @@ pub enum FromAgent {
         at: AgentTime,
         /// What was changed in their environment; from the first node only.
         environment: Vec<Change>,
+        /// What holds their processes.
+        #[serde(default)]
+        containment: contain::Kind,
     },
     /// The ranks of this node cannot be started; none is left.
     CannotStart {
@@ -123,6 +140,20 @@ pub enum ToAgent {
         addresses: Vec<IpAddr>,
         port: u16,
     },
+    /// Measure this node alone.
+    MeasureNode {
+        round: Round,
+        scale: Scale,
+    },
+    /// Open a place in a ring. It takes that of an earlier round.
+    OpenRing {
+        round: Round,
+    },
+    /// Measure the network together with others, in the place that was opened.
+    Measure {
+        round: Round,
+        task: Task,
+    },
     Start(Box<Start>),
     /// Stop all ranks: the signal, the grace, SIGKILL.
     Stop {
@@ -148,6 +179,15 @@ pub enum ToAgent {
         code: i32,
         message: Option<String>,
     },
+}
+
+/// Of the measurements before a start. One that is asked for ends those of earlier rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Round {
+    pub generation: u32,
+    pub attempt: u32,
+    /// From 0, where each node measures itself.
+    pub number: u32,
 }
 
 /// An agent shows that it lives so many times within a lease.

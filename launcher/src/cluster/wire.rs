@@ -23,6 +23,7 @@ use tokio::time::timeout;
 use tsm_job::exit::{self, Coded};
 
 use super::key::Key;
+use super::message::Round;
 use super::tls::Tls;
 
 mod connection;
@@ -33,10 +34,9 @@ mod handshake;
 pub use connection::{Connection, Fault, Receiver, Sender, WireError};
 pub use frame::{MAX_FROM_AGENT, MAX_TO_AGENT};
 pub use fuzz::fuzz_one;
-pub use handshake::{Refusal, VERSION, Why};
+pub use handshake::{Refusal, Role, VERSION, Why};
 
 pub(super) use connection::open;
-pub(super) use handshake::Role;
 
 use handshake::NOT_BOUND;
 
@@ -48,11 +48,12 @@ pub const MAX_UNPROVEN: usize = 1024;
 /// come at once have to try again, which takes a second.
 const BACKLOG: u32 = 16384;
 
-/// The coordinator's side of the handshake. `peer` names the other side in errors.
+/// The handshake over a stream of any kind, as the side that `role` says. `peer` names the other side in errors.
 ///
 /// # Errors
 /// When the other side does not prove within `deadline` that it has the key.
-pub async fn accept<S>(
+pub async fn authenticate<S>(
+    role: Role,
     stream: S,
     peer: &str,
     key: &Key,
@@ -61,25 +62,7 @@ pub async fn accept<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let open = open(stream, peer, key, Role::Coordinator, &NOT_BOUND);
-    within(deadline, peer, open).await
-}
-
-/// The agent's side of the handshake, see [`accept`].
-///
-/// # Errors
-/// As [`accept`].
-pub async fn connect<S>(
-    stream: S,
-    peer: &str,
-    key: &Key,
-    deadline: Duration,
-) -> Result<Connection, Refusal>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let open = open(stream, peer, key, Role::Agent, &NOT_BOUND);
-    within(deadline, peer, open).await
+    within(deadline, peer, open(stream, peer, key, role, &NOT_BOUND)).await
 }
 
 /// An agent's way to a coordinator that listens: TCP, TLS where it is wanted, the handshake; one try, all
@@ -227,6 +210,15 @@ pub fn prove(key: &Key, nonce: [u8; 16], node: u64) -> [u8; 32] {
 /// Whether `answer` is what [`prove`] gives, in a time that does not depend on where it differs.
 pub fn is_proof(key: &Key, nonce: [u8; 16], node: u64, answer: &[u8]) -> bool {
     probe_mac(key, nonce, node).verify_slice(answer).is_ok()
+}
+
+/// How a member of a ring answers its neighbour, which chose `nonce`. No answer to a probe is one.
+pub fn prove_member(key: &Key, nonce: [u8; 16], round: Round) -> [u8; 32] {
+    let mut mac = key.mac(b"tsm-wire ring\0").chain_update(nonce);
+    for number in [round.generation, round.attempt, round.number] {
+        mac = mac.chain_update(number.to_be_bytes());
+    }
+    mac.finalize().into_bytes().into()
 }
 
 fn probe_mac(key: &Key, nonce: [u8; 16], node: u64) -> super::key::HmacSha256 {

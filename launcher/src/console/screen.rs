@@ -1,63 +1,21 @@
 //! The thread that writes to the launcher's stdout and stderr: a stopped terminal stops nothing else.
 
 use anyhow::Context;
-use serde::Serialize;
 use std::fs::File;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
-use std::str::FromStr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
-use tsm_job::RunDir;
 
-use super::fold::{Fold, Group};
-use super::lines::{Batch, Missed};
+use super::Console;
+use super::painter::{Format, Painter, Style};
 use super::queue::{Feed, LIMIT, Taken, Tap, queue};
-use super::{Console, fit};
 use crate::status::view::View;
 
-/// How long a line may wait for equal ones of other ranks.
-const WINDOW: Duration = Duration::from_millis(80);
 /// How long lines may wait so that the bottom of the terminal is not written anew for each.
 const PACE: Duration = Duration::from_millis(20);
 /// The bottom of the terminal is drawn anew no more often.
 const REDRAW: Duration = Duration::from_millis(200);
-
-/// `--log-format`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Format {
-    /// Labelled lines, equal ones of many ranks folded, stdout and stderr apart.
-    #[default]
-    Text,
-    /// One JSON object a line, all on stdout.
-    Json,
-}
-
-impl FromStr for Format {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Format, String> {
-        match text {
-            "text" => Ok(Format::Text),
-            "json" => Ok(Format::Json),
-            other => Err(format!("`{other}` is no format; write `text` or `json`")),
-        }
-    }
-}
-
-/// How lines are shown.
-#[derive(Clone, Debug)]
-pub struct Style {
-    pub format: Format,
-    /// Labels name the host too: there are several nodes.
-    pub hosts: bool,
-    /// Of how many ranks there will ever be.
-    pub world_size: u32,
-    /// Of how many ranks lines are shown: those of one are not folded.
-    pub shown: usize,
-    /// Where the files are that have all lines.
-    pub run_dir: RunDir,
-}
 
 /// Where lines are shown.
 pub struct Outputs {
@@ -123,7 +81,6 @@ impl Outputs {
 /// The thread that shows lines.
 pub struct Screen {
     feed: Feed,
-    host: String,
     patience: Duration,
     finished: Receiver<()>,
 }
@@ -137,8 +94,8 @@ impl Screen {
         let (feed, tap) = queue(LIMIT);
         let patience = outputs.patience();
         let (done, finished) = channel();
+        let mut view = view.filter(|_| style.format == Format::Text);
         let mut painter = Painter::new(style);
-        let mut view = view.filter(|_| painter.style.format == Format::Text);
         std::thread::Builder::new()
             .name("screen".into())
             .spawn(move || {
@@ -148,7 +105,6 @@ impl Screen {
             .context("cannot start the thread that shows the workers' output")?;
         Ok(Screen {
             feed,
-            host: crate::manifest::host(),
             patience,
             finished,
         })
@@ -162,11 +118,6 @@ impl Screen {
     /// See [`Outputs::patience`].
     pub fn patience(&self) -> Duration {
         self.patience
-    }
-
-    /// Shows the launcher's own words, behind everything that was given to the feed. Never waits.
-    pub fn say(&self, text: &str) {
-        self.feed.offer(Batch::own(&self.host, text));
     }
 
     /// Waits until all is shown, but not longer than `wait` for a reader that takes nothing. Returns whether
@@ -196,8 +147,8 @@ fn show(mut tap: Tap, mut to: Outputs, painter: &mut Painter, view: &mut Option<
     let (mut next_redraw, mut next_write) = (Duration::ZERO, Duration::ZERO);
     loop {
         let changes = view.is_some() || (to.bottom && painter.bar_changed);
-        let waits = !painter.frame.is_empty();
-        let wake = painter.fold.deadline().into_iter();
+        let waits = painter.ready() > 0;
+        let wake = painter.deadline().into_iter();
         let wake = wake.chain(changes.then_some(next_redraw));
         let wake = wake.chain(waits.then_some(next_write)).min();
         let taken = tap.wait(wake.map(|at| at.saturating_sub(start.elapsed())));
@@ -207,7 +158,7 @@ fn show(mut tap: Tap, mut to: Outputs, painter: &mut Painter, view: &mut Option<
             painter.take(batch, now);
         }
         painter.due(if closed { Duration::MAX } else { now });
-        if now < next_write && !closed && painter.frame.bytes() < LIMIT {
+        if now < next_write && !closed && painter.ready() < LIMIT {
             continue;
         }
         let (width, rows) = (to.size)().unwrap_or((80, 24));
@@ -224,7 +175,7 @@ fn show(mut tap: Tap, mut to: Outputs, painter: &mut Painter, view: &mut Option<
             bottom.truncate((rows / 2).max(1));
         }
         let bottom = (bottom, width);
-        if closed || !painter.frame.is_empty() || (redraw && shown != bottom) {
+        if closed || painter.ready() > 0 || (redraw && shown != bottom) {
             write(painter, &mut to, &bottom.0, width);
             let pace = if bottom.0.is_empty() {
                 Duration::ZERO
@@ -241,8 +192,7 @@ fn show(mut tap: Tap, mut to: Outputs, painter: &mut Painter, view: &mut Option<
 
 /// Writes what is ready; the bottom is always on stderr.
 fn write(painter: &mut Painter, to: &mut Outputs, bottom: &[String], width: usize) {
-    let frame = std::mem::take(&mut painter.frame);
-    let mut segments = frame.pieces(to.together).peekable();
+    let mut segments = painter.pieces(to.together).peekable();
     if segments.peek().is_none() {
         to.err.write(b"", bottom, width);
     }
@@ -263,309 +213,15 @@ fn write(painter: &mut Painter, to: &mut Outputs, bottom: &[String], width: usiz
     }
 }
 
-/// Lines on their way out, in order, each run of one stream together.
-#[derive(Default)]
-struct Frame(Vec<(bool, Vec<u8>)>);
-
-impl Frame {
-    fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn bytes(&self) -> usize {
-        self.0.iter().map(|(_, text)| text.len()).sum()
-    }
-
-    fn to(&mut self, stderr: bool) -> &mut Vec<u8> {
-        if self.0.last().is_none_or(|(last, _)| *last != stderr) {
-            self.0.push((stderr, Vec::new()));
-        }
-        let last = self.0.len() - 1;
-        &mut self.0[last].1
-    }
-
-    /// In order, or, where nobody can see the order, with as few pieces as possible.
-    fn pieces(self, in_order: bool) -> impl Iterator<Item = (bool, Vec<u8>)> {
-        if in_order || self.0.len() < 3 {
-            return self.0.into_iter();
-        }
-        let mut merged = vec![(false, Vec::new()), (true, Vec::new())];
-        for (stderr, text) in self.0 {
-            merged[usize::from(stderr)].1.extend_from_slice(&text);
-        }
-        merged.into_iter()
-    }
-}
-
-/// What turns batches into text. Without effects.
-struct Painter {
-    style: Style,
-    fold: Fold,
-    /// Of each rank, where labels name it.
-    hosts: std::collections::HashMap<u32, String>,
-    host_width: usize,
-    digits: usize,
-    bar: Option<(u32, Vec<u8>)>,
-    bar_changed: bool,
-    frame: Frame,
-}
-
-#[derive(Serialize)]
-struct Record<'a> {
-    time: &'a str,
-    host: &'a str,
-    /// `null`: the launcher.
-    rank: Option<u32>,
-    stream: &'a str,
-    line: &'a str,
-}
-
-impl Painter {
-    fn new(style: Style) -> Painter {
-        Painter {
-            fold: Fold::new(WINDOW, style.shown),
-            hosts: std::collections::HashMap::new(),
-            host_width: 0,
-            digits: style.world_size.max(1).ilog10() as usize + 1,
-            bar: None,
-            bar_changed: false,
-            frame: Frame::default(),
-            style,
-        }
-    }
-
-    fn take(&mut self, batch: &Batch, now: Duration) {
-        for missed in &batch.missed {
-            let text = self.missed(missed);
-            self.own(batch, &text, now);
-        }
-        for line in batch.lines() {
-            match (line.rank, self.style.format) {
-                (None, _) => self.own(batch, &String::from_utf8_lossy(line.text), now),
-                (Some(_), Format::Json) => {
-                    let stream = if line.stderr { "stderr" } else { "stdout" };
-                    let text = String::from_utf8_lossy(line.text);
-                    self.record(batch, line.rank, stream, &text);
-                }
-                (Some(rank), Format::Text) => {
-                    self.know(rank, &batch.host);
-                    if self.style.shown > 1 {
-                        self.fold.push(now, rank, &line);
-                        self.due(now);
-                    } else {
-                        self.show(&[rank], line.stderr, line.text);
-                    }
-                }
-            }
-        }
-        if let (Some((rank, bar)), Format::Text) = (&batch.bar, self.style.format) {
-            self.know(*rank, &batch.host);
-            self.bar = (!bar.is_empty()).then(|| (*rank, bar.clone()));
-            self.bar_changed = true;
-        }
-    }
-
-    /// Shows what was held back long enough.
-    fn due(&mut self, now: Duration) {
-        while let Some(group) = self.fold.due(now) {
-            self.group(group);
-        }
-    }
-
-    fn group(&mut self, group: Group) {
-        self.show(&group.ranks, group.stderr, &group.text);
-    }
-
-    fn show(&mut self, ranks: &[u32], stderr: bool, text: &[u8]) {
-        let label = self.label(ranks);
-        let to = self.frame.to(stderr);
-        to.extend_from_slice(label.as_bytes());
-        to.extend_from_slice(text);
-        to.push(b'\n');
-    }
-
-    fn own(&mut self, batch: &Batch, text: &str, now: Duration) {
-        match self.style.format {
-            Format::Json => self.record(batch, None, "launcher", text),
-            Format::Text => {
-                self.fold.own(now, text);
-                self.due(now);
-            }
-        }
-    }
-
-    fn record(&mut self, batch: &Batch, rank: Option<u32>, stream: &str, line: &str) {
-        let record = Record {
-            time: &batch.time,
-            host: &batch.host,
-            rank,
-            stream,
-            line,
-        };
-        let to = self.frame.to(false);
-        // Writing text into memory cannot fail.
-        let _ = serde_json::to_writer(&mut *to, &record);
-        to.push(b'\n');
-    }
-
-    /// `12 | `, `gpu-02 12 | ` or `[0-7,12] | `; nothing for the launcher's own words.
-    fn label(&self, ranks: &[u32]) -> String {
-        let digits = self.digits;
-        match ranks {
-            [] => String::new(),
-            [rank] => match self.hosts.get(rank) {
-                Some(host) => {
-                    let width = self.host_width;
-                    format!("{host:<width$} {rank:>digits$} | ")
-                }
-                None => format!("{rank:>digits$} | "),
-            },
-            _ => format!("[{}] | ", ranges(ranks)),
-        }
-    }
-
-    fn know(&mut self, rank: u32, host: &str) {
-        if self.style.hosts && self.hosts.get(&rank).is_none_or(|known| known != host) {
-            self.host_width = self.host_width.max(host.chars().count());
-            self.hosts.insert(rank, host.into());
-        }
-    }
-
-    fn missed(&self, missed: &Missed) -> String {
-        let Missed {
-            host,
-            rank,
-            stderr,
-            lines,
-        } = missed;
-        let file = self.style.run_dir.log(host, *rank, *stderr);
-        let lines = crate::supervisor::count(*lines as usize, "line");
-        let file = file.display();
-        format!("tsm-launch: {lines} of rank {rank} not shown: see {file}")
-    }
-
-    /// The worker's progress line.
-    fn bar(&self, width: usize) -> Option<String> {
-        let (rank, bar) = self.bar.as_ref()?;
-        let text = self.label(&[*rank]) + &String::from_utf8_lossy(bar);
-        Some(fit(&text, width.saturating_sub(1)))
-    }
-}
-
-/// `0-3,8` for `[8, 0, 1, 2, 3]`.
-pub fn ranges(ranks: &[u32]) -> String {
-    let ranks: Vec<usize> = ranks.iter().map(|&rank| rank as usize).collect();
-    crate::cores::to_list(&ranks)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::lines::Batch;
+    use super::super::painter::tests::{batch, style};
     use super::*;
     use crate::status::Snapshot;
     use std::io::{Read, Write};
     use std::sync::{Arc, Mutex};
     use tokio::sync::watch;
-
-    fn style(format: Format, hosts: bool) -> Style {
-        Style {
-            format,
-            hosts,
-            world_size: 16,
-            shown: 16,
-            run_dir: RunDir::new("runs/a"),
-        }
-    }
-
-    fn batch(host: &str, lines: &[(u32, &str)]) -> Batch {
-        let mut batch = Batch::new(host);
-        batch.time = "2026-01-31T23:59:59.250Z".into();
-        for (rank, text) in lines {
-            batch.push(Some(*rank), *rank == 3, text.as_bytes());
-        }
-        batch
-    }
-
-    /// All that was written to stdout and stderr.
-    fn painted(style: Style, batches: &[Batch]) -> [String; 2] {
-        let mut painter = Painter::new(style);
-        for batch in batches {
-            painter.take(batch, Duration::ZERO);
-        }
-        painter.due(Duration::MAX);
-        let mut text = [String::new(), String::new()];
-        for (stderr, piece) in std::mem::take(&mut painter.frame).pieces(false) {
-            text[usize::from(stderr)] += &String::from_utf8(piece).unwrap();
-        }
-        text
-    }
-
-    #[test]
-    fn labels_name_ranks_and_where_there_are_several_their_nodes() {
-        let batches = [
-            batch("gpu-1", &[(0, "a"), (1, "a"), (12, "b")]),
-            batch("gpu-22", &[(9, "a"), (8, "c"), (3, "d")]),
-        ];
-        let [out, err] = painted(style(Format::Text, false), &batches);
-        assert_eq!(out, "[0-1,9] | a\n12 | b\n 8 | c\n");
-        assert_eq!(err, " 3 | d\n");
-        let [out, _] = painted(style(Format::Text, true), &batches);
-        assert_eq!(out, "[0-1,9] | a\ngpu-1  12 | b\ngpu-22  8 | c\n");
-    }
-
-    #[test]
-    fn json_is_one_object_a_line_on_stdout() {
-        let mut lines = batch("gpu-1", &[(0, "a \"b\""), (3, "\x1b[1m\u{fffd}")]);
-        lines.push(None, true, b"tsm-launch: stopping");
-        let [out, err] = painted(style(Format::Json, true), &[lines]);
-        assert_eq!(err, "");
-        let expected = [
-            r#"{"time":"2026-01-31T23:59:59.250Z","host":"gpu-1","rank":0,"stream":"stdout","line":"a \"b\""}"#,
-            r#"{"time":"2026-01-31T23:59:59.250Z","host":"gpu-1","rank":3,"stream":"stderr","line":"\u001b[1m�"}"#,
-            r#"{"time":"2026-01-31T23:59:59.250Z","host":"gpu-1","rank":null,"stream":"launcher","line":"tsm-launch: stopping"}"#,
-        ];
-        assert_eq!(out.lines().collect::<Vec<_>>(), expected);
-    }
-
-    #[test]
-    fn missing_lines_are_said_with_their_file_before_the_next() {
-        let mut next = batch("gpu-1", &[(1, "next")]);
-        let (host, rank) = ("gpu-1".to_string(), 1);
-        next.missed = vec![Missed {
-            host,
-            rank,
-            stderr: true,
-            lines: 12,
-        }];
-        let [out, err] = painted(style(Format::Text, false), &[next]);
-        assert_eq!(out, " 1 | next\n");
-        let file = "runs/a/logs/gpu-1-1.err";
-        assert_eq!(
-            err,
-            format!("tsm-launch: 12 lines of rank 1 not shown: see {file}\n")
-        );
-    }
-
-    #[test]
-    fn own_words_come_after_what_was_said_before_them() {
-        let mut both = batch("a", &[(3, "before")]);
-        both.push(None, true, b"tsm-launch: now");
-        assert_eq!(
-            painted(style(Format::Text, false), &[both])[1],
-            " 3 | before\ntsm-launch: now\n"
-        );
-    }
-
-    #[test]
-    fn the_order_of_the_streams_is_kept_where_it_can_be_seen() {
-        let mut painter = Painter::new(Style {
-            shown: 1,
-            ..style(Format::Text, false)
-        });
-        painter.take(&batch("a", &[(0, "a"), (3, "b"), (0, "c")]), Duration::ZERO);
-        let frame = std::mem::take(&mut painter.frame);
-        let streams: Vec<bool> = frame.pieces(true).map(|(stderr, _)| stderr).collect();
-        assert_eq!(streams, [false, true, false]);
-    }
 
     /// A terminal as bytes: what stands on it in the end, line by line.
     fn on_terminal(bytes: &str) -> Vec<String> {
@@ -723,7 +379,7 @@ mod tests {
                 .feed()
                 .send(batch("a", &[(3, &line)]), screen.patience());
         }
-        screen.say("tsm-launch: the end");
+        screen.feed().offer(Batch::own("a", "tsm-launch: the end"));
         assert!(!screen.finish(Duration::from_millis(1)));
         // Whoever reads again gets whole lines, and learns how many are missing.
         let mut text = String::new();

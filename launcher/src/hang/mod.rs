@@ -1,15 +1,17 @@
 //! Ranks that no longer step, and ranks that step slowly: found, named, and looked into.
 //!
 //! ```text
-//! beats -> progress::Tracker --hang--> look_into (on every node: stacks, and on one: ras) -> report
+//! beats -> progress::Tracker --hang--> look_into (on every node: probe, and on one: ras) -> report
 //!              \-> slow -> a straggler, named
 //! ```
 
+pub mod probe;
+pub mod process;
+mod procfs;
 pub mod progress;
 pub mod ras;
 pub mod report;
 pub mod slow;
-pub mod stacks;
 mod syscalls;
 mod tool;
 
@@ -23,14 +25,14 @@ const RAS_PATIENCE: Duration = Duration::from_secs(15);
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Findings {
     /// In the order of the ranks that were asked for; with stacks about 64 KiB each.
-    pub processes: Vec<stacks::Process>,
+    pub processes: Vec<process::Process>,
     pub ras: Option<ras::Answer>,
 }
 
 /// Looks into these processes, and asks NCCL at `ras` (`NCCL_RAS_ADDR` of the ranks), on threads of its own. The
 /// answer comes within 16 s.
 pub fn look_into(
-    probe: stacks::Probe,
+    probe: probe::Probe,
     pids: Vec<i32>,
     ras: Option<String>,
 ) -> tokio::sync::oneshot::Receiver<Findings> {

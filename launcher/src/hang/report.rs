@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
 
+use super::process::Process;
 use super::progress::{Tracker, ranks_list, time};
 use super::ras::{Answer, Status};
-use super::stacks::Process;
 use crate::supervisor::count;
 
 /// Late ranks that are shown in full.
@@ -213,8 +213,8 @@ fn indent(text: &mut String, lines: &str) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::process::{Stack, Thread};
     use super::super::progress::Limits;
-    use super::super::stacks::{Stack, Thread};
     use super::*;
 
     const S: fn(u64) -> Duration = Duration::from_secs;

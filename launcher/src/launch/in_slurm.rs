@@ -3,20 +3,21 @@
 use anyhow::Context as _;
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::time::Instant;
-use tsm_job::Config;
-use tsm_job::config::DeviceKind;
 
-use super::{Node, prepare};
+use super::node::Node;
+use super::prepared::prepare;
 use crate::cli::{Args, Gpus, Preflight};
 use crate::cluster::fit;
 use crate::cluster::key::Key;
 use crate::cluster::wire;
+use crate::plan::{self, Workers};
 use crate::start::children::Starter;
 use crate::start::slurm::{self, Allocation, Entry, Place, Request, Turn};
 use crate::start::{agent, run_here};
 use crate::target::{Resume, Target};
-use crate::{addresses, gpus, plan};
+use crate::{addresses, gpus};
 
 /// Runs the job of `args` on the nodes that it has been given.
 ///
@@ -57,7 +58,16 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
             return Some(code);
         }
         Entry::Resume => target.resume = Some(Resume::Run(folder)),
-        Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),
+        Entry::Fresh if !folder.exists() => {
+            let (job, turns) = (turn.allocation.job, turn.allocation.restart_count);
+            if turns > 0 {
+                eprintln!(
+                    "tsm-launch: warning: job {job} was queued again, but has no run folder {} here: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
+                    folder.display()
+                );
+            }
+            args.run_dir = Some(folder);
+        }
         // Another run of the same job has that name.
         Entry::Fresh => {}
     }
@@ -86,21 +96,14 @@ async fn on_nodes(
         };
         return node.alone(Some(turn)).await;
     }
-    let device = device_arguments(args, target.config());
-    if let [kind, count] = device.as_slice() {
-        target.settle_as(
-            if kind == "--gpus" {
-                DeviceKind::Gpu
-            } else {
-                DeviceKind::Cpu
-            },
-            count.to_str().and_then(|n| n.parse().ok()),
-        );
+    let workers = Workers::asked_for(args.gpus.as_ref(), args.cpus, launch);
+    let gpus = match &workers {
+        Some(Workers::Gpus(Gpus::Count(n))) => Some(*n),
+        _ => None,
+    };
+    if let Some(workers) = &workers {
+        target.settle_as(workers.device(), workers.count());
     }
-    let gpus = device
-        .get(1)
-        .filter(|_| device[0] == "--gpus")
-        .and_then(|n| n.to_str()?.parse().ok());
     let mut prepared = prepare(args, target, None, start)?;
     let session = &mut prepared.session;
     fit::job(&session.settings.job)?;
@@ -110,32 +113,8 @@ async fn on_nodes(
     let listener = wire::listen(SocketAddr::from(([0, 0, 0, 0], 0)))?;
     let port = listener.local_addr()?.port();
     session.hub.listen(listener, key.clone(), None);
-    let own = addresses::list()
-        .into_iter()
-        .filter(|(ip, _)| ip.is_ipv4())
-        .map(|(ip, _)| ip);
-    let loopback = IpAddr::from([127, 0, 0, 1]);
-    let points: Vec<String> = own
-        .chain([loopback])
-        .map(|ip| format!("{ip}:{port}"))
-        .collect();
     let shim = std::env::current_exe().context("cannot find this program")?;
-    let mut command: Vec<OsString> = vec![shim.clone().into(), agent::AGENT.into()];
-    command.extend(
-        [
-            "--connect",
-            &points.join(","),
-            "--order-from",
-            "SLURM_NODEID",
-            "--host-from",
-            "SLURMD_NODENAME",
-        ]
-        .map(OsString::from),
-    );
-    if args.preflight == Preflight::Off {
-        command.push("--no-preflight".into());
-    }
-    command.extend(device);
+    let command = agent_command(&shim, args, workers.as_ref(), port);
     let srun = slurm::srun(
         &turn.allocation,
         &hosts[..wanted.min(hosts.len())],
@@ -155,23 +134,26 @@ async fn on_nodes(
         .children
         .start(&shim, starter, &session.hub, &key, &voice);
     prepared.take_turn(turn, start);
-    prepared.run(None).await
+    prepared.run().await
 }
 
-/// By which an agent is told what its workers run on.
-fn device_arguments(args: &Args, config: Option<&Config>) -> Vec<OsString> {
-    let pair = |flag: &str, value: String| vec![OsString::from(flag), OsString::from(value)];
-    match (&args.gpus, args.cpus, config.map(|c| &c.launch)) {
-        (Some(gpus), _, _) => pair("--gpus", gpus.to_string()),
-        (None, Some(n), _) => pair("--cpus", n.to_string()),
-        (None, None, Some(launch)) => {
-            let count = launch.nproc_per_node;
-            match launch.device {
-                DeviceKind::Cpu => pair("--cpus", count.unwrap_or(1).to_string()),
-                DeviceKind::Gpu => pair("--gpus", count.map_or("auto".into(), |n| n.to_string())),
-            }
-        }
-        // The agents refuse, and say what is missing.
-        (None, None, None) => Vec::new(),
+/// What srun starts on every node, for a coordinator that listens at `port` of this one.
+fn agent_command(shim: &Path, args: &Args, workers: Option<&Workers>, port: u16) -> Vec<OsString> {
+    let own = addresses::list().into_iter().map(|(ip, _)| ip);
+    let loopback = IpAddr::from([127, 0, 0, 1]);
+    let points = own.filter(IpAddr::is_ipv4).chain([loopback]);
+    let points: Vec<String> = points.map(|ip| format!("{ip}:{port}")).collect();
+    let mut command: Vec<OsString> = vec![shim.into(), agent::AGENT.into()];
+    let mut give = |flag: &str, value: &str| command.extend([flag.into(), value.into()]);
+    give("--connect", &points.join(","));
+    give("--order-from", "SLURM_NODEID");
+    give("--host-from", "SLURMD_NODENAME");
+    // Without any the agents refuse, and say what is missing.
+    if let Some([flag, value]) = workers.map(Workers::flag) {
+        give(&flag, &value);
     }
+    if args.preflight == Preflight::Off {
+        command.push("--no-preflight".into());
+    }
+    command
 }

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use super::{Logs, Shown, Sink, Source, Tail};
 use crate::console::Console;
 use crate::console::lines::Lines;
-use crate::console::screen::{Format, Outputs, Screen, Style};
+use crate::console::painter::{Format, Style};
+use crate::console::screen::{Outputs, Screen};
 
 /// What [`measure`] found.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +47,7 @@ pub fn measure(
     for rank in 0..ranks {
         let (pipe, writer) = std::io::pipe().context("cannot make a pipe")?;
         let pipe = pipe.into();
-        let to = Sink::Worker {
+        let to = Sink {
             file: File::create(path(rank))?,
             stderr: false,
             shown: shown.then(|| Lines::new(rank, false, false)),

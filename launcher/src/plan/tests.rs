@@ -1,4 +1,5 @@
 use super::*;
+use tsm_job::config::DeviceKind;
 
 fn machine(n: usize) -> Vec<Gpu> {
     (0..n)

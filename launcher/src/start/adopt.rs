@@ -9,9 +9,9 @@
 use tsm_job::config::{DeviceKind, Launch};
 use tsm_job::exit::{self, Coded};
 
-use super::hosts::Workers;
 use super::slurm::{Allocation, Place};
 use crate::cli::{Args, Gpus, Nodes};
+use crate::plan::Workers;
 
 /// The place of this process among those that were started with it.
 #[derive(Clone, Debug, PartialEq)]

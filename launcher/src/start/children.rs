@@ -15,7 +15,7 @@ use tsm_job::exit;
 
 use crate::cluster::key::Key;
 use crate::cluster::link::{Door, Hub};
-use crate::cluster::wire;
+use crate::cluster::wire::{self, Role};
 use crate::session::Voice;
 use crate::shim;
 
@@ -194,11 +194,7 @@ impl Keeper {
         let argv = &self.starter.argv;
         let program = argv.first().cloned().unwrap_or_default();
         let mut command = Command::new(&self.shim);
-        command
-            .arg(shim::WORKER)
-            .arg(std::process::id().to_string())
-            .args(["", ""])
-            .args(argv);
+        command.args(shim::plain()).args(argv);
         for name in self.starter.env_remove {
             command.env_remove(name);
         }
@@ -290,7 +286,14 @@ impl Keeper {
         }
         let stream = tokio::io::join(stdout, stdin);
         let deadline = wire::PROOF_DEADLINE * 5;
-        let arrival = wire::accept(stream, &self.starter.host, &self.key, deadline).await;
+        let arrival = wire::authenticate(
+            Role::Coordinator,
+            stream,
+            &self.starter.host,
+            &self.key,
+            deadline,
+        )
+        .await;
         self.door.enter(arrival).await;
         drop(place);
         true

@@ -1,9 +1,10 @@
 //! The hosts of a job as a user lists them: `--hosts a:8,b:8`, or a file. Pure.
 
-use tsm_job::config::{DeviceKind, Launch};
+use tsm_job::config::Launch;
 use tsm_job::exit::{self, Coded};
 
 use crate::cli::Gpus;
+use crate::plan::Workers;
 
 /// One host to start an agent on.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,31 +21,6 @@ impl Host {
         self.destination
             .rsplit_once('@')
             .map_or(&self.destination, |(_, name)| name)
-    }
-}
-
-/// What the workers of a host run on.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Workers {
-    Gpus(Gpus),
-    Cpus(u32),
-}
-
-impl Workers {
-    pub fn flag(&self) -> [String; 2] {
-        match self {
-            Workers::Gpus(gpus) => ["--gpus".into(), gpus.to_string()],
-            Workers::Cpus(n) => ["--cpus".into(), n.to_string()],
-        }
-    }
-
-    /// `None` where only the host itself knows.
-    pub fn count(&self) -> Option<u32> {
-        match self {
-            Workers::Gpus(Gpus::Auto) => None,
-            Workers::Gpus(Gpus::Count(n)) | Workers::Cpus(n) => Some(*n),
-            Workers::Gpus(Gpus::List(list)) => Some(list.len() as u32),
-        }
     }
 }
 
@@ -186,16 +162,7 @@ pub fn workers(
     cpus: Option<u32>,
     launch: Option<&Launch>,
 ) -> Result<Workers, Coded> {
-    let all = match (gpus, cpus, launch) {
-        (_, Some(n), _) => Workers::Cpus(n),
-        (Some(gpus), ..) => Workers::Gpus(gpus.clone()),
-        (None, None, Some(launch)) => match (launch.device, launch.nproc_per_node) {
-            (DeviceKind::Cpu, n) => Workers::Cpus(n.unwrap_or(1)),
-            (DeviceKind::Gpu, Some(n)) => Workers::Gpus(Gpus::Count(n)),
-            (DeviceKind::Gpu, None) => Workers::Gpus(Gpus::Auto),
-        },
-        (None, None, None) => Workers::Gpus(Gpus::Auto),
-    };
+    let all = Workers::asked_for(gpus, cpus, launch).unwrap_or(Workers::Gpus(Gpus::Auto));
     match (all, host.num_workers) {
         (all, None) => Ok(all),
         (Workers::Cpus(_), Some(n)) => Ok(Workers::Cpus(n)),
@@ -215,6 +182,7 @@ pub fn workers(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tsm_job::config::DeviceKind;
 
     fn host(destination: &str, num_workers: Option<u32>) -> Host {
         Host {

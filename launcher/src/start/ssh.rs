@@ -4,14 +4,13 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use tsm_job::RunDir;
-use tsm_job::config::DeviceKind;
 use tsm_job::exit::{self, Coded};
 
 use super::agent::AGENT;
 use super::children::Starter;
-use super::hosts::{self, Host, Workers};
-use crate::cli::{Args, Nodes};
-use crate::plan;
+use super::hosts::{self, Host};
+use crate::cli::{Args, Nodes, Preflight};
+use crate::plan::{self, Workers};
 use crate::target::{Target, find_program};
 
 /// Behind the words of `--ssh`: for every option ssh takes the first value that it sees, so those win.
@@ -98,6 +97,7 @@ pub struct Plan {
     launcher: PathBuf,
     /// How often a host that is lost is tried again.
     retries: u32,
+    preflight: Preflight,
     pub nodes: Nodes,
 }
 
@@ -137,12 +137,8 @@ impl Plan {
             None => std::env::current_exe()?,
         };
         let counts: Vec<Option<u32>> = hosts.iter().map(|(_, w)| w.count()).collect();
-        let device = match hosts[0].1 {
-            Workers::Cpus(_) => DeviceKind::Cpu,
-            Workers::Gpus(_) => DeviceKind::Gpu,
-        };
         target.settle_as(
-            device,
+            hosts[0].1.device(),
             counts[0].filter(|_| counts.iter().all(|c| *c == counts[0])),
         );
         let retries = if args.max_restarts > 0 { RETRIES } else { 0 };
@@ -151,6 +147,7 @@ impl Plan {
             ssh,
             launcher,
             retries,
+            preflight: args.preflight,
             nodes,
         }))
     }
@@ -161,12 +158,31 @@ impl Plan {
             .zip(&self.hosts)
             .map(|(order, (host, workers))| Starter {
                 host: host.name().into(),
-                argv: argv(&self.ssh, &self.launcher, host, order, workers),
+                argv: self.argv(order, host, workers),
                 env_remove: &[],
                 is_wire: true,
                 code_meaning: meaning,
                 retries: self.retries,
             })
+    }
+
+    fn argv(&self, order: u32, host: &Host, workers: &Workers) -> Vec<OsString> {
+        // ssh begins in the home folder, where a path without `~/` leads as well.
+        let launcher = self.launcher.strip_prefix("~").unwrap_or(&self.launcher);
+        let mut agent: Vec<OsString> = vec![launcher.into(), AGENT.into(), "--stdio".into()];
+        agent.extend(workers.flag().map(OsString::from));
+        let (order, name) = (order.to_string(), host.name());
+        agent.extend(["--order", &order, "--host", name].map(OsString::from));
+        if self.preflight == Preflight::Off {
+            agent.push("--no-preflight".into());
+        }
+        let mut argv = self.ssh.clone();
+        argv.extend(OPTIONS.map(OsString::from));
+        argv.push("--".into());
+        argv.push((&host.destination).into());
+        // No shell stays between sshd and the agent.
+        argv.push(format!("exec {}", plan::shell(&agent)).into());
+        argv
     }
 
     /// What `--dry-run` prints.
@@ -215,36 +231,6 @@ fn nodes(given: Option<Nodes>, hosts: u32) -> Result<Nodes, Coded> {
     Ok(nodes)
 }
 
-fn argv(
-    ssh: &[OsString],
-    launcher: &Path,
-    host: &Host,
-    order: u32,
-    workers: &Workers,
-) -> Vec<OsString> {
-    // ssh begins in the home folder, where a path without `~/` leads as well.
-    let launcher = launcher.strip_prefix("~").unwrap_or(launcher);
-    let [kind, count] = workers.flag();
-    let agent: [OsString; 9] = [
-        launcher.into(),
-        AGENT.into(),
-        "--stdio".into(),
-        kind.into(),
-        count.into(),
-        "--order".into(),
-        order.to_string().into(),
-        "--host".into(),
-        host.name().into(),
-    ];
-    let mut argv = ssh.to_vec();
-    argv.extend(OPTIONS.map(OsString::from));
-    argv.push("--".into());
-    argv.push((&host.destination).into());
-    // No shell stays between sshd and the agent.
-    argv.push(format!("exec {}", plan::shell(&agent)).into());
-    argv
-}
-
 /// What ssh's exit code says when no agent has come; the agent's own codes speak for themselves.
 fn meaning(code: i32) -> Option<&'static str> {
     match code {
@@ -280,12 +266,20 @@ mod tests {
     use super::*;
     use crate::cli::Gpus;
 
-    fn words(launcher: &str, host: &Host, workers: &Workers) -> Vec<String> {
-        let ssh = ["ssh".into(), "-p".into(), "2222".into()];
-        let argv = argv(&ssh, Path::new(launcher), host, 3, workers);
-        argv.into_iter()
-            .map(|word| word.into_string().unwrap())
-            .collect()
+    fn plan(launcher: &str, preflight: Preflight) -> Plan {
+        Plan {
+            hosts: Vec::new(),
+            ssh: ["ssh", "-p", "2222"].map(OsString::from).into(),
+            launcher: launcher.into(),
+            retries: 0,
+            preflight,
+            nodes: Nodes::ONE,
+        }
+    }
+
+    fn words(plan: &Plan, host: &Host, workers: &Workers) -> Vec<String> {
+        let argv = plan.argv(3, host, workers).into_iter();
+        argv.map(|word| word.into_string().unwrap()).collect()
     }
 
     #[test]
@@ -294,7 +288,8 @@ mod tests {
             destination: "me@gpu-01".into(),
             num_workers: None,
         };
-        let found = words("/opt/my apps/tsm-launch", &host, &Workers::Cpus(2));
+        let ours = plan("/opt/my apps/tsm-launch", Preflight::Quick);
+        let found = words(&ours, &host, &Workers::Cpus(2));
         assert_eq!(found[..4], ["ssh", "-p", "2222", "-T"]);
         assert_eq!(found[found.len() - 3..][..2], ["--", "me@gpu-01"]);
         assert_eq!(
@@ -302,10 +297,10 @@ mod tests {
             "exec '/opt/my apps/tsm-launch' __agent --stdio --cpus 2 --order 3 --host gpu-01"
         );
         let gpus = Workers::Gpus(Gpus::List(vec![0, 2]));
-        let last = words("~/bin/tsm-launch", &host, &gpus).pop().unwrap();
-        assert!(
-            last.starts_with("exec bin/tsm-launch __agent --stdio --gpus 0,2 "),
-            "{last}"
+        let at_home = plan("~/bin/tsm-launch", Preflight::Off);
+        assert_eq!(
+            words(&at_home, &host, &gpus).pop().unwrap(),
+            "exec bin/tsm-launch __agent --stdio --gpus 0,2 --order 3 --host gpu-01 --no-preflight"
         );
     }
 

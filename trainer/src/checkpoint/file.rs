@@ -154,8 +154,13 @@ fn write_tensors(
 pub(super) fn read_manifest(path: &Path) -> Result<Manifest> {
     let text = fs_err::read_to_string(path)
         .map_err(|e| broken(path, &format!("its manifest cannot be read: {e}")))?;
+    parse_manifest(path, &text)
+}
+
+/// As [`read_manifest`], from the file's text.
+pub(super) fn parse_manifest(path: &Path, text: &str) -> Result<Manifest> {
     // Other formats may have other fields, so the version is looked at before the rest.
-    let value: serde_json::Value = serde_json::from_str(&text)
+    let value: serde_json::Value = serde_json::from_str(text)
         .map_err(|e| broken(path, &format!("its manifest is not valid JSON: {e}")))?;
     let format = value.pointer("/meta/format").and_then(|f| f.as_u64());
     if format.is_some_and(|f| f != u64::from(FORMAT)) {
@@ -175,14 +180,20 @@ pub(super) fn read_manifest(path: &Path) -> Result<Manifest> {
     })
 }
 
-/// Reads a checkpoint by its manifest and verifies size, digest and layout.
-pub(super) fn read(manifest_path: &Path) -> Result<Snapshot> {
+/// Reads a checkpoint by its manifest and verifies size, digest and layout. Returns the digest too.
+pub(super) fn read(manifest_path: &Path) -> Result<(Snapshot, String)> {
     let manifest = read_manifest(manifest_path)?;
     let path = folder_of(manifest_path).join(&manifest.file);
     let data = fs_err::read(&path).map_err(|e| broken(&path, &e.to_string()))?;
+    let sha256 = manifest.sha256.clone();
+    Ok((parse(manifest, &path, &data)?, sha256))
+}
+
+/// A checkpoint from the contents of its two files; `path` is that of the tensors.
+pub(super) fn parse(manifest: Manifest, path: &Path, data: &[u8]) -> Result<Snapshot> {
     if data.len() as u64 != manifest.bytes {
         return Err(broken(
-            &path,
+            path,
             &format!(
                 "it has {} bytes, its manifest says {}",
                 data.len(),
@@ -190,22 +201,22 @@ pub(super) fn read(manifest_path: &Path) -> Result<Snapshot> {
             ),
         ));
     }
-    let digest = hex(&Sha256::digest(&data));
+    let digest = hex(&Sha256::digest(data));
     if digest != manifest.sha256 {
         return Err(broken(
-            &path,
+            path,
             &format!(
                 "its SHA-256 is {digest}, its manifest says {}",
                 manifest.sha256
             ),
         ));
     }
-    let file = SafeTensors::deserialize(&data).map_err(|e| broken(&path, &e.to_string()))?;
+    let file = SafeTensors::deserialize(data).map_err(|e| broken(path, &e.to_string()))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.iter() {
         let Some(kind) = kind_of(view.dtype()) else {
             return Err(broken(
-                &path,
+                path,
                 &format!("{name} has element type {:?}", view.dtype()),
             ));
         };

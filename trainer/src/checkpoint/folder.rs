@@ -4,6 +4,8 @@
 use super::file::{self, broken, cannot_write, file_name, manifest_of};
 use super::{Meta, Snapshot};
 use anyhow::{Context, Result};
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use tsm_job::exit::{self, Coded};
 
@@ -20,8 +22,55 @@ pub struct Found {
     pub snapshot: Snapshot,
     /// Its tensor file.
     pub path: PathBuf,
+    /// Of that file, in hexadecimal.
+    pub sha256: String,
     /// Newer checkpoints that could not be used, each with the reason: warn about them.
     pub skipped: Vec<String>,
+}
+
+impl Found {
+    /// The checkpoint's two files as bytes, for a process that cannot read them; see [`Found::unpack`].
+    ///
+    /// # Errors
+    /// A file cannot be read any more (exit code DATA).
+    pub fn pack(&self) -> Result<Vec<u8>> {
+        let manifest = manifest_of(&self.path);
+        let read = |path: &Path| fs_err::read(path).map_err(|e| broken(&self.path, &e.to_string()));
+        let (manifest, tensors) = (read(&manifest)?, read(&self.path)?);
+        let path = self.path.as_os_str().as_bytes();
+        let mut bytes = Vec::with_capacity(16 + path.len() + manifest.len() + tensors.len());
+        for part in [path, &manifest] {
+            bytes.extend((part.len() as u64).to_le_bytes());
+            bytes.extend(part);
+        }
+        bytes.extend(tensors);
+        Ok(bytes)
+    }
+
+    /// What [`Found::pack`] has packed, verified as if it were read from the files; `path` is the one there.
+    ///
+    /// # Errors
+    /// The bytes are no checkpoint (exit code DATA).
+    pub fn unpack(bytes: &[u8]) -> Result<Found> {
+        let part = |bytes: &[u8]| -> Option<(Vec<u8>, usize)> {
+            let length = u64::from_le_bytes(*bytes.first_chunk()?);
+            let end = usize::try_from(length).ok()?.checked_add(8)?;
+            Some((bytes.get(8..end)?.to_vec(), end))
+        };
+        let cut = || broken(Path::new("from another rank"), "its end is missing");
+        let (path, end) = part(bytes).ok_or_else(cut)?;
+        let bytes = &bytes[end..];
+        let (manifest, end) = part(bytes).ok_or_else(cut)?;
+        let path = PathBuf::from(OsString::from_vec(path));
+        let manifest = file::parse_manifest(&path, &String::from_utf8_lossy(&manifest))?;
+        let sha256 = manifest.sha256.clone();
+        Ok(Found {
+            snapshot: file::parse(manifest, &path, &bytes[end..])?,
+            path,
+            sha256,
+            skipped: Vec::new(),
+        })
+    }
 }
 
 impl Checkpoints {
@@ -116,9 +165,11 @@ pub fn find(path: &Path) -> Result<Found> {
                 &format!("it has no manifest {}", manifest.display()),
             ));
         }
+        let (snapshot, sha256) = file::read(&manifest)?;
         return Ok(Found {
-            snapshot: file::read(&manifest)?,
+            snapshot,
             path: path.with_extension("safetensors"),
+            sha256,
             skipped: Vec::new(),
         });
     }
@@ -165,10 +216,11 @@ fn newest(dir: &Path) -> Result<(Option<Found>, Vec<String>)> {
     let mut skipped = Vec::new();
     for (_, manifest) in steps(dir)? {
         match file::read(&manifest) {
-            Ok(snapshot) => {
+            Ok((snapshot, sha256)) => {
                 let found = Found {
                     snapshot,
                     path: manifest.with_extension("safetensors"),
+                    sha256,
                     skipped,
                 };
                 return Ok((Some(found), Vec::new()));

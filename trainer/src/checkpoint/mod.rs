@@ -5,8 +5,8 @@
 //! manifest is written last, so a checkpoint either has a valid manifest or does not exist.
 //!
 //! Saving (rank 0 only): fill a [`Snapshot`] with [`Snapshot::put`], then [`Checkpoints::save`].
-//! Resuming (every rank): [`find`] or [`find_if_any`], [`Snapshot::check_model`], then [`Snapshot::restore`] into the
-//! network and [`Snapshot::section`] into the optimizer.
+//! Resuming (every rank): [`find`] or [`find_if_any`], or what another rank found ([`Found::pack`]);
+//! [`Snapshot::check_model`], then [`Snapshot::restore`] into the network and [`Snapshot::section`] into the optimizer.
 
 mod file;
 mod folder;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 use tsm_job::config::BnBuffers;
 use tsm_job::exit::{self, Coded};
+use tsm_torch_ext::cuda;
 use tsm_torch_ext::dist::{ReduceOp, Store};
 
 /// What connects the ranks of a job.
@@ -153,6 +154,20 @@ impl Peers {
             return Ok(());
         }
         self.collective(what, |group| group.all_reduce(tensor, op))
+    }
+
+    /// As [`Peers::all_reduce`] with a sum, but returns when the device has it.
+    ///
+    /// # Errors
+    /// Exit code PEER, naming the rank that is gone or stuck.
+    pub fn sum_and_wait(&self, tensor: &Tensor, what: &str) -> Result<()> {
+        if self.world_size == 1 {
+            return Ok(());
+        }
+        self.collective(what, |group| {
+            group.all_reduce(tensor, ReduceOp::Sum)?;
+            cuda::synchronize(tensor.device()).map_err(|e| e.to_string())
+        })
     }
 
     /// Overwrites `tensors` with those of rank `root`.

@@ -3,6 +3,7 @@
 mod feed;
 mod interfaces;
 mod log;
+pub mod origin;
 mod outputs;
 mod pace;
 mod place;
@@ -94,12 +95,13 @@ impl<'a> Training<'a> {
         // Lists first: a wrong path must not cost a rendezvous.
         let train_set = Arc::new(Dataset::open(&config, Split::Train)?);
         let val_set = Arc::new(Dataset::open(&config, Split::Val)?);
-        let (found, mut notes) = position::find(env)?;
+        let own = origin::look(env)?;
         let run_dir = match env.rank {
             0 => Some(surroundings::run_dir(&config, env)?),
             _ => None,
         };
         let place = Place::new(&config, env)?;
+        let (found, mut notes) = origin::agree(own, &place.peers, place.device)?;
         let network = Network::new(&config.model, place.device, config.run.seed)?;
         if let (Some(file), None) = (&config.model.weights, &found) {
             let loaded =

@@ -3,10 +3,11 @@
 use super::rendezvous;
 use crate::ddp::{Link, Peers, mpi};
 use anyhow::Result;
+use std::path::Path;
 use std::sync::Arc;
 use tch::Device;
 use tsm_job::WorkerEnv;
-use tsm_job::config::{Collectives, Config, DeviceKind};
+use tsm_job::config::{Collectives, Config, DeviceKind, Launch};
 use tsm_job::env::Starter;
 use tsm_job::exit::{self, Coded};
 use tsm_torch_ext::cuda;
@@ -28,19 +29,29 @@ impl Place {
     /// No GPU where the configuration asks for one (exit code PREFLIGHT), or a peer that does not
     /// come in time (exit code PEER).
     pub fn new(config: &Config, env: &WorkerEnv) -> Result<Place> {
-        let device = device(config, env)?;
-        check_collectives(config.launch.collectives, device)?;
-        let threads = threads(env);
-        tch::set_num_threads(threads as i32);
+        let place = Self::meet(&config.launch, &config.run.dir, env)?;
         set_flags(Flags {
             cudnn_benchmark: !config.train.deterministic,
             deterministic: config.train.deterministic,
             allow_tf32: true,
         })?;
-        let peers = match config.launch.collectives {
-            Collectives::Mpi => mpi::join(env, config.launch.collective_timeout)?,
+        Ok(place)
+    }
+
+    /// As [`Place::new`], for a job without a configuration. `folder` is one that all ranks share, through
+    /// which those meet whom nobody told where rank 0 is.
+    ///
+    /// # Errors
+    /// As [`Place::new`].
+    pub fn meet(launch: &Launch, folder: &Path, env: &WorkerEnv) -> Result<Place> {
+        let device = device(launch.device, env)?;
+        check_collectives(launch.collectives, device)?;
+        let threads = threads(env);
+        tch::set_num_threads(threads as i32);
+        let peers = match launch.collectives {
+            Collectives::Mpi => mpi::join(env, launch.collective_timeout)?,
             _ if env.world_size == 1 => Peers::alone(),
-            _ => meet(config, env, device)?,
+            _ => meet(launch, folder, env, device)?,
         };
         Ok(Place {
             device,
@@ -58,15 +69,15 @@ impl Place {
     }
 }
 
-fn device(config: &Config, env: &WorkerEnv) -> Result<Device> {
-    if config.launch.device == DeviceKind::Cpu {
+fn device(wanted: DeviceKind, env: &WorkerEnv) -> Result<Device> {
+    if wanted == DeviceKind::Cpu {
         return Ok(Device::Cpu);
     }
     let unusable = |why: String| {
         Coded::new(
             exit::PREFLIGHT,
             format!(
-                "launch.device is gpu, but no GPU can be used: {why}\n  hint: tsm-launch --cpus N (or launch.device=cpu) trains on the CPU; where a library is missing, TSM_CUDA=1 scripts/setup.sh brings libtorch's CUDA libraries"
+                "no GPU can be used: {why}\n  hint: tsm-launch --cpus N (or launch.device=cpu) computes on the CPU; where a library is missing, TSM_CUDA=1 scripts/setup.sh brings libtorch's CUDA libraries"
             ),
         )
     };
@@ -120,11 +131,11 @@ fn threads(env: &WorkerEnv) -> usize {
         .unwrap_or(1)
 }
 
-fn meet(config: &Config, env: &WorkerEnv, device: Device) -> Result<Peers> {
-    let timeout = config.launch.collective_timeout;
+fn meet(launch: &Launch, folder: &Path, env: &WorkerEnv, device: Device) -> Result<Peers> {
+    let timeout = launch.collective_timeout;
     let (rank, world_size) = (env.rank as usize, env.world_size as usize);
     let at = match env.master_port {
-        0 => format!("through {}", config.run.dir.display()),
+        0 => format!("through {}", folder.display()),
         port => format!("at {}:{port}", env.master_addr),
     };
     let apart = |e: tsm_torch_ext::TorchError| {
@@ -134,7 +145,7 @@ fn meet(config: &Config, env: &WorkerEnv, device: Device) -> Result<Peers> {
     };
     let named = std::env::var("GLOO_SOCKET_IFNAME").ok();
     let (store, interface) = if env.master_port == 0 {
-        let met = rendezvous::meet(env, &config.run.dir, timeout)?;
+        let met = rendezvous::meet(env, folder, timeout)?;
         (met.store, named.unwrap_or(met.interface))
     } else {
         let address = env.master_addr.to_string();

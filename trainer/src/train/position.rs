@@ -169,31 +169,6 @@ fn floats(stepper: &Stepper) -> impl Iterator<Item = &Tensor> {
     buffers.filter(|t| t.kind() == Kind::Float)
 }
 
-/// What the launcher told this rank to go on from, and what to tell the user about it. `None`: from
-/// the beginning, also after a restart before the first checkpoint.
-///
-/// # Errors
-/// No usable checkpoint, though this is no restart.
-pub fn find(env: &WorkerEnv) -> Result<(Option<Found>, Vec<String>)> {
-    let restart = env.restart_count;
-    match &env.resume_from {
-        None if restart == 0 => Ok((None, Vec::new())),
-        None => Ok((None, vec![format!("restart {restart} from the beginning")])),
-        Some(path) if restart == 0 => Ok((Some(checkpoint::find(path)?), Vec::new())),
-        Some(path) => Ok(match checkpoint::find_if_any(path)? {
-            Ok(found) => (Some(found), Vec::new()),
-            Err(unusable) => {
-                let why = format!(
-                    "restart {restart} from the beginning: {} holds no usable checkpoint yet",
-                    path.display()
-                );
-                let warnings = unusable.iter().map(|u| format!("warning: {u}"));
-                (None, warnings.chain([why]).collect())
-            }
-        }),
-    }
-}
-
 /// A training put back to where a checkpoint was made.
 pub struct Resumed {
     pub at: Position,
@@ -344,7 +319,7 @@ fn check_order(meta: &Meta, config: &Config, num_clips: u64, path: &Path) -> Res
 /// Checks that all ranks are at one place, and asks whether one of them was told to stop already.
 ///
 /// # Errors
-/// Ranks that found different checkpoints (exit code DATA), or a peer that is gone.
+/// Ranks that count otherwise (exit code DATA), or a peer that is gone.
 pub fn agree(stepper: &Stepper, device: Device, at: &Position, asked: bool) -> Result<bool> {
     let own = [
         at.step,
@@ -356,20 +331,20 @@ pub fn agree(stepper: &Stepper, device: Device, at: &Position, asked: bool) -> R
     let all = stepper
         .peers
         .all_gather(&own, "comparison of the positions")?;
-    let mut any_asked = false;
-    let mut first = None;
-    for (rank, position) in all.iter().enumerate() {
-        let position: Vec<i64> = Vec::try_from(&position.to_device(Device::Cpu))?;
-        any_asked |= position[3] != 0;
-        let (step, zero) = (position[0], *first.get_or_insert(position[0]));
-        let same = position[1..3] == [i64::from(at.epoch), at.clips_in_epoch as i64];
-        if step != zero || !same {
-            let message = format!(
-                "rank {rank} starts from step {step}, rank 0 from step {zero}\n  hint: all ranks must see the same checkpoints: the run folder has to be on a file system that all nodes share"
-            );
-            return Err(Coded::new(exit::DATA, message).into());
-        }
+    let all: Vec<Vec<i64>> = all
+        .iter()
+        .map(|t| Vec::try_from(&t.to_device(Device::Cpu)))
+        .collect::<Result<_, _>>()?;
+    if let Some((rank, other)) = all.iter().enumerate().find(|(_, p)| p[..3] != all[0][..3]) {
+        let place = |p: &[i64]| format!("step {} (epoch {}, clip {} of it)", p[0], p[1] + 1, p[2]);
+        let message = format!(
+            "rank {rank} starts from {}, rank 0 from {}\n  hint: every rank must run the same config.yaml and the same program",
+            place(other),
+            place(&all[0])
+        );
+        return Err(Coded::new(exit::DATA, message).into());
     }
+    let any_asked = all.iter().any(|p| p[3] != 0);
     Ok(any_asked)
 }
 

@@ -27,15 +27,26 @@ pub fn groups<R: Send>(
     timeout: Duration,
     f: impl Fn(Arc<ProcessGroup>, Arc<Peers>) -> R + Sync,
 ) -> Vec<R> {
-    let n = n as usize;
-    let (f, (ports, port)) = (&f, mpsc::channel());
-    let connect = move |rank: usize, store: Store| {
-        let group = Arc::new(ProcessGroup::gloo(&store, rank, n, "lo", timeout, 2).unwrap());
+    stores(n, timeout, |store, group| {
         let link = Link {
-            store: Arc::new(store),
+            store,
             group: group.clone(),
         };
         f(group, Arc::new(Peers::join(link).unwrap()))
+    })
+}
+
+/// As [`world`], before the ranks become peers.
+pub fn stores<R: Send>(
+    n: u32,
+    timeout: Duration,
+    f: impl Fn(Arc<Store>, Arc<ProcessGroup>) -> R + Sync,
+) -> Vec<R> {
+    let n = n as usize;
+    let (f, (ports, port)) = (&f, mpsc::channel());
+    let connect = move |rank: usize, store: Store| {
+        let group = ProcessGroup::gloo(&store, rank, n, "lo", timeout, 2).unwrap();
+        f(Arc::new(store), Arc::new(group))
     };
     std::thread::scope(|scope| {
         let first = scope.spawn(move || {

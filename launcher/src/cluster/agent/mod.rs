@@ -5,6 +5,7 @@
 
 mod generation;
 pub mod lease;
+mod measure;
 
 use anyhow::Context;
 use std::path::PathBuf;
@@ -14,9 +15,11 @@ use tsm_job::exit;
 
 use super::key::Key;
 use super::link::{Link, Outbox};
-use super::message::{Beat, FromAgent, Join, NodeReport, ToAgent};
+use super::message::{Beat, FromAgent, Join, NodeReport, Round, ToAgent};
 use crate::addresses::{self, ProbeListener};
 use crate::console::queue::{LIMIT, queue};
+use crate::contain::Ability;
+use crate::doctor::preflight::{Measured, OwnNode};
 use crate::hang::report::Inspection;
 use crate::hang::{self, ras};
 use crate::logs::Shown;
@@ -26,6 +29,7 @@ use crate::signals::Signals;
 use crate::supervisor::{Action, Event, Phase};
 use generation::Generation;
 use lease::Lease;
+use measure::Measuring;
 
 /// Bytes of output that may wait for the connection.
 const OUTPUT: usize = 1 << 20;
@@ -75,6 +79,7 @@ struct Agent {
     generation: Option<Generation>,
     /// Ports held for rank 0, and answers to probes, by generation.
     reserved: Option<(Port, Option<ProbeListener>)>,
+    measuring: Measuring,
     lease: Lease,
     /// The coordinator is gone, or said so: leave when nothing runs any more.
     leaving: Option<Leave>,
@@ -82,12 +87,16 @@ struct Agent {
     /// Debuggers are at work.
     looking: bool,
     reach: (UnboundedSender<Found>, UnboundedReceiver<Found>),
+    /// Whether generations can have control groups.
+    ability: Ability,
     load: crate::machine::Load,
 }
 
 enum Found {
     Reached(u32, u32, Vec<(std::net::IpAddr, String)>),
     Inspected(u32, Vec<Inspection>, Option<ras::Answer>),
+    NodeMeasured(Round, OwnNode),
+    Measured(Round, Result<Measured, String>),
 }
 
 /// Runs an agent to its end. Call on the main thread, see [`crate::process::spawn`]; inside a `LocalSet`.
@@ -95,6 +104,7 @@ enum Found {
 /// # Errors
 /// When signals cannot be handled.
 pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
+    let ability = Ability::find_out(&setup.shim);
     // The coordinator in the same process hears them itself.
     let mut signals = if setup.local {
         None
@@ -112,11 +122,13 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         shown,
         generation: None,
         reserved: None,
+        measuring: Measuring::default(),
         lease: Lease::new(now),
         leaving: None,
         draining: None,
         looking: false,
         reach: unbounded_channel(),
+        ability,
         load: crate::machine::Load::new(),
         setup,
     };
@@ -203,7 +215,7 @@ impl Agent {
         let generation = self.generation.as_ref().filter(|_| self.draining.is_none());
         let decided = generation.and_then(|g| match g.state.phase {
             // Looks again for processes that were left behind.
-            Phase::Finished => Some(self.now() + Duration::from_millis(5)),
+            Phase::Finished => Some(g.next_look),
             _ => g.state.deadline(),
         });
         let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease.until);
@@ -232,6 +244,12 @@ impl Agent {
                     ras,
                     more: false,
                 });
+            }
+            Wake::Found(Found::NodeMeasured(round, own)) => {
+                self.say(FromAgent::NodeMeasured { round, own });
+            }
+            Wake::Found(Found::Measured(round, result)) => {
+                self.say(FromAgent::Measured { round, result });
             }
             Wake::Drained(warnings) => self.conclude(warnings),
             Wake::StartMore => self.start_more(),
@@ -270,10 +288,17 @@ impl Agent {
                 addresses,
                 port,
             } => self.probe(generation, attempt, addresses, port),
+            ToAgent::MeasureNode { round, scale } => self.measure_node(round, scale),
+            ToAgent::OpenRing { round } => {
+                let port = self.open_ring(round);
+                self.say(FromAgent::RingOpen { round, port });
+            }
+            ToAgent::Measure { round, task } => self.measure_group(round, task),
             // It waited here while the agent was stopped: the coordinator may have given this node up since.
             ToAgent::Start(_) if !self.setup.local && self.lease.is_over(now) => {}
             ToAgent::Start(start) => {
                 let generation = start.generation;
+                self.measuring = Measuring::default();
                 if number.is_some() {
                     let e = anyhow::anyhow!(
                         "the ranks of generation {} still run",
@@ -281,7 +306,7 @@ impl Agent {
                     );
                     return self.cannot_start(generation, &e);
                 }
-                match Generation::prepare(&self.setup, *start, now) {
+                match Generation::prepare(&self.setup, &mut self.ability, *start, now) {
                     Ok(mut generation) => {
                         if !self.setup.local {
                             generation.lease(self.lease.guard(now));
@@ -368,7 +393,7 @@ impl Agent {
         let places: Vec<(u32, String)> = current.places();
         let host = self.setup.host.clone();
         let found = self.reach.0.clone();
-        let looked = hang::look_into(hang::stacks::Probe::default(), pids, ras);
+        let looked = hang::look_into(hang::probe::Probe::default(), pids, ras);
         tokio::task::spawn_local(async move {
             let findings = looked.await;
             let (processes, ras) = findings.map_or((Vec::new(), None), |f| (f.processes, f.ras));
@@ -389,10 +414,11 @@ impl Agent {
             return;
         };
         let result = generation.start_some(&self.shown);
-        let (number, pids, done) = (
+        let (number, pids, done, containment) = (
             generation.start.generation,
             generation.pids(),
             generation.is_started(),
+            generation.containment(),
         );
         match result {
             Ok(()) if done => {
@@ -407,13 +433,14 @@ impl Agent {
                     pids,
                     at,
                     environment,
+                    containment,
                 });
             }
             Ok(()) => {}
             Err(e) => {
                 // Its workers are killed; they go with it.
                 if let Some(generation) = self.generation.take() {
-                    crate::process::kill_sessions(&generation.pids(), 50);
+                    generation.kill();
                     drop(generation.conclude(Vec::new()));
                 }
                 self.cannot_start(number, &e);

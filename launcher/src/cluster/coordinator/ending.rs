@@ -5,7 +5,7 @@ use std::time::Duration;
 use tsm_job::exit;
 
 use super::{Action, Cause, Phase, State, record};
-use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure_of_cluster};
+use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 use crate::clock::Utc;
 use crate::cluster::policy;
 use crate::end::End;
@@ -17,8 +17,6 @@ use crate::supervisor::Rank;
 #[derive(Clone, Debug)]
 pub struct Ending {
     pub generation: u32,
-    pub world_size: u32,
-    pub started_at: Duration,
     pub ended_at: Duration,
     /// `succeeded`, `saved`, `stopped`, `failed`, `grown`.
     pub outcome: &'static str,
@@ -53,8 +51,6 @@ impl State {
         });
         let mut ending = Ending {
             generation: self.generation,
-            world_size: self.world_size(),
-            started_at: self.started_at,
             ended_at: now,
             outcome: "succeeded",
             code: exit::OK,
@@ -167,8 +163,7 @@ impl State {
             _ => (None, None),
         };
         let nodes = self.node_ends(&ranks);
-        let fault =
-            first_failure_of_cluster(&nodes, hang.as_ref(), |rank| own_words(&places[rank]));
+        let fault = first_failure(&nodes, hang.as_ref(), |rank| own_words(&places[rank]));
         drop(nodes);
         let Some(fault) = fault else {
             ending.code = exit::BUG;

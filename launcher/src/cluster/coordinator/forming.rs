@@ -7,7 +7,7 @@ use tsm_job::config::duration::format;
 
 use super::{Action, FORM, LOOK, Launched, Node, Phase, State, nodes, record, send};
 use crate::addresses;
-use crate::cluster::message::{Join, Severity, Start, ToAgent};
+use crate::cluster::message::{Finding, Join, Severity, Start, ToAgent};
 use crate::cluster::policy::LeftOut;
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
 use crate::doctor::{self, ClockSample};
@@ -25,7 +25,7 @@ impl State {
         let out = |node: &Node| {
             let is =
                 |l: &&LeftOut| l.host == node.join.host && l.until.is_none_or(|until| now < until);
-            self.left_out.iter().find(is)
+            self.left_out().find(is)
         };
         let (mut good, mut poor) = (Vec::new(), Vec::new());
         for (id, node) in &self.nodes {
@@ -103,6 +103,7 @@ impl State {
         if !ready || now < self.fence {
             return;
         }
+        let max = if self.is_wide { u32::MAX } else { max };
         self.members = assign(&self.places, &candidates, max);
         if self.generation == 0 && !self.compare_nodes(now, actions) {
             return;
@@ -116,6 +117,7 @@ impl State {
         self.gone.clear();
         self.attempt += 1;
         self.progress.clear();
+        self.goes_on_from = self.goes_on_from.max(self.checkpoint_step);
         (self.checkpoint_step, self.steps) = (None, None);
         // Another node answers first: it may be heard for the last time before it learns of its lease, which then
         // ends later than anybody here would think.
@@ -137,17 +139,15 @@ impl State {
         self.try_to_start(now, actions);
     }
 
-    /// Tells what differs between the nodes; false when the job would fail of it.
+    /// Tells what is wrong with the nodes, and what differs between them; false when the job would fail of it.
     pub(super) fn compare_nodes(&mut self, now: Duration, actions: &mut Vec<Action>) -> bool {
         let joined: Vec<&Node> = self
             .members
             .iter()
             .filter_map(|m| self.nodes.get(&m.id))
             .collect();
-        if joined.len() < 2 {
-            return true;
-        }
         let joins: Vec<&Join> = joined.iter().map(|n| &n.join).collect();
+        let mut findings = doctor::of_nodes(&joins);
         let looked: Vec<&Join> = joins
             .iter()
             .copied()
@@ -159,26 +159,28 @@ impl State {
             received_ms: join.received_ms,
             rtt: Duration::ZERO,
         };
-        let mut findings = doctor::across(&joins);
+        findings.extend(doctor::across(&joins));
         findings.extend(doctor::clock_findings(
             &looked.iter().map(clock).collect::<Vec<_>>(),
         ));
-        let of = |severity| findings.iter().filter(move |f| f.severity == severity);
-        for finding in of(Severity::Warning) {
-            actions.push(Action::Notice(format!(
-                "warning: {}\n  hint: {}",
-                finding.text, finding.hint
-            )));
+        let (errors, others): (Vec<_>, Vec<_>) =
+            (findings.into_iter()).partition(|f| f.severity == Severity::Error);
+        for finding in others.iter().filter(|f| f.severity == Severity::Warning) {
+            self.warn(finding, actions);
         }
-        let Some(finding) = of(Severity::Error).next() else {
+        let Some(finding) = errors.first() else {
             return true;
         };
-        let text = format!(
-            "{}\n  hint: {}; --preflight off starts all the same",
-            finding.text, finding.hint
-        );
+        let text = format!("{finding}; --preflight off starts all the same");
         self.give_up(text, now, actions);
         false
+    }
+
+    /// Says it, unless it was said before.
+    pub(super) fn warn(&mut self, finding: &Finding, actions: &mut Vec<Action>) {
+        if self.warned.insert(finding.text.clone()) {
+            actions.push(Action::Notice(format!("warning: {finding}")));
+        }
     }
 
     pub(super) fn reserved(
@@ -244,7 +246,7 @@ impl State {
         }
     }
 
-    /// Starts the ranks when port and addresses are known.
+    /// Measures the nodes, or starts the ranks, when port and addresses are known.
     pub(super) fn try_to_start(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let Phase::Form {
             ports: Some((master_port, _)),
@@ -265,6 +267,20 @@ impl State {
                 return self.give_up(text, now, actions);
             }
         };
+        if self.must_measure() || self.is_wide {
+            let master = (master_addr, master_port);
+            return self.measure(master, &interfaces, now, actions);
+        }
+        self.start(master_port, now, actions);
+    }
+
+    /// Starts the ranks.
+    pub(super) fn start(&mut self, master_port: u16, now: Duration, actions: &mut Vec<Action>) {
+        let (master_addr, interfaces) = match self.choose_address() {
+            Ok(chosen) => chosen,
+            Err(text) => return self.give_up(text, now, actions),
+        };
+        self.was_wide = false;
         let job = &self.settings.job;
         let resume_from = if self.generation > 0 && job.saves {
             Some(job.run_dir.clone())

@@ -2,26 +2,31 @@
 //!
 //! ```text
 //! Gather --enough nodes--> Form --addresses known--> Run --a rank or node failed, a signal--> Stop
-//!   ^                                                 \--all ended well--> Leave --> Finished
+//!   ^ ^                     \--full preflight--> Measure --all is well--> Run
+//!   | \--without the bad node--------------------/    \--all ended well--> Leave --> Finished
 //!   \--start again (after a pause: Pause)-- what became of it <-- all nodes clean, or lost and fenced
 //! ```
 //!
 //! A **generation** is one start of all ranks. The next one starts only when every node of the last has
 //! said that it is clean, or is lost and its lease has run out: its agent, or the guard beside it, has then
-//! killed its ranks. So no two generations ever run at once.
+//! killed its ranks. So no two generations ever run at once; and the coordinator finishes no sooner, so that a
+//! job which is queued again does not find ranks of this one.
 
 mod ending;
 mod forming;
+mod measuring;
 mod member;
 mod phases;
+mod rounds;
 mod running;
 mod view;
 
 pub use ending::Ending;
 pub use member::{Clock, Node};
+pub use rounds::Report;
 
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -32,6 +37,7 @@ use super::policy;
 pub use super::topology::Member;
 use super::topology::NodeId;
 use crate::console::lines::Batch;
+use crate::doctor::preflight::{OwnNode, Scale};
 use crate::hang::progress::{Limits, Tracker};
 use crate::manifest::environment::Change;
 use crate::report::Place;
@@ -45,6 +51,8 @@ const FORM: Duration = Duration::from_secs(10);
 const LEAVE: Duration = Duration::from_secs(3);
 /// After its lease a lost node's ranks are gone: its agent kills them, or the guard does a little later.
 pub const FENCE: Duration = Duration::from_millis(500);
+/// A wait at the end that is longer is explained.
+const MOMENT: Duration = Duration::from_millis(500);
 /// Time beyond two graces in which an agent must report: the kernel ends processes in 5 s, or they are named.
 const REPORT: Duration = Duration::from_secs(15);
 /// Between two looks for hangs and stragglers.
@@ -67,6 +75,8 @@ pub struct Settings {
     pub job: Job,
     pub policy: policy::Options,
     pub hang: Limits,
+    /// Measure nodes before their ranks are started.
+    pub measure: Option<Scale>,
     /// A scheduler ends the job at this time: save before it.
     pub save_at: Option<Duration>,
 }
@@ -132,6 +142,8 @@ pub enum Action {
         kind: &'static str,
         fields: Value,
     },
+    /// Nodes were measured.
+    Measured(Box<Report>),
     /// Lines of ranks to show.
     Show(Batch),
     /// A generation was started on these nodes.
@@ -163,6 +175,11 @@ pub enum Phase {
     Form {
         deadline: Duration,
         ports: Option<(u16, u16)>,
+    },
+    /// Measuring the nodes, for a start with this port.
+    Measure {
+        master_port: u16,
+        measuring: Box<rounds::Measuring>,
     },
     Run,
     Stop {
@@ -249,8 +266,17 @@ pub struct State {
     reach: BTreeMap<(NodeId, NodeId), Vec<(IpAddr, String)>>,
     /// What ended the earlier starts.
     incidents: Vec<policy::Incident>,
-    /// Hosts that get no ranks.
+    /// Hosts that get no ranks for what happened in earlier starts.
     left_out: Vec<policy::LeftOut>,
+    /// Likewise, for what was measured.
+    convicted: Vec<policy::LeftOut>,
+    /// Nodes that were measured and are well.
+    measured: BTreeMap<NodeId, OwnNode>,
+    /// The spares are measured too, to tell who is to blame; once in a generation.
+    is_wide: bool,
+    was_wide: bool,
+    /// Warnings that were said.
+    warned: BTreeSet<String>,
     pub restarts: Vec<Restart>,
     progress: BTreeMap<u32, view::Rank>,
     metrics: BTreeMap<String, f64>,
@@ -260,6 +286,8 @@ pub struct State {
     refusal: Option<(i32, String)>,
     /// Rank 0's step at its last checkpoint in this generation.
     checkpoint_step: Option<u64>,
+    /// The newest checkpoint of the generations before, until this one has shown that it goes on from there.
+    goes_on_from: Option<u64>,
     /// First and last step of this generation.
     steps: Option<(u64, u64)>,
     /// Answers about what hanging ranks do, and how many are still to come.
@@ -312,12 +340,18 @@ impl State {
             reach: BTreeMap::new(),
             incidents: Vec::new(),
             left_out: Vec::new(),
+            convicted: Vec::new(),
+            measured: BTreeMap::new(),
+            is_wide: false,
+            was_wide: false,
+            warned: BTreeSet::new(),
             restarts: Vec::new(),
             progress: BTreeMap::new(),
             metrics: BTreeMap::new(),
             last: false,
             refusal: None,
             checkpoint_step: None,
+            goes_on_from: None,
             steps: None,
             inspection: None,
             stalled: None,
@@ -343,18 +377,18 @@ impl State {
 
     /// When to call [`decide`] with [`Event::Deadline`].
     pub fn deadline(&self) -> Option<Duration> {
-        let phase = match self.phase {
-            Phase::Gather {
+        let phase = match &self.phase {
+            &Phase::Gather {
                 deadline,
                 last_call,
             } => {
                 let ready = last_call.map(|call| call.max(self.fence));
                 Some(ready.unwrap_or(deadline).min(deadline.max(self.fence)))
             }
-            Phase::Form { deadline, .. }
-            | Phase::Stop { deadline }
-            | Phase::Leave { deadline, .. } => Some(deadline),
-            Phase::Pause { until } => Some(until),
+            Phase::Form { deadline, .. } | Phase::Stop { deadline } => Some(*deadline),
+            Phase::Leave { deadline, .. } => Some(self.left(*deadline)),
+            Phase::Measure { measuring, .. } => Some(measuring.deadline),
+            Phase::Pause { until } => Some(*until),
             Phase::Run => {
                 // While it waits for answers, nobody looks for other hangs.
                 let inspection = self.inspection.as_ref().map(|i| i.deadline);
@@ -434,13 +468,17 @@ impl State {
                 attempt,
                 by,
             } if self.forms(generation) && attempt == self.attempt => self.reached(id, by),
+            FromAgent::NodeMeasured { .. }
+            | FromAgent::RingOpen { .. }
+            | FromAgent::Measured { .. } => self.measurement(id, message, actions),
             FromAgent::Started {
                 generation,
                 pids,
                 at,
                 environment,
+                containment,
             } if self.runs(generation) => {
-                self.started(id, &pids, at, environment, actions);
+                self.started(id, &pids, at, environment, containment, actions);
             }
             FromAgent::CannotStart {
                 generation,
@@ -492,6 +530,11 @@ impl State {
     #[cfg(test)]
     pub(in crate::cluster) fn is_connected(&self, id: NodeId) -> bool {
         self.nodes.contains_key(&id)
+    }
+
+    /// All hosts that get no ranks.
+    fn left_out(&self) -> impl Iterator<Item = &policy::LeftOut> {
+        self.left_out.iter().chain(&self.convicted)
     }
 
     fn member(&self, id: NodeId) -> Option<&Member> {

@@ -8,10 +8,10 @@ use tsm_job::exit;
 
 use super::running::refusal;
 use super::{
-    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, Node, Phase, REPORT, State, nodes, record,
-    send,
+    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, State, nodes,
+    record, send,
 };
-use crate::cluster::message::{Join, ToAgent};
+use crate::cluster::message::{Finding, Join, Severity, ToAgent};
 use crate::cluster::topology::NodeId;
 use crate::end::signal_name;
 use crate::supervisor::count;
@@ -68,11 +68,19 @@ impl State {
                 "{host} has room for {workers}: it has to be 1 to {MAX_WORKERS}"
             ));
         }
-        if let Some(out) = self.left_out.iter().find(|l| l.host == host && l.must) {
+        if let Some(out) = self.left_out().find(|l| l.host == host && l.must) {
             return refuse(format!("{host} is left out: {}", out.why));
         }
-        let fields =
-            json!({"node": id, "host": join.host, "pid": join.pid, "devices": join.devices});
+        let found = join.facts.findings.iter();
+        let found: Vec<&Finding> = found.filter(|f| f.severity > Severity::Ok).collect();
+        if let Some(error) = found.iter().find(|f| f.severity == Severity::Error) {
+            let why = error.to_string() + "; --preflight off starts all the same";
+            let message = Some(format!("{host} cannot run the job: {why}"));
+            let code = exit::PREFLIGHT;
+            actions.push(send(id, ToAgent::Exit { code, message }));
+            return self.unfit(id, &host, code, &why, now, actions);
+        }
+        let fields = json!({"node": id, "host": join.host, "pid": join.pid, "devices": join.devices, "found": found});
         actions.push(record("join", fields));
         actions.push(send(
             id,
@@ -143,8 +151,11 @@ impl State {
             },
         ));
         let exact = self.settings.min_nodes == self.settings.max_nodes && !self.settings.open;
-        let starting =
-            matches!(self.phase, Phase::Gather { .. } | Phase::Form { .. }) && self.generation == 0;
+        let starting = self.generation == 0
+            && matches!(
+                self.phase,
+                Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }
+            );
         if starting && (exact || self.settings.max_nodes == 1) {
             actions.push(Action::Notice(format!(
                 "{host} cannot run the job: {message}"
@@ -208,7 +219,7 @@ impl State {
                 }
             }
             // Before its ranks were started, or after it was clean.
-            Some(_) if matches!(self.phase, Phase::Form { .. }) => {
+            Some(_) if matches!(self.phase, Phase::Form { .. } | Phase::Measure { .. }) => {
                 actions.push(Action::Notice(format!("{host} is lost: {how}")));
                 self.gather(now);
             }
@@ -284,7 +295,10 @@ impl State {
             }
             // What was begun goes on, but nothing is started after it.
             Phase::Stop { .. } => self.end_by(Cause::Signal(signal)),
-            Phase::Gather { .. } | Phase::Form { .. } | Phase::Pause { .. } => {
+            Phase::Gather { .. }
+            | Phase::Form { .. }
+            | Phase::Measure { .. }
+            | Phase::Pause { .. } => {
                 let code = match signal {
                     libc::SIGUSR1 => return,
                     // Nothing runs, so nothing is lost: it asks to be started again.
@@ -297,6 +311,10 @@ impl State {
                     "{name}{place}: leaving, no worker runs"
                 )));
                 self.leave(code, None, now, actions);
+            }
+            // Somebody who waits for the launcher knows better whether it is worth it.
+            Phase::Leave { .. } if signal == libc::SIGINT && place.is_empty() => {
+                self.fence = self.fence.min(now);
             }
             Phase::Leave { .. } | Phase::Finished { .. } => {}
         }
@@ -369,9 +387,6 @@ impl State {
                     );
                 }
             }
-            Phase::Leave { code, deadline } if now >= deadline => {
-                self.phase = Phase::Finished { code }
-            }
             _ => {}
         }
     }
@@ -412,16 +427,25 @@ impl State {
                 self.try_to_form(now, actions);
             }
             Phase::Form { .. } => self.try_to_start(now, actions),
+            Phase::Measure { .. } => self.go_on_measuring(now, actions),
             Phase::Run | Phase::Stop { .. }
                 if self.members.iter().all(|m| !self.is_awaited(m.id)) =>
             {
                 self.settle(now, actions)
             }
-            Phase::Leave { code, .. } if self.nodes.values().all(|n| n.local) => {
+            Phase::Leave { code, deadline } if now >= self.left(deadline) => {
                 self.phase = Phase::Finished { code }
             }
             _ => {}
         }
+    }
+
+    /// When the coordinator may go: its agents have left, or are not waited for any longer, and no rank of a
+    /// lost node can run on beside what is started next in the run folder.
+    pub(super) fn left(&self, deadline: Duration) -> Duration {
+        let alone = self.nodes.values().all(|n| n.local);
+        let agents = if alone { Duration::ZERO } else { deadline };
+        agents.max(self.fence)
     }
 
     /// Whether the generation cannot end without a word from this node.
@@ -490,6 +514,17 @@ impl State {
             code,
             deadline: now + LEAVE,
         };
+        let wait = self.fence.saturating_sub(now);
+        if wait > MOMENT {
+            let seconds = wait.as_secs_f64();
+            let of = match self.lost.as_slice() {
+                [one] => one.host.clone(),
+                more => format!("{} lost nodes", more.len()),
+            };
+            actions.push(Action::Notice(format!(
+                "waiting {seconds:.1} s: until then ranks of {of} may still run; Ctrl-C leaves at once"
+            )));
+        }
         self.advance(now, actions);
     }
 

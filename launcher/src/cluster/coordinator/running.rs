@@ -8,6 +8,7 @@ use tsm_job::exit;
 use super::{Action, Cause, INSPECT, Inspection, LOOK, Phase, State, record};
 use crate::cluster::message::{Beat, NodeReport, ToAgent};
 use crate::cluster::topology::{Member, NodeId};
+use crate::contain;
 use crate::end::End;
 use crate::hang::progress::Event as Pace;
 use crate::hang::ras::Answer;
@@ -27,6 +28,7 @@ impl State {
         pids: &[i32],
         at: Duration,
         environment: Vec<Change>,
+        containment: contain::Kind,
         actions: &mut Vec<Action>,
     ) {
         let Some(member) = self.member(id).cloned() else {
@@ -39,7 +41,7 @@ impl State {
         let (host, at) = (node.join.host.clone(), node.clock.map(at));
         for (rank, pid) in member.ranks.zip(pids) {
             let fields = json!({"generation": self.generation, "rank": rank, "pid": pid, "host": host,
-                "at_ms": at.as_secs_f64() * 1e3});
+                "at_ms": at.as_secs_f64() * 1e3, "containment": containment});
             actions.push(record("spawn", fields));
         }
         if !environment.is_empty() {
@@ -207,6 +209,9 @@ impl State {
                 rank.section.as_deref(),
                 now,
             );
+            if let Some(step) = progress.step {
+                self.compare_with_checkpoint(step, actions);
+            }
             if progress.checkpoint.is_some() {
                 self.checkpoint_step = progress.checkpoint;
                 self.grow(now, actions);
@@ -218,6 +223,19 @@ impl State {
                 self.metrics.insert(name, value);
             }
         }
+    }
+
+    /// Says so where a new start did not find what an earlier one has saved.
+    fn compare_with_checkpoint(&mut self, step: u64, actions: &mut Vec<Action>) {
+        let saved = self.goes_on_from.take();
+        let Some(saved) = saved.filter(|&saved| step <= saved && self.settings.job.saves) else {
+            return;
+        };
+        let dir = self.settings.job.run_dir.display();
+        actions.push(record("went_back", json!({"step": step, "saved": saved})));
+        actions.push(Action::Notice(format!(
+            "warning: this start is at step {step}, though step {saved} was saved: no rank has found a usable checkpoint of it in {dir}\n  hint: it may be on the disk of a node that is lost; use a run folder that all nodes share"
+        )));
     }
 
     /// Takes in a waiting node, now that little is lost by a new start.

@@ -1,6 +1,8 @@
 //! Every decision, with scripted agents. What happens in all orders is left to [`crate::cluster::simulation`].
 
+mod gpus;
 mod hostile;
+mod measuring;
 mod properties;
 
 use std::collections::BTreeSet;
@@ -47,6 +49,7 @@ pub(in crate::cluster) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
         },
         policy: policy::Options::default(),
         hang: Limits::default(),
+        measure: None,
         save_at: None,
     }
 }
@@ -349,13 +352,14 @@ impl Scene {
             .collect()
     }
 
-    /// The agents do as they are told and leave.
+    /// The agents do as they are told and leave, and ranks of lost nodes have their time.
     fn code(&mut self) -> Option<i32> {
         for id in self.alive.clone() {
             if self.exit_of(id).is_some() {
                 self.lose(id);
             }
         }
+        self.pass(self.state.fence.saturating_sub(self.now));
         self.state.finished()
     }
 
@@ -781,6 +785,71 @@ fn nothing_starts_while_ranks_of_a_lost_node_may_run() {
         scene.actions.last(),
         Some(Action::Drop { node: 2 })
     ));
+}
+
+#[test]
+fn the_coordinator_does_not_finish_while_ranks_of_a_lost_node_may_run() {
+    let failed = || {
+        let mut scene = Scene::running(settings(2, 2), 2);
+        scene.lose(2);
+        let fence = scene.now + LEASE + FENCE;
+        scene.all_stopped(1);
+        scene.lose(1);
+        assert!(matches!(scene.state.phase, Phase::Leave { .. }));
+        let said = "waiting 2.0 s: until then ranks of n2 may still run; Ctrl-C leaves at once";
+        assert!(scene.notices().contains(said), "{}", scene.notices());
+        (scene, fence)
+    };
+    let (mut scene, fence) = failed();
+    scene.pass(fence - MS(1) - scene.now);
+    assert_eq!(scene.state.finished(), None);
+    scene.pass(MS(1));
+    assert_eq!(scene.state.finished(), Some(exit::PEER));
+    // Not where somebody has no time.
+    let (mut scene, _) = failed();
+    scene.event(Event::Signal(TERM));
+    assert_eq!(scene.state.finished(), None);
+    scene.event(Event::Signal(libc::SIGINT));
+    assert_eq!(scene.state.finished(), Some(exit::PEER));
+
+    // Also where no start follows the one with the lost node, and its fence is short.
+    let mut scene = Scene::running(restarting(2, 2), 2);
+    scene.step(7, Some(7));
+    let heard = scene.now;
+    scene.alive.remove(&2);
+    scene.pass(LEASE + MS(100));
+    scene.all_stopped(1);
+    scene.event(Event::Signal(TERM));
+    scene.lose(1);
+    assert!(!scene.notices().contains("may still run"));
+    scene.pass(heard + LEASE + FENCE - MS(1) - scene.now);
+    assert_eq!(scene.state.finished(), None);
+    scene.pass(MS(1));
+    assert_eq!(scene.state.finished(), Some(143));
+}
+
+#[test]
+fn a_start_that_does_not_go_on_from_the_last_checkpoint_is_told() {
+    let said = "warning: this start is at step 1, though step 7 was saved: ";
+    for (first, lost) in [(8, false), (1, true)] {
+        let mut scene = Scene::running(restarting(2, 2), 3);
+        scene.step(7, Some(7));
+        for generation in 1..3 {
+            // The second time before any step.
+            scene.lose(generation + 1);
+            let mut others = scene.state.members.clone();
+            others.retain(|m| scene.alive.contains(&m.id));
+            others.iter().for_each(|m| scene.all_stopped(m.id));
+            scene.join(generation + 10);
+            scene.pass(S(30));
+            assert_eq!(scene.state.phase, Phase::Run);
+        }
+        assert!(!scene.notices().contains("warning: this start"));
+        scene.step(first, None);
+        scene.step(first + 1, None);
+        let told = scene.notices().matches(said).count();
+        assert_eq!(told, usize::from(lost), "{}", scene.notices());
+    }
 }
 
 #[test]

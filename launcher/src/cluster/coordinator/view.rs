@@ -47,6 +47,7 @@ impl State {
         let phase = match self.phase {
             Phase::Gather { .. } => "gather",
             Phase::Form { .. } => "form",
+            Phase::Measure { .. } => "measure",
             Phase::Run => "run",
             Phase::Stop { .. } => "stop",
             Phase::Pause { .. } => "backoff",
@@ -71,7 +72,7 @@ impl State {
         let node = |id: &u64, node: &super::Node| {
             let member = self.member(*id);
             let state = match member {
-                _ if member.is_none() && self.left_out.iter().any(|l| l.host == node.join.host) => {
+                _ if member.is_none() && self.left_out().any(|l| l.host == node.join.host) => {
                     "left out"
                 }
                 Some(_) => "running",

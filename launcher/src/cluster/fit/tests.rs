@@ -8,7 +8,7 @@ use crate::cluster::coordinator::tests::{join_of, place_of, settings};
 use crate::cluster::message::Progress;
 use crate::cluster::wire::MAX_FROM_AGENT as MAX;
 use crate::end::End;
-use crate::hang::stacks::{Stack, Thread};
+use crate::hang::process::{Stack, Thread};
 use crate::manifest::environment::Change;
 use tsm_job::message::FailureRecord;
 
@@ -283,6 +283,7 @@ fn what_has_no_list_loses_the_middle_of_its_text() {
             pids: vec![i32::MAX; 4096],
             at: Duration::ZERO,
             environment: (0..changes).map(|i| change(i, bytes)).collect(),
+            containment: Default::default(),
         };
         let [FromAgent::Started { environment, .. }] = &parts(&message)[..] else {
             panic!("one message");

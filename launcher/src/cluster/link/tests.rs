@@ -12,8 +12,8 @@ async fn connection(hub: &Hub, peer: &str) -> Connection {
     let (ours, theirs) = duplex(1 << 16);
     let key = Key::random();
     let (ours, theirs) = tokio::join!(
-        wire::accept(ours, peer, &key, LONG),
-        wire::connect(theirs, "the coordinator", &key, LONG)
+        wire::authenticate(wire::Role::Coordinator, ours, peer, &key, LONG),
+        wire::authenticate(wire::Role::Agent, theirs, "the coordinator", &key, LONG)
     );
     hub.door().enter(ours).await;
     theirs.unwrap()

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::cluster::agent::lease::Lease;
 use crate::cluster::coordinator::tests::{join_of, place_of};
 use crate::cluster::message::{Beat, FromAgent, NodeReport, Progress, Start, ToAgent};
+use crate::doctor::preflight::{Measured, OwnNode};
 use crate::report::Place;
 use crate::supervisor::{self, Action, Event, Phase};
 use tsm_job::exit;
@@ -33,6 +34,8 @@ pub enum Input {
     Signal(i32),
     /// Output is read to its end.
     Drained,
+    /// A measurement is over, with this to say.
+    Measured(FromAgent),
     Time,
 }
 
@@ -54,6 +57,8 @@ pub enum Effect {
     /// Nothing runs any more: the guard may go.
     Dismiss,
     Drain,
+    /// To be woken up with this when the measurement is over.
+    Measure(FromAgent),
     Exit(i32),
 }
 
@@ -75,8 +80,18 @@ pub struct Agent {
     unheard: Option<Duration>,
     /// Its disk is broken: ranks cannot be started.
     pub broken: bool,
-    /// It never says that it is clean.
+    /// It never says that it is clean, nor what it has measured.
     pub mute: bool,
+    /// Its place among all nodes, and which of them have a bad network.
+    pub network: (u16, Vec<Network>),
+}
+
+/// How a node's network is. Worse is more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Network {
+    Good,
+    Slow,
+    Dead,
 }
 
 impl Agent {
@@ -91,6 +106,7 @@ impl Agent {
             unheard: None,
             broken: false,
             mute: false,
+            network: (0, Vec::new()),
         };
         let join = FromAgent::Join(Box::new(join_of(host, workers)));
         (agent, vec![Effect::Say(join)])
@@ -152,6 +168,10 @@ impl Agent {
                 }
             }
             Input::Drained => self.conclude(now, effects),
+            Input::Measured(message) if self.leaving.is_none() && !self.mute => {
+                effects.push(Effect::Say(message));
+            }
+            Input::Measured(_) => {}
             Input::Time => {}
         }
     }
@@ -193,6 +213,37 @@ impl Agent {
                 };
                 say(reached, effects);
             }
+            ToAgent::MeasureNode { round, .. } => {
+                let own = OwnNode {
+                    memory_gbyte_s: Some(10.0),
+                    ..OwnNode::default()
+                };
+                effects.push(Effect::Measure(FromAgent::NodeMeasured { round, own }));
+            }
+            // The port says who it is.
+            ToAgent::OpenRing { round } => {
+                let port = Ok(self.network.0);
+                say(FromAgent::RingOpen { round, port }, effects);
+            }
+            ToAgent::Measure { round, task } => {
+                let of = |port: u16| {
+                    let all = &self.network.1;
+                    all.get(usize::from(port)).copied().unwrap_or(Network::Good)
+                };
+                let worst = task.members.iter().map(|at| of(at.port())).max();
+                let measured = |gbit_s| Measured {
+                    seconds: 1.0,
+                    gbit_s,
+                    round_trip: Duration::ZERO,
+                    wrong: None,
+                };
+                let result = match worst.unwrap_or(Network::Good) {
+                    Network::Good => Ok(measured(10.0)),
+                    Network::Slow => Ok(measured(1.0)),
+                    Network::Dead => Err("no route".into()),
+                };
+                effects.push(Effect::Measure(FromAgent::Measured { round, result }));
+            }
             ToAgent::Start(_) if !self.local && self.lease.is_over(now) => {}
             ToAgent::Start(start) if self.broken || number.is_some() => say(
                 FromAgent::CannotStart {
@@ -215,6 +266,7 @@ impl Agent {
                     pids: vec![1; num_ranks],
                     at: now,
                     environment: Vec::new(),
+                    containment: Default::default(),
                 };
                 say(started, effects);
                 self.generation = Some(Generation {

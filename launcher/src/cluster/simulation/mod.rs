@@ -8,10 +8,11 @@
 //!
 //! In every run:
 //! - ranks of two generations never run at the same time, on whatever machine;
-//! - every rank and every agent ends, and the coordinator finishes;
+//! - every rank and every agent ends, and the coordinator finishes, after every rank unless it is hurried;
 //! - a node that is gone is noticed within its lease, whatever the job is doing;
 //! - where one thing went wrong, the report names it, with its exit code;
 //! - nothing is started more often than is allowed, nor after the job was told to end;
+//! - a node that was measured and found bad gets no ranks, and none that is well is taken for bad;
 //! - the exit code is documented.
 
 mod agent;
@@ -28,15 +29,19 @@ use world::World;
 const RUNS: u64 = 3000;
 
 /// What the runs together come to see.
-const SEEN: [&str; 24] = [
+const SEEN: [&str; 28] = [
     "cut in Gather",
     "cut in Form",
+    "cut in Measure",
     "cut in Run",
     "cut in Stop",
     "cut in Pause",
     "cut in Leave",
     "silent in Gather",
     "silent in Form",
+    "silent in Measure",
+    "measured",
+    "left out",
     "silent in Run",
     "silent in Stop",
     "silent in Pause",

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use super::agent::Network;
 use super::random::Random;
 use crate::cluster::coordinator::Settings;
 use crate::cluster::coordinator::tests::settings;
+use crate::doctor::preflight::Scale;
 use crate::end::End;
 use tsm_job::exit;
 
@@ -77,6 +79,8 @@ pub struct Plan {
     pub period: Duration,
     /// Some ranks ignore what they are told.
     pub stubborn: bool,
+    /// The nodes are measured; these are their networks.
+    pub measure: Option<Vec<Network>>,
     pub faults: Vec<(Duration, Fault)>,
 }
 
@@ -102,6 +106,7 @@ impl Plan {
             steps: 10 + random.below(40) as u64,
             period: random.ms(50, 300),
             stubborn: random.chance(40),
+            measure: Plan::measure(seed, max_nodes as usize + spares),
             faults: Vec::new(),
         };
         match random.below(12) {
@@ -129,6 +134,29 @@ impl Plan {
             plan.faults.push((at, Fault::any(&mut random)));
         }
         plan
+    }
+
+    /// A quarter of the jobs measures its nodes, and in half of these some are bad.
+    fn measure(seed: u64, num_nodes: usize) -> Option<Vec<Network>> {
+        let mut random = Random(seed ^ 0x3ea5);
+        if !random.chance(25) {
+            return None;
+        }
+        let bad = if random.chance(50) {
+            0
+        } else {
+            1 + random.below(2)
+        };
+        let mut networks = vec![Network::Good; num_nodes];
+        for _ in 0..bad {
+            networks[random.below(num_nodes)] = random.pick(&[Network::Slow, Network::Dead]);
+        }
+        Some(networks)
+    }
+
+    pub fn has_bad_network(&self) -> bool {
+        let networks = self.measure.iter().flatten();
+        networks.into_iter().any(|n| *n != Network::Good)
     }
 
     /// A scheduler sends SIGTERM to everybody, in any order.
@@ -186,6 +214,10 @@ impl Plan {
         settings.open = self.open;
         settings.last_call = Duration::from_secs(1);
         settings.policy.max_restarts = self.restarts;
+        settings.measure = self.measure.as_ref().map(|_| Scale {
+            wait: Duration::from_secs(3),
+            ..Scale::default()
+        });
         settings.hang.hang_timeout = Some(Duration::from_secs(10));
         settings
     }

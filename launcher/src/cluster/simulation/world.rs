@@ -1,8 +1,11 @@
 //! The machines, their processes and the network between them, on a clock of their own.
 
+mod agents;
 mod check;
+mod coordinator;
 mod faults;
 mod ranks;
+mod wires;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -11,7 +14,7 @@ use super::agent::{Agent, Effect, Input};
 use super::network::Pipe;
 use super::plan::{Expected, Fault, Plan};
 use super::random::Random;
-use crate::cluster::coordinator::{self, Action, Ending, Event, Phase, State};
+use crate::cluster::coordinator::{Action, Ending, Event, Launched, Phase, Report, State};
 use crate::cluster::message::{FromAgent, LEASE, ToAgent};
 use crate::end::End;
 use tsm_job::exit;
@@ -116,7 +119,11 @@ pub struct World {
     expected: Option<Expected>,
     /// Somebody asked for the end of the job, and the coordinator has heard it.
     told_to_end: bool,
+    /// Somebody did not wait for the end of a lost node's ranks.
+    hurried: bool,
     endings: Vec<Ending>,
+    /// Hosts that were measured and found bad.
+    convicted: Vec<String>,
     starts: u32,
     pub code: Option<i32>,
     /// What came to pass, so that a test can tell that it does.
@@ -144,7 +151,9 @@ impl World {
             ranks: Vec::new(),
             expected: None,
             told_to_end: false,
+            hurried: false,
             endings: Vec::new(),
+            convicted: Vec::new(),
             starts: 0,
             code: None,
             seen: BTreeSet::new(),
@@ -276,296 +285,4 @@ impl World {
             }
         }
     }
-
-    // The coordinator.
-
-    fn arm_coordinator(&mut self) {
-        if let Some(at) = self.state.deadline().filter(|_| self.coordinator_up) {
-            self.at(at, What::CoordinatorTimer);
-        }
-    }
-
-    fn coordinator(&mut self, event: Event) {
-        if !self.coordinator_up {
-            return;
-        }
-        if self.now < self.coordinator_stopped_until {
-            self.inbox.push_back(event);
-            return;
-        }
-        match &event {
-            Event::Deadline if self.spins.0 == self.now => {
-                self.spins.1 += 1;
-                if self.spins.1 > SPINS {
-                    self.fault(format!("the coordinator spins in {:?}", self.state.phase));
-                }
-            }
-            Event::Deadline => self.spins = (self.now, 0),
-            Event::Said {
-                message: FromAgent::Beat(_),
-                ..
-            } => {}
-            Event::Said { node, message, .. } => self.tell(format!("{node} says {message:?}")),
-            other => self.tell(format!("coordinator: {other:?}")),
-        }
-        let preempts = self.plan.saves && self.state.phase == Phase::Run;
-        let ends = |s: i32| {
-            matches!(s, libc::SIGINT | libc::SIGTERM | libc::SIGHUP)
-                || (preempts && s == libc::SIGUSR2)
-        };
-        match event {
-            Event::Signal(signal)
-            | Event::Said {
-                message: FromAgent::Signal { signal },
-                ..
-            } if ends(signal) => {
-                // Of a node that it does not know, it hears nothing.
-                let known = match event {
-                    Event::Said { node, .. } => self.state.is_connected(node),
-                    _ => true,
-                };
-                self.told_to_end |= known;
-            }
-            _ => {}
-        }
-        let phase = name(&self.state.phase);
-        let lost = match event {
-            Event::Lost { node, .. } if self.state.is_connected(node) => Some("cut"),
-            _ => None,
-        };
-        let actions = coordinator::decide(&mut self.state, event, self.now);
-        let dropped = actions.iter().any(|a| matches!(a, Action::Drop { .. }));
-        if let Some(how) = lost.or(dropped.then_some("silent")) {
-            self.saw(&format!("{how} in {phase}"));
-        }
-        for action in actions {
-            self.act(action);
-        }
-        if let Some(code) = self.state.finished() {
-            self.saw(&format!("code {code}"));
-            self.tell(format!("the coordinator ends with {code}"));
-            self.code = Some(code);
-            self.stop_coordinator();
-        }
-        self.arm_coordinator();
-    }
-
-    fn stop_coordinator(&mut self) {
-        self.coordinator_up = false;
-        for n in 0..self.nodes.len() {
-            if self.nodes[n].local {
-                if self.code.is_some() && self.nodes[n].ranks.iter().any(|&r| self.ranks[r].alive) {
-                    self.fault("the launcher ends before ranks of its own".into());
-                }
-                self.nodes[n].agent = None;
-                self.kill_all(n);
-            } else {
-                self.send_down(n, Packet::Closed);
-            }
-        }
-    }
-
-    fn act(&mut self, action: Action) {
-        match action {
-            Action::Send { node, message } => {
-                if !matches!(message, ToAgent::Ack { .. }) {
-                    self.tell(format!("to {node}: {}", short(&format!("{message:?}"))));
-                }
-                if let Some(n) = self.index(node) {
-                    self.send_down(n, Packet::Message(Box::new(message)));
-                }
-            }
-            Action::Drop { node } => {
-                if let Some(n) = self.index(node) {
-                    self.send_down(n, Packet::Closed);
-                    self.nodes[n].down.closed = true;
-                }
-            }
-            Action::Started(launched) => {
-                self.starts += 1;
-                self.tell(format!("generation {} starts", launched.generation));
-                if self.told_to_end {
-                    self.fault("started again after it was told to end".into());
-                }
-            }
-            Action::Ended(ending) => {
-                self.tell(format!(
-                    "generation {} ended: {} {} {:?}",
-                    ending.generation,
-                    ending.outcome,
-                    ending.code,
-                    ending.failure.as_ref().map(|f| f.headline())
-                ));
-                self.saw(ending.outcome);
-                if ending.again {
-                    self.saw("again");
-                }
-                self.endings.push(*ending);
-            }
-            Action::Notice(text) => self.tell(format!("notice: {text}")),
-            Action::Record { .. } | Action::Show(_) | Action::Environment(_) => {}
-        }
-    }
-
-    fn index(&self, node: u64) -> Option<usize> {
-        let n = node.checked_sub(1)? as usize;
-        (n < self.nodes.len()).then_some(n)
-    }
-
-    // The network.
-
-    fn send_down(&mut self, n: usize, packet: Packet<ToAgent>) {
-        let at = self.nodes[n].down.send(packet, self.now, &mut self.random);
-        if let Some(at) = at {
-            self.at(at, What::Down(n));
-        }
-    }
-
-    fn send_up(&mut self, n: usize, packet: Packet<FromAgent>) {
-        let at = self.nodes[n].up.send(packet, self.now, &mut self.random);
-        if let Some(at) = at {
-            self.at(at, What::Up(n));
-        }
-    }
-
-    fn arrives_up(&mut self, n: usize) {
-        let (node, local) = (n as u64 + 1, self.nodes[n].local);
-        match self.nodes[n].up.arrive(self.now) {
-            Ok(Packet::Message(message)) => self.coordinator(Event::Said {
-                node,
-                local,
-                message: *message,
-            }),
-            Ok(Packet::Closed) => {
-                let how = "its agent broke off the connection".into();
-                self.coordinator(Event::Lost { node, how });
-            }
-            Err(Some(again)) => self.at(again, What::Up(n)),
-            Err(None) => {}
-        }
-    }
-
-    fn arrives_down(&mut self, n: usize) {
-        match self.nodes[n].down.arrive(self.now) {
-            Ok(Packet::Message(message)) => self.wake(n, Input::Message(*message)),
-            Ok(Packet::Closed) => self.wake(n, Input::Closed),
-            Err(Some(again)) => self.at(again, What::Down(n)),
-            Err(None) => {}
-        }
-    }
-
-    // The agents.
-
-    fn start_agent(&mut self, n: usize) {
-        let (host, local) = (self.nodes[n].host.clone(), self.nodes[n].local);
-        let (mut agent, effects) = Agent::new(&host, local, self.plan.workers, ZERO);
-        (agent.broken, agent.mute) = (self.nodes[n].broken, self.nodes[n].mute);
-        self.nodes[n].agent = Some(agent);
-        self.effect(n, effects);
-        self.wake(n, Input::Time);
-    }
-
-    fn wake(&mut self, n: usize, input: Input) {
-        let node = &mut self.nodes[n];
-        if node.agent.is_none() {
-            return;
-        }
-        let process_stops = node.local && self.now < self.coordinator_stopped_until;
-        if self.now < node.stopped_until || process_stops {
-            if !matches!(input, Input::Time) {
-                node.inbox.push_back(input);
-            }
-            return;
-        }
-        let now = self.now - node.born;
-        let Some(agent) = &mut node.agent else {
-            return;
-        };
-        let effects = agent.wake(input, now);
-        self.effect(n, effects);
-        let node = &self.nodes[n];
-        if let Some(at) = node.agent.as_ref().and_then(Agent::deadline) {
-            let at = node.born + at;
-            self.at(at, What::AgentTimer(n));
-        }
-    }
-
-    fn agent_continues(&mut self, n: usize) {
-        if self.now < self.nodes[n].stopped_until {
-            return;
-        }
-        let inbox = std::mem::take(&mut self.nodes[n].inbox);
-        // As its loop does: first its ranks, then what it is told, then the time.
-        let is_message = |i: &Input| matches!(i, Input::Message(_) | Input::Closed);
-        let (messages, own): (Vec<Input>, Vec<Input>) = inbox.into_iter().partition(is_message);
-        for input in own.into_iter().chain(messages).chain([Input::Time]) {
-            self.wake(n, input);
-        }
-    }
-
-    fn effect(&mut self, n: usize, effects: Vec<Effect>) {
-        for effect in effects {
-            match effect {
-                Effect::Say(message) => self.send_up(n, Packet::Message(Box::new(message))),
-                Effect::Spawn(start) => self.spawn(n, &start),
-                Effect::Signal { local, signal } => self.signal_rank(n, local, signal),
-                Effect::Kill { local } => {
-                    if self.plan.is_polite() {
-                        self.fault(format!("node {n} kills a rank within its grace"));
-                    }
-                    if let Some(r) = self.rank_of(n, local) {
-                        let at = self.now + self.random.ms(0, 1);
-                        self.at(at, What::Rank(r, Do::End(End::Signal(libc::SIGKILL))));
-                    }
-                }
-                Effect::Guard(time) => {
-                    let at = self.now + time;
-                    self.nodes[n].guard = Some(at);
-                    // It is a process as others are.
-                    let at = at + self.random.ms(0, 100);
-                    self.at(at, What::GuardTimer(n));
-                }
-                Effect::Dismiss => self.nodes[n].guard = None,
-                Effect::Drain => {
-                    let at = self.now + self.random.ms(0, 20);
-                    self.at(at, What::Input(n, Input::Drained));
-                }
-                Effect::Exit(code) => {
-                    self.tell(format!("the agent of node {n} leaves with {code}"));
-                    self.end_agent(n);
-                }
-            }
-        }
-    }
-
-    fn end_agent(&mut self, n: usize) {
-        self.nodes[n].agent = None;
-        self.send_up(n, Packet::Closed);
-        self.nodes[n].up.closed = true;
-        // They die with the process that started them.
-        self.kill_all(n);
-    }
-
-    fn kill_all(&mut self, n: usize) {
-        self.nodes[n].guard = None;
-        for r in self.nodes[n].ranks.clone() {
-            self.rank_does(r, Do::End(End::Signal(libc::SIGKILL)));
-        }
-    }
-}
-
-fn name(phase: &Phase) -> &'static str {
-    match phase {
-        Phase::Gather { .. } => "Gather",
-        Phase::Form { .. } => "Form",
-        Phase::Run => "Run",
-        Phase::Stop { .. } => "Stop",
-        Phase::Pause { .. } => "Pause",
-        Phase::Leave { .. } => "Leave",
-        Phase::Finished { .. } => "Finished",
-    }
-}
-
-fn short(text: &str) -> String {
-    text.chars().take(160).collect()
 }

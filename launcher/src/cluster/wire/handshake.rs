@@ -29,8 +29,9 @@ const _: () = assert!(HELLO_LEN + PROOF_LEN <= 256);
 pub(in crate::cluster) type Binding = [u8; 32];
 pub(in crate::cluster) const NOT_BOUND: Binding = [0; 32];
 
+/// Which side of a connection this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::cluster) enum Role {
+pub enum Role {
     Coordinator,
     Agent,
 }

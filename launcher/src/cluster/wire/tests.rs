@@ -14,8 +14,8 @@ const LONG: Duration = Duration::from_secs(60);
 async fn pair(key: &Key) -> (Connection, Connection) {
     let (ours, theirs) = duplex(1 << 16);
     let (ours, theirs) = tokio::join!(
-        accept(ours, "the agent", key, LONG),
-        connect(theirs, "the coordinator", key, LONG)
+        authenticate(Role::Coordinator, ours, "the agent", key, LONG),
+        authenticate(Role::Agent, theirs, "the coordinator", key, LONG)
     );
     (ours.unwrap(), theirs.unwrap())
 }
@@ -24,7 +24,14 @@ async fn pair(key: &Key) -> (Connection, Connection) {
 async fn refused(bytes: &[u8]) -> Refusal {
     let (ours, mut theirs) = duplex(1 << 16);
     theirs.write_all(bytes).await.unwrap();
-    let result = accept(ours, "10.0.0.3:4711", &Key::random(), PROOF_DEADLINE).await;
+    let result = authenticate(
+        Role::Coordinator,
+        ours,
+        "10.0.0.3:4711",
+        &Key::random(),
+        PROOF_DEADLINE,
+    )
+    .await;
     result.err().expect("a refusal")
 }
 
@@ -70,8 +77,8 @@ async fn both_sides_hear_of_a_wrong_key() {
     let (ours, theirs) = duplex(1 << 16);
     let (mine, other) = (Key::random(), Key::random());
     let (coordinator, agent) = tokio::join!(
-        accept(ours, "10.0.0.3:4711", &mine, LONG),
-        connect(theirs, "node-0:29400", &other, LONG)
+        authenticate(Role::Coordinator, ours, "10.0.0.3:4711", &mine, LONG),
+        authenticate(Role::Agent, theirs, "node-0:29400", &other, LONG)
     );
     let (coordinator, agent) = (coordinator.err().unwrap(), agent.err().unwrap());
     assert!(matches!(coordinator.why, Why::WrongKey));
@@ -93,7 +100,9 @@ async fn both_sides_hear_of_another_version() {
 
     let (ours, mut theirs) = duplex(1 << 16);
     theirs.write_all(&hello_of_version(0)).await.unwrap();
-    let refusal = accept(ours, "it", &Key::random(), LONG).await.err();
+    let refusal = authenticate(Role::Coordinator, ours, "it", &Key::random(), LONG)
+        .await
+        .err();
     assert!(matches!(refusal.unwrap().why, Why::Version { theirs: 0 }));
     let mut heard = Vec::new();
     theirs.read_to_end(&mut heard).await.unwrap();
@@ -187,8 +196,14 @@ async fn a_connection_may_be_cut_at_every_byte() {
     for left in 0..=total {
         let (ours, theirs) = duplex(1 << 16);
         let (coordinator, agent) = tokio::join!(
-            accept(CutOff { inner: ours, left }, "it", &key, LONG),
-            connect(theirs, "it", &key, LONG)
+            authenticate(
+                Role::Coordinator,
+                CutOff { inner: ours, left },
+                "it",
+                &key,
+                LONG
+            ),
+            authenticate(Role::Agent, theirs, "it", &key, LONG)
         );
         let Some(mut left) = left.checked_sub(HELLO_LEN + PROOF_LEN) else {
             let refusal = coordinator.err().unwrap();
@@ -234,7 +249,14 @@ async fn who_is_slow_is_sent_away_in_time() {
         }
     });
     let start = tokio::time::Instant::now();
-    let refusal = accept(ours, "it", &Key::random(), PROOF_DEADLINE).await;
+    let refusal = authenticate(
+        Role::Coordinator,
+        ours,
+        "it",
+        &Key::random(),
+        PROOF_DEADLINE,
+    )
+    .await;
     assert!(matches!(refusal.err().unwrap().why, Why::TooSlow(_)));
     assert_eq!(start.elapsed(), PROOF_DEADLINE);
     drip.await.unwrap();
@@ -283,7 +305,10 @@ async fn a_proof_is_of_use_in_its_own_channel_only() {
 async fn two_agents_do_not_join_each_other() {
     let key = Key::random();
     let (a, b) = duplex(1 << 16);
-    let (a, b) = tokio::join!(connect(a, "b", &key, LONG), connect(b, "a", &key, LONG));
+    let (a, b) = tokio::join!(
+        authenticate(Role::Agent, a, "b", &key, LONG),
+        authenticate(Role::Agent, b, "a", &key, LONG)
+    );
     assert!(matches!(a.err().unwrap().why, Why::WrongKey));
     assert!(matches!(b.err().unwrap().why, Why::WrongKey));
 }
@@ -375,7 +400,10 @@ async fn a_recorded_connection_cannot_be_played_again() {
 
     let (again, mut theirs) = duplex(1 << 16);
     theirs.write_all(&heard).await.unwrap();
-    let refusal = accept(again, "it", &key, LONG).await.err().unwrap();
+    let refusal = authenticate(Role::Coordinator, again, "it", &key, LONG)
+        .await
+        .err()
+        .unwrap();
     assert!(matches!(refusal.why, Why::WrongKey));
 }
 
@@ -446,8 +474,8 @@ async fn a_receive_that_is_given_up_loses_nothing() {
     let (ours, theirs) = duplex(1 << 16);
     let (slow, mut tap) = duplex(1 << 16);
     let (coordinator, agent) = tokio::join!(
-        accept(ours, "it", &key, LONG),
-        connect(theirs, "it", &key, LONG)
+        authenticate(Role::Coordinator, ours, "it", &key, LONG),
+        authenticate(Role::Agent, theirs, "it", &key, LONG)
     );
     let (mut receiver, mut sender) = (coordinator.unwrap().receiver, agent.unwrap().sender);
     // The frames arrive byte by byte through another stream.
@@ -482,8 +510,8 @@ async fn a_send_that_is_given_up_loses_nothing() {
     let key = Key::random();
     let (ours, theirs) = duplex(HELLO_LEN + PROOF_LEN);
     let (coordinator, agent) = tokio::join!(
-        accept(ours, "it", &key, LONG),
-        connect(theirs, "it", &key, LONG)
+        authenticate(Role::Coordinator, ours, "it", &key, LONG),
+        authenticate(Role::Agent, theirs, "it", &key, LONG)
     );
     let (mut receiver, mut sender) = (coordinator.unwrap().receiver, agent.unwrap().sender);
     let text = "y".repeat(1000);
@@ -523,7 +551,7 @@ fn loopback() -> SocketAddr {
 #[tokio::test]
 async fn a_thousand_agents_dial_at_once() {
     const NUM_AGENTS: usize = 1024;
-    crate::process::allow_open_files(2 * NUM_AGENTS as u64 + 500);
+    crate::process::allow_open_files(2 * NUM_AGENTS as u64 + 500).unwrap();
     let key = Key::random();
     let listener = listen(loopback()).unwrap();
     let address = listener.local_addr().unwrap();
@@ -569,7 +597,8 @@ async fn only_so_many_may_be_unproven() {
     // Only once this one is in hand is the next one made.
     silent.readable().await.unwrap();
     let agent = TcpStream::connect(address).await.unwrap();
-    let agent = tokio::spawn(async move { connect(agent, "it", &key, LONG).await });
+    let agent =
+        tokio::spawn(async move { authenticate(Role::Agent, agent, "it", &key, LONG).await });
     for _ in 0..1000 {
         tokio::task::yield_now().await;
     }

@@ -4,21 +4,19 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Instant;
 
-/// Beyond the last-level cache with all threads together.
-const BYTES: usize = 64 << 20;
 const PASSES: u64 = 4;
 /// More do not make it faster.
 const MAX_THREADS: usize = 64;
 
-/// Copies memory on `num_threads` threads at once; GB/s, counting what is read and what is written.
+/// Copies `bytes` of memory on each of `num_threads` threads at once; GB/s, counting what is read and what is written.
 ///
 /// # Errors
 /// When a copy differs.
-pub fn memory(num_threads: usize) -> Result<f64, String> {
+pub fn memory(num_threads: usize, bytes: usize) -> Result<f64, String> {
     let num_threads = num_threads.clamp(1, MAX_THREADS);
     let barrier = Barrier::new(num_threads + 1);
     let copy = |seed: u64| {
-        let from: Vec<u64> = (0..BYTES as u64 / 8)
+        let from: Vec<u64> = (0..bytes as u64 / 8)
             .map(|i| (i ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15))
             .collect();
         let mut to = vec![0; from.len()];
@@ -45,7 +43,7 @@ pub fn memory(num_threads: usize) -> Result<f64, String> {
         (seconds, results.collect::<Result<Vec<()>, String>>())
     });
     wrong?;
-    Ok((2 * PASSES * BYTES as u64 * num_threads as u64) as f64 / seconds / 1e9)
+    Ok((2 * PASSES * bytes as u64 * num_threads as u64) as f64 / seconds / 1e9)
 }
 
 fn compare(from: &[u64], to: &[u64]) -> Result<(), String> {
@@ -72,6 +70,6 @@ mod tests {
             error,
             "1 of 3 words differ after they were copied in memory"
         );
-        assert!(memory(2).unwrap() > 0.0);
+        assert!(memory(2, 1 << 20).unwrap() > 0.0);
     }
 }

@@ -3,11 +3,12 @@
 //! Member i sends to member i + 1 and hears from member i - 1. The numbers are integers that wrap around: their
 //! sum is the same in any order, and no wrong bit gets lost in rounding. Every member compares it with what it must be.
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::ops::Range;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -15,18 +16,20 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::{BUDGET, BYTES, WAIT};
+use super::{GPU_WAIT, Scale};
 use crate::addresses::listen_on_all;
 
 /// Laps of a byte whose quickest is the round trip.
 const LAPS: u32 = 16;
-const LEFT: &str = "a neighbour left";
-const LATE: &str = "not done within";
+pub(super) const LEFT: &str = "a neighbour left";
+pub(super) const LATE: &str = "not done within";
+/// The neighbours are found within this time, or half of what there is.
+const MEET: Duration = Duration::from_secs(10);
 /// A stranger who connects and says nothing is sent away.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What a member does.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Task {
     /// Where each member's [`Ring`] listens.
     pub members: Vec<SocketAddr>,
@@ -38,17 +41,23 @@ pub struct Task {
     pub budget: Duration,
     /// All must be done by then.
     pub wait: Duration,
+    /// What measures it in the place of a ring, see [`super::GpuTask`].
+    #[serde(default)]
+    pub trainer: Option<PathBuf>,
 }
 
 impl Task {
-    /// With the usual size and times.
-    pub fn new(members: Vec<SocketAddr>, me: usize) -> Task {
+    pub fn new(members: Vec<SocketAddr>, me: usize, scale: &Scale) -> Task {
         Task {
             members,
             me,
-            bytes: BYTES,
-            budget: BUDGET,
-            wait: WAIT,
+            bytes: scale.bytes,
+            budget: scale.budget,
+            wait: match scale.trainer {
+                Some(_) => GPU_WAIT,
+                None => scale.wait,
+            },
+            trainer: scale.trainer.clone(),
         }
     }
 }
@@ -60,6 +69,7 @@ pub struct Measured {
     pub seconds: f64,
     /// What this member sent (and received) in it; of one TCP connection.
     pub gbit_s: f64,
+    /// Zero where it was not measured.
     pub round_trip: Duration,
     /// How the sum differs from what it must be.
     pub wrong: Option<String>,
@@ -67,8 +77,12 @@ pub struct Measured {
 
 impl fmt::Display for Measured {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2} Gbit/s", self.gbit_s)?;
+        if self.round_trip.is_zero() {
+            return Ok(());
+        }
         let micros = self.round_trip.as_secs_f64() * 1e6;
-        write!(f, "{:.2} Gbit/s, round trip {micros:.0} µs", self.gbit_s)
+        write!(f, ", round trip {micros:.0} µs")
     }
 }
 
@@ -89,27 +103,31 @@ impl Ring {
         Ok(Ring { listener, port })
     }
 
-    /// Joins the ring on a thread of its own, which ends by itself after `task.wait`. `prove` answers a nonce;
-    /// only neighbours that answer alike are let in.
+    /// Joins the ring on a thread of its own, which ends by itself after `task.wait`, or when the receiver is
+    /// dropped. `prove` answers a nonce; only neighbours that answer alike are let in.
     pub fn start(
         self,
         task: Task,
         prove: impl Fn([u8; 16]) -> [u8; 32] + Send + 'static,
     ) -> oneshot::Receiver<Result<Measured, String>> {
-        let (done, result) = oneshot::channel();
+        let (mut done, result) = oneshot::channel();
         thread::spawn(move || {
             let run = || {
                 let runtime = tokio::runtime::Builder::new_current_thread()
                     .enable_all()
                     .build()?;
                 runtime.block_on(async {
-                    match timeout(task.wait, run(self.listener, &task, &prove)).await {
-                        Ok(result) => result,
-                        Err(_) => bail!("{LATE} {:?}", task.wait),
+                    tokio::select! {
+                        result = timeout(task.wait, run(self.listener, &task, &prove)) => match result {
+                            Ok(result) => result,
+                            Err(_) => bail!("{LATE} {:?}", task.wait),
+                        },
+                        () = done.closed() => bail!("nobody waits for it"),
                     }
                 })
             };
-            done.send(run().map_err(|e: anyhow::Error| format!("{e:#}")))
+            let result = run().map_err(|e: anyhow::Error| format!("{e:#}"));
+            done.send(result)
         });
         result
     }
@@ -133,13 +151,19 @@ async fn run(
     );
     let next = task.members[(task.me + 1) % num];
     let listener = TcpListener::from_std(listener)?;
+    let meet = MEET.min(task.wait / 2);
     let (to, from) = tokio::try_join!(
         async {
-            dial(next, prove)
-                .await
-                .with_context(|| format!("cannot connect to {next}"))
+            let dialled = timeout(meet, dial(next, prove)).await;
+            let late = || Err(anyhow!("no answer within {meet:?}"));
+            let dialled = dialled.unwrap_or_else(|_| late());
+            dialled.with_context(|| format!("cannot connect to {next}"))
         },
-        accept(&listener, prove),
+        async {
+            // A little longer: who cannot connect knows more.
+            let accepted = timeout(meet * 5 / 4, accept(&listener, prove)).await;
+            accepted.unwrap_or_else(|_| bail!("{LEFT}: it did not connect"))
+        },
     )?;
     let mut ring = Links {
         num,
@@ -376,11 +400,8 @@ mod tests {
                 ports.rotate_right(me);
                 let at = |(ip, port): (IpAddr, u16)| SocketAddr::new(ip, port);
                 let members = members.into_iter().zip(ports).map(at).collect();
-                let task = Task {
-                    bytes: 1 << 20,
-                    budget: Duration::from_millis(10),
-                    ..Task::new(members, me)
-                };
+                let scale = "1048576,10ms,30s".parse().unwrap();
+                let task = Task::new(members, me, &scale);
                 ring.start(task, |nonce| [nonce[3]; 32])
                     .blocking_recv()
                     .unwrap()

@@ -45,8 +45,16 @@ impl Outcome {
 
     fn is_bad(&self, usual: f64) -> bool {
         match &self.result {
-            Ok(measured) => measured.wrong.is_some() || measured.gbit_s * SLOW < usual,
+            Ok(measured) => self.failure().is_some() || measured.gbit_s * SLOW < usual,
             Err(_) => true,
+        }
+    }
+
+    /// Why the group failed, or what it computed wrong.
+    pub fn failure(&self) -> Option<&str> {
+        match &self.result {
+            Ok(measured) => measured.wrong.as_deref(),
+            Err(e) => Some(e),
         }
     }
 }
@@ -102,6 +110,20 @@ pub fn next_round(num_nodes: usize, done: &[Vec<Outcome>]) -> Vec<Vec<usize>> {
         let mut helpers = (0..num_nodes).filter(|&n| cleared[n]);
         for suspect in open {
             groups.extend(helpers.next().map(|helper| vec![suspect, helper]));
+        }
+        // A path that was bad once may have been busy.
+        let helpers: Vec<usize> = helpers.collect();
+        for outcome in done.iter().flatten().filter(|o| o.is_bad(usual)) {
+            let free = |m: &usize| helpers.contains(m) && !groups.iter().flatten().any(|g| g == m);
+            let once = done
+                .iter()
+                .flatten()
+                .filter(|o| o.members == outcome.members)
+                .count()
+                == 1;
+            if once && outcome.members.iter().all(free) {
+                groups.push(outcome.members.clone());
+            }
         }
         return groups;
     }
@@ -193,63 +215,90 @@ fn upper_quartile(mut values: Vec<f64>) -> f64 {
     values.get(values.len() * 3 / 4).copied().unwrap_or(0.0)
 }
 
-/// The verdicts in words, and pairs that were bad though both their nodes are well.
+/// A verdict in words, unless the node is well, or nobody knows.
+pub fn conviction(host: &str, verdict: &Verdict) -> Option<Finding> {
+    match verdict {
+        Verdict::Good | Verdict::Unclear(_) => None,
+        Verdict::Slow { gbit_s, usual } => Some(Finding::error(
+            "network",
+            format!("{host} is slow with every partner: {gbit_s:.2} Gbit/s, others {usual:.2}"),
+            "all ranks wait for it: leave it out, or look at its link (ethtool, ibstat), its cables and its load",
+        )),
+        Verdict::Faulty(e) => Some(Finding::error(
+            "network",
+            format!("{host} fails with every partner: {e}"),
+            "leave it out, or look at its network, firewall and kernel log",
+        )),
+    }
+}
+
+/// Groups that did badly, the last time that they were measured, for no fault of a single node; where all did well,
+/// how well. A group that fails is an error, one that is slow a warning.
 pub fn findings(hosts: &[String], done: &[Vec<Outcome>]) -> Vec<Finding> {
     let usual = usual(hosts.len(), done);
     let mut found = Vec::new();
     let verdicts = judge(hosts.len(), done);
-    for (host, verdict) in hosts.iter().zip(&verdicts) {
-        found.extend(match verdict {
-            Verdict::Good => None,
-            Verdict::Slow { gbit_s, usual } => Some(Finding::warning(
-                "network",
-                format!("{host} is slow with every partner: {gbit_s:.2} Gbit/s, others {usual:.2}"),
-                "all ranks wait for it: leave it out, or look at its link (ethtool, ibstat), its cables and its load",
-            )),
-            Verdict::Faulty(e) => Some(Finding::error(
-                "network",
-                format!("{host} fails with every partner: {e}"),
-                "leave it out, or look at its network, firewall and kernel log",
-            )),
-            Verdict::Unclear(_) => None,
-        });
-    }
-    for outcome in done.iter().flatten().filter(|o| o.is_bad(usual)) {
+    let all: Vec<&Outcome> = done.iter().flatten().collect();
+    for (i, outcome) in all.iter().enumerate() {
+        let again = all[i + 1..].iter().any(|o| o.members == outcome.members);
+        if again || !outcome.is_bad(usual) {
+            continue;
+        }
         let is =
             |wanted: fn(&Verdict) -> bool| outcome.members.iter().all(|&m| wanted(&verdicts[m]));
         let names: Vec<&str> = outcome.members.iter().map(|&m| hosts[m].as_str()).collect();
         let names = names.join(" and ");
-        let what = match &outcome.result {
-            Ok(Measured { wrong: Some(e), .. }) | Err(e) => e.clone(),
-            Ok(measured) => format!("{:.2} Gbit/s, others {usual:.2}", measured.gbit_s),
+        let what = match (&outcome.result, outcome.failure()) {
+            (Ok(measured), None) => format!("{:.2} Gbit/s, others {usual:.2}", measured.gbit_s),
+            (_, failure) => failure.unwrap_or_default().to_string(),
+        };
+        let finding = |text: String, hint: &str| match outcome.failure() {
+            Some(_) => Finding::error("network", text, hint),
+            None => Finding::warning("network", text, hint),
         };
         if is(|v| *v == Verdict::Good) {
-            let text =
-                format!("{names} did badly together, and each well with another node: {what}");
-            found.push(Finding::warning(
-                "network",
-                text,
-                "look at the path between them (switch, routes), or measure again",
+            found.push(finding(
+                format!("{names} did badly together, and each well with another node: {what}"),
+                "look at the path between them (switch, routes, firewall), or measure again",
             ));
         } else if is(|v| matches!(v, Verdict::Unclear(_))) {
-            let hint = "no other node is well, so which of them it is cannot be told: look at both";
-            found.push(Finding::error(
-                "network",
+            found.push(finding(
                 format!("{names} did badly together: {what}"),
-                hint,
+                "no other node is well, so which of them it is cannot be told: look at both",
             ));
         }
     }
-    if found.is_empty() && done.iter().any(|round| !round.is_empty()) {
-        let groups = done.iter().map(Vec::len).sum::<usize>() as u64;
+    let convicted = hosts
+        .iter()
+        .zip(&verdicts)
+        .any(|(host, v)| conviction(host, v).is_some());
+    let figures = || {
+        let measured = all.iter().filter_map(|o| o.result.as_ref().ok());
+        measured.map(|m| m.gbit_s)
+    };
+    if found.is_empty() && !convicted && !all.is_empty() {
         let text = format!(
-            "{} nodes in {}: {usual:.2} Gbit/s, every sum is right",
+            "{} nodes in {}: {} Gbit/s, every sum is right",
             hosts.len(),
-            super::count(groups, "group")
+            super::count(all.len() as u64, "group"),
+            range(figures())
         );
         found.push(Finding::ok("network", text));
     }
     found
+}
+
+/// `9.50 to 9.80`, or `9.80` where there is nothing between; `none` of none.
+pub fn range(figures: impl Iterator<Item = f64>) -> String {
+    let text = |figure: f64| format!("{figure:.2}");
+    let (low, high) = figures.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), figure| {
+        (low.min(figure), high.max(figure))
+    });
+    match (text(low), text(high)) {
+        _ if low > high => "none".into(),
+        (low, high) if low == high => low,
+        (low, high) => format!("{low} to {high}"),
+    }
 }
 
 /// Warns of nodes whose memory is slower than the others' (GB/s each).
@@ -273,6 +322,7 @@ pub fn judge_memory(nodes: &[(String, f64)]) -> Vec<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::message::Severity;
     use proptest::prelude::*;
     use std::collections::HashSet;
     use std::time::Duration;
@@ -401,6 +451,31 @@ mod tests {
         assert!(found[0].text.starts_with(
             "a and b did badly together, and each well with another node: 1.00 Gbit/s"
         ));
+        assert_eq!(found[0].severity, Severity::Warning);
+        let together = done.iter().flatten().filter(|o| o.members == [0, 1]);
+        assert_eq!(together.count(), 2, "it got a second try: {done:?}");
+        let cut = |members: &[usize]| match members.contains(&0) && members.contains(&1) {
+            true => Err("no route".into()),
+            false => Ok(measured(10.0)),
+        };
+        let found = findings(&hosts, &play(4, cut));
+        assert_eq!(found[0].severity, Severity::Error, "{found:?}");
+    }
+
+    #[test]
+    fn a_path_that_was_busy_once_is_no_bad_path() {
+        let tries = std::cell::Cell::new(0);
+        let path = |members: &[usize]| {
+            let first = members == [0, 1] && tries.replace(tries.get() + 1) == 0;
+            Ok(measured(if first { 1.0 } else { 10.0 }))
+        };
+        let done = play(4, path);
+        let found = findings(&["a", "b", "c", "d"].map(String::from), &done);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert_eq!(
+            found[0].text,
+            "4 nodes in 5 groups: 1.00 to 10.00 Gbit/s, every sum is right"
+        );
     }
 
     #[test]

@@ -1,5 +1,5 @@
 use super::*;
-use std::io::BufRead;
+use std::io::{BufRead, Write};
 use std::net::TcpListener;
 use std::thread::JoinHandle;
 

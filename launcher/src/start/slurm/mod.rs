@@ -23,16 +23,20 @@
 //! | the same, `--no-kill` for job and step | nothing | nothing on other nodes | goes on |
 
 mod allocation;
+mod commands;
 mod job;
 pub mod nodelist;
+mod requeue;
+mod script;
 mod srun;
 mod submit;
 mod turn;
 
 pub use allocation::{Allocation, Place, Request};
-pub use job::{
-    Allowed, Ended, Entry, Job, JobId, Slurm, StopCause, on_entry, run_folder_name, should_requeue,
-};
+pub use commands::Slurm;
+pub use job::{Job, JobId, StopCause};
+pub use requeue::Entry;
+pub use script::{Options, render};
 pub use srun::{Srun, srun};
-pub use submit::{Options, Submit, Submitted, render};
+pub use submit::Submit;
 pub use turn::Turn;

@@ -6,9 +6,9 @@ use tsm_job::RunDir;
 use tsm_job::exit;
 
 use super::allocation::{Allocation, Place};
-use super::job::{
-    Allowed, Ended, Entry, Job, Slurm, StopCause, on_entry, run_folder_name, should_requeue,
-};
+use super::commands::Slurm;
+use super::job::{Job, StopCause, run_folder_name};
+use super::requeue::{Ended, Entry, on_entry, should_requeue};
 use crate::manifest::files::checkpoints;
 
 /// A job without `--signal` saves itself so long before its end; never more than a tenth of its time.
@@ -92,14 +92,10 @@ impl Turn {
         let ended = Ended {
             exit_code: code,
             outcome,
-            restart_count: self.allocation.restart_count,
             fruitless: fruitless(folder),
         };
-        let allowed = Allowed {
-            requeue: self.job.as_ref().is_none_or(|job| job.requeue),
-            limit: None,
-        };
-        Some(match should_requeue(ended, allowed) {
+        let permitted = self.job.as_ref().is_none_or(|job| job.requeue);
+        Some(match should_requeue(ended, permitted) {
             Err(why) => format!("job {job} is not queued again: {why}"),
             Ok(()) => match self.slurm.requeue(job) {
                 Ok(()) => format!("job {job} is queued again, and goes on from here"),

@@ -1,8 +1,42 @@
 //! What must hold in the end.
 
 use super::*;
+use crate::cluster::simulation::agent::Network;
 
 impl World {
+    /// Nobody is convicted for nothing: by a bad network, or since it did not answer.
+    pub(super) fn judged(&mut self, report: &Report) {
+        self.saw("measured");
+        for out in &report.left_out {
+            self.saw("left out");
+            self.convicted.push(out.host.clone());
+            let mut of_host = (0..self.nodes.len()).filter(|&n| self.nodes[n].host == out.host);
+            let is_bad = of_host.any(|n| self.network(n) != Network::Good || self.nodes[n].mute);
+            if !is_bad && self.plan.faults.is_empty() {
+                self.fault(format!("{} is convicted: {}", out.host, out.why));
+            }
+        }
+    }
+
+    fn network(&self, n: usize) -> Network {
+        let networks = self.plan.measure.as_deref().unwrap_or_default();
+        networks.get(n).copied().unwrap_or(Network::Good)
+    }
+
+    pub(super) fn check_start(&mut self, launched: &Launched) {
+        let bad = |host: &str| self.convicted.iter().any(|c| c == host);
+        let hosts = launched.members.iter().map(|(_, node)| &node.join.host);
+        if let Some(host) = hosts.into_iter().find(|host| bad(host)) {
+            self.fault(format!("{host} has ranks though it was found bad"));
+        }
+        // A pair of nodes, of which one is bad, fails, and a node that fails gets no ranks.
+        let members = launched.members.iter();
+        let dead = |id: u64| self.network(id as usize - 1) == Network::Dead;
+        if members.len() > 1 && members.into_iter().any(|(m, _)| dead(m.id)) {
+            self.fault("ranks are started on a node whose network is dead".into());
+        }
+    }
+
     pub(super) fn check_end(&mut self) {
         let agents = (0..self.nodes.len()).find(|&n| self.nodes[n].agent.is_some());
         if let Some(n) = agents {
@@ -44,7 +78,8 @@ impl World {
                 "exit code {code} is none of a rank, and not documented"
             ));
         }
-        if self.plan.faults.is_empty() && code != exit::OK {
+        let is_well = self.plan.faults.is_empty() && !self.plan.has_bad_network();
+        if is_well && code != exit::OK {
             self.fault(format!("nothing went wrong, and the exit code is {code}"));
         }
         let succeeded = self
@@ -78,7 +113,8 @@ impl World {
 
     /// Where only one thing went wrong, that is the first failure.
     pub(super) fn check_blame(&mut self, code: i32) {
-        let Some(expected) = self.expected.clone().filter(|_| self.plan.is_single()) else {
+        let alone = self.plan.is_single() && !self.plan.has_bad_network();
+        let Some(expected) = self.expected.clone().filter(|_| alone) else {
             return;
         };
         let failure = self.endings.iter().find_map(|e| e.failure.as_ref());
