@@ -14,6 +14,8 @@ use crate::cores;
 
 /// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
+/// CORES SHIELD GROUP of a program that has none.
+pub const PLAIN: [&str; 3] = [""; 3];
 /// First argument of the guard: `__guard`, then [`Containment::words`].
 pub const GUARD: &str = "__guard";
 /// First argument of a process that tries whether it can be moved to a control group: `__enter GROUP`.

@@ -197,7 +197,7 @@ impl Keeper {
         command
             .arg(shim::WORKER)
             .arg(std::process::id().to_string())
-            .args(["", ""])
+            .args(shim::PLAIN)
             .args(argv);
         for name in self.starter.env_remove {
             command.env_remove(name);

@@ -95,7 +95,7 @@ impl GpuTask {
         command
             .arg(shim::WORKER)
             .arg(std::process::id().to_string());
-        command.args(["", ""]).arg(&self.launcher);
+        command.args(shim::PLAIN).arg(&self.launcher);
         let (flag, visible) = match &self.devices {
             Devices::Gpus(gpus) => {
                 let ids: Vec<&str> = gpus.iter().map(|gpu| gpu.id.as_str()).collect();
