@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use crate::cluster::message::Finding;
 pub use carriers::Stat;
 use carriers::{Carriers, Look};
-use group::Group;
+use group::{Group, Trial};
 
 /// The variable that holds the marks of all generations to which a process belongs, the innermost last: a worker
 /// may itself be a launcher.
@@ -63,14 +63,37 @@ pub struct Containment {
     carriers: Carriers,
 }
 
+/// Finds out once whether this process can have control groups, while it does other things.
+pub struct Ability(Option<Trial>);
+
+impl Ability {
+    /// `shim` is this executable, see [`crate::shim`].
+    pub fn find_out(shim: &Path) -> Ability {
+        let name = group::name("trial", 0, &Carriers::new().mark);
+        Ability(
+            Group::create(&name)
+                .and_then(|group| group.try_out(shim))
+                .ok(),
+        )
+    }
+
+    fn has_groups(&mut self) -> bool {
+        let ok = self.0.as_mut().is_some_and(Trial::is_passed);
+        if !ok {
+            self.0 = None;
+        }
+        ok
+    }
+}
+
 impl Containment {
-    /// Call before the first worker starts. `shim` is this executable, see [`crate::shim`].
-    pub fn open(shim: &Path, run_id: &str, generation: u32) -> Containment {
+    /// Call before the first worker starts.
+    pub fn open(ability: &mut Ability, run_id: &str, generation: u32) -> Containment {
         let carriers = Carriers::new();
         let name = group::name(run_id, generation, &carriers.mark);
-        let group = Group::create(&name).and_then(|group| group.try_out(shim));
+        let group = ability.has_groups().then(|| Group::create(&name).ok());
         Containment {
-            group: group.ok(),
+            group: group.flatten(),
             carriers,
         }
     }

@@ -10,6 +10,7 @@ use std::time::Instant;
 use tsm_job::exit::{self, Coded};
 
 use crate::cli::Args;
+use crate::cluster::fit;
 use crate::cluster::key::Key;
 use crate::start::adopt::{self, Adopted, Kind};
 use crate::start::slurm::{Allocation, Place};
@@ -121,6 +122,7 @@ async fn over_ssh(
     let mut env = ssh::environment(std::env::vars_os());
     env.push(("PWD".into(), job.directory.clone().into()));
     job.base_env = Some(env);
+    fit::job(job)?;
     let (shim, key) = (std::env::current_exe()?, Key::random());
     for starter in plan.starters() {
         session

@@ -10,6 +10,9 @@
 //! agent:   watch (what happened, in order) -> supervisor (what the node does, pure) -> process (do it)
 //!          contain (what holds their processes, so that none survives)
 //!          logs, console (their output)       blame (who was first), class (of what) -> report
+//!
+//! beside:  doctor (may a node run this), hang (who is late, and what they do),
+//!          folder, manifest, status (what others may read while it runs, and afterwards)
 //! ```
 
 pub mod addresses;

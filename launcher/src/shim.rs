@@ -14,8 +14,6 @@ use crate::cores;
 
 /// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
-/// CORES SHIELD GROUP of a program that has none.
-pub const PLAIN: [&str; 3] = [""; 3];
 /// First argument of the guard: `__guard`, then [`Containment::words`].
 pub const GUARD: &str = "__guard";
 /// First argument of a process that tries whether it can be moved to a control group: `__enter GROUP`.
@@ -34,6 +32,14 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The code of a shell for a program that cannot be executed.
 const CANNOT_EXECUTE: u8 = 126;
+
+/// The first arguments of a shim that only binds a process to the life of this one: it gets no cores, shield or
+/// control group of its own. The program and its arguments follow.
+pub fn plain() -> [String; 5] {
+    let none = String::new;
+    let parent = std::process::id().to_string();
+    [WORKER.into(), parent, none(), none(), none()]
+}
 
 /// Makes this process a worker: a session of its own, dead as soon as the launcher is, in its control group,
 /// bound to its cores; then exec. Returns only when that failed.

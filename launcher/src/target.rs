@@ -210,10 +210,14 @@ pub fn find_program(name: &OsStr) -> anyhow::Result<PathBuf> {
             .find(|p| is_executable(p))
     };
     found.ok_or_else(|| {
-        let text = format!(
-            "cannot start {}: no such program\n  hint: check the name and PATH",
-            path.display()
-        );
+        let shown = path.display();
+        let text = if path.is_dir() {
+            format!("cannot start {shown}: it is a folder\n  hint: give a program")
+        } else if path.components().count() > 1 && path.exists() {
+            format!("cannot start {shown}: it is not executable\n  hint: chmod +x {shown}, or give the program that runs it")
+        } else {
+            format!("cannot start {shown}: no such program\n  hint: check the name and PATH")
+        };
         Coded::new(exit::PREFLIGHT, text).into()
     })
 }

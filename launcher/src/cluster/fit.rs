@@ -1,4 +1,4 @@
-//! Messages of an agent that grow with the number of ranks, or with what they say, made to fit into a frame. Pure.
+//! Messages that grow with the number of ranks, or with what they say, made to fit into a frame. Pure.
 //!
 //! Lists are sent in several messages; texts lose their middle, with a mark, and more of it the more ranks there are.
 //! Asked only about messages that are too long, which are rare.
@@ -6,9 +6,12 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tsm_job::exit::{self, Coded};
 use tsm_job::text::cut;
 
+use super::coordinator::Job;
 use super::message::{Beat, FromAgent, NodeReport};
+use super::wire::MAX_TO_AGENT;
 use crate::blame::first_on_node;
 use crate::console::lines::Batch;
 use crate::hang::process::Process;
@@ -95,6 +98,50 @@ pub fn fit(message: FromAgent, max: usize) -> Vec<FromAgent> {
         }
         other => vec![shorter(other, max)],
     }
+}
+
+/// Refuses a job that no message to a node can hold. Linux allows 2 MiB of words and environment, which fit; with
+/// `ulimit -s unlimited` it allows more.
+///
+/// # Errors
+/// [`exit::USAGE`].
+pub fn job(job: &Job) -> Result<(), Coded> {
+    let refuse = |problem: String, hint: &str| {
+        let text = format!("cannot send this job to other nodes: {problem}\n  hint: {hint}");
+        Err(Coded::new(exit::USAGE, text))
+    };
+    for path in [&job.run_dir, &job.directory] {
+        if path.to_str().is_none() {
+            let hint = "give --run-dir a folder whose name is UTF-8, and start from one";
+            return refuse(format!("the name of {} is not UTF-8", path.display()), hint);
+        }
+    }
+    let parts = [
+        ("the environment", len(&(&job.base_env, &job.env))),
+        ("the command line", len(&job.command)),
+        ("the config", len(&job.config)),
+    ];
+    let whole: usize = parts.iter().map(|(_, len)| len).sum();
+    // Paths, and what the coordinator adds.
+    let max = MAX_TO_AGENT - (64 << 10);
+    let (name, largest) = parts
+        .into_iter()
+        .max_by_key(|(_, len)| *len)
+        .unwrap_or_default();
+    if whole > max {
+        let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
+        let problem = format!(
+            "it takes {:.1} MiB, {:.1} of them {name}; {:.1} are the most",
+            mib(whole),
+            mib(largest),
+            mib(max)
+        );
+        return refuse(
+            problem,
+            "put what is large into a file that all nodes can read",
+        );
+    }
+    Ok(())
 }
 
 /// What is known of one process, at most [`MAX_LOOK`] long.

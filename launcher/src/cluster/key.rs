@@ -167,7 +167,15 @@ pub fn open_private(path: &Path, what: &str) -> Result<File, Coded> {
     let mut options = fs_err::OpenOptions::new();
     let options = options.read(true).custom_flags(libc::O_NONBLOCK);
     let file = options.open(path);
-    let file = file.map_err(|e| Coded::new(exit::USAGE, format!("cannot use the {what}: {e}")))?;
+    let file = file.map_err(|e| {
+        let hint = match e.kind() {
+            ErrorKind::NotFound if what == "key file" => {
+                format!("\n  hint: make one with tsm-launch key {shown}, and copy it to every node")
+            }
+            _ => String::new(),
+        };
+        Coded::new(exit::USAGE, format!("cannot use the {what}: {e}{hint}"))
+    })?;
     let stat = fstat(&file).map_err(|e| refuse(e.to_string()))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(refuse("it is no regular file".into()));

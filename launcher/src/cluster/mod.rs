@@ -2,7 +2,7 @@
 
 pub mod agent;
 pub mod coordinator;
-mod fit;
+pub mod fit;
 pub mod key;
 pub mod link;
 pub mod message;

@@ -4,6 +4,10 @@
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::{ClockId, clock_gettime};
 
+use std::cell::Cell;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
 use super::{MARK, Process};
 
 /// The flag of a thread of the kernel, which is listed as a process.
@@ -12,6 +16,9 @@ const PF_KTHREAD: u64 = 0x0020_0000;
 /// Clock ticks in which the kernel tells times, per second; part of its interface on every machine that is built today.
 const TICKS: u64 = 100;
 
+/// How long reading all environments may take.
+const READ: Duration = Duration::from_secs(1);
+
 /// How the processes of a generation are known.
 pub struct Carriers {
     /// Random; no secret.
@@ -19,6 +26,8 @@ pub struct Carriers {
     /// In the kernel's clock ticks since it started: what is older is not looked at.
     pub since: u64,
     pub sessions: Vec<i32>,
+    /// An environment could not be read in time: they are not looked at any more.
+    is_hung: Cell<bool>,
 }
 
 /// What one look has seen.
@@ -43,10 +52,37 @@ impl Carriers {
             mark,
             since,
             sessions: Vec::new(),
+            is_hung: Cell::new(false),
         }
     }
 
     pub fn look(&self) -> Look {
+        self.look_through(environment, READ)
+    }
+
+    /// An environment lies in the memory of its process, which may be locked as long as a file system hangs: it is
+    /// read on a thread that is then left behind.
+    fn look_through<R>(&self, environment: R, patience: Duration) -> Look
+    where
+        R: Fn(i32) -> Environment + Send + 'static,
+    {
+        let (mark, sessions) = (self.mark.clone(), self.sessions.clone());
+        let own = Carriers {
+            sessions,
+            ..Carriers::known(mark, self.since)
+        };
+        let (done, result) = channel();
+        let look = move || done.send(own.look_at_all(environment));
+        if !self.is_hung.get() && std::thread::Builder::new().spawn(look).is_ok() {
+            if let Ok(look) = result.recv_timeout(patience) {
+                return look;
+            }
+            self.is_hung.set(true);
+        }
+        self.look_at_all(|_| Environment::Of(Vec::new()))
+    }
+
+    fn look_at_all(&self, environment: impl Fn(i32) -> Environment) -> Look {
         let Ok(entries) = fs_err::read_dir("/proc") else {
             return Look::default();
         };
@@ -58,7 +94,7 @@ impl Carriers {
     }
 
     /// Those of `all` that belong to the generation. Pure; `environment` reads that of a process.
-    fn pick(&self, all: Vec<(i32, Stat)>, environment: impl Fn(i32, &Stat) -> Environment) -> Look {
+    fn pick(&self, all: Vec<(i32, Stat)>, environment: impl Fn(i32) -> Environment) -> Look {
         let candidate = |stat: &Stat| {
             stat.is_alive() && stat.since >= self.since && stat.flags & PF_KTHREAD == 0
         };
@@ -72,7 +108,7 @@ impl Carriers {
             .collect();
         let mut unknown = Vec::new();
         for process in others {
-            match environment(process.pid, &process.stat) {
+            match environment(process.pid) {
                 Environment::Of(bytes) if has_mark(&bytes, &self.mark) => found.push(process),
                 Environment::Of(_) => unknown.push((process, true)),
                 Environment::NotYet => unknown.push((process, false)),
@@ -109,14 +145,11 @@ pub fn signal(processes: &[Process], signal: Signal) {
 enum Environment {
     /// Empty where it may not be read.
     Of(Vec<u8>),
-    /// It executes a program just now, or waits in the kernel with its memory perhaps locked, where a reader would hang.
+    /// It executes a program just now.
     NotYet,
 }
 
-fn environment(pid: i32, stat: &Stat) -> Environment {
-    if stat.state == 'D' {
-        return Environment::NotYet;
-    }
+fn environment(pid: i32) -> Environment {
     match fs_err::read(format!("/proc/{pid}/environ")) {
         Ok(bytes) if bytes.is_empty() => match fs_err::read(format!("/proc/{pid}/cmdline")) {
             Ok(line) if line.is_empty() => Environment::NotYet,
@@ -241,7 +274,7 @@ mod tests {
             (40, stat(1, 40)),
             (41, stat(40, 40)),
         ];
-        let environment = |pid: i32, _: &Stat| match pid {
+        let environment = |pid: i32| match pid {
             30 => Environment::Of(b"TSM_CONTAINMENT=f1\0".into()),
             9 => Environment::NotYet,
             13 => panic!("not a process"),
@@ -251,12 +284,39 @@ mod tests {
         let mut pids: Vec<i32> = look.found.iter().map(|p| p.pid).collect();
         pids.sort_unstable();
         assert_eq!((pids, look.is_sure), (vec![9, 11, 30, 31], true));
-        let unsure = |pid: i32, _: &Stat| match pid {
+        let unsure = |pid: i32| match pid {
             41 => Environment::NotYet,
             _ => Environment::Of(Vec::new()),
         };
         let look = carriers.pick(all, unsure);
         assert_eq!((look.found.len(), look.is_sure), (1, false));
+    }
+
+    #[test]
+    fn a_process_whose_memory_is_locked_holds_up_nothing() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        let pid = child.id() as i32;
+        let (_open, locked) = channel::<()>();
+        let locked = std::sync::Mutex::new(locked);
+        let hangs = move |_: i32| {
+            let _ = locked.lock().unwrap().recv();
+            Environment::NotYet
+        };
+        // Something is young enough to be looked at, and one process is known by its session.
+        let carriers = Carriers {
+            sessions: vec![Stat::read(pid).unwrap().session],
+            ..Carriers::known("f1".into(), 0)
+        };
+        let look = carriers.look_through(hangs, Duration::from_millis(10));
+        let again = carriers.look_through(|_| panic!("not again"), READ);
+        let _ = child.kill();
+        let _ = child.wait();
+        for look in [look, again] {
+            assert!(look.is_sure && look.found.iter().any(|p| p.pid == pid));
+        }
     }
 
     #[test]

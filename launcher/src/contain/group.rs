@@ -9,13 +9,14 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use super::carriers::Look;
 use super::{Process, Stat};
 use crate::shim;
 
 const PREFIX: &str = "tsm-launch.";
+const TRIES: u32 = 5;
 /// Of a run id in the name; the kernel's limit for all of it is 255.
 const MAX_RUN_ID: usize = 120;
 
@@ -42,18 +43,23 @@ impl Group {
         let own = own()?;
         remove_left_over(&own);
         let path = own.join(name);
-        fs_err::create_dir(&path).map_err(|e| e.to_string())?;
-        let group = Group {
-            _lock: lock(&path, FlockOperation::NonBlockingLockShared),
-            path,
-        };
-        match group.unusable() {
-            None => Ok(group),
-            Some(why) => {
-                group.remove();
-                Err(why)
+        let mut why = String::new();
+        // Before it is locked, another launcher may take it for one that is left over.
+        for _ in 0..TRIES {
+            fs_err::create_dir(&path).map_err(|e| e.to_string())?;
+            let group = Group {
+                _lock: lock(&path, FlockOperation::NonBlockingLockShared),
+                path: path.clone(),
+            };
+            match group.unusable() {
+                None => return Ok(group),
+                Some(reason) => why = reason,
+            }
+            if !group.remove() {
+                break;
             }
         }
+        Err(why)
     }
 
     fn unusable(&self) -> Option<String> {
@@ -65,18 +71,19 @@ impl Group {
         (kind.trim() != "domain").then(|| format!("{} is {:?}", self.path.display(), kind.trim()))
     }
 
-    /// Whether a process can really be moved into it, which a security module may forbid. Waits for one that tries.
-    pub fn try_out(self, shim: &Path) -> Result<Group, String> {
+    /// Starts to find out whether a process can really be moved into it, which a security module may forbid.
+    ///
+    /// # Errors
+    /// When none can be started.
+    pub fn try_out(self, shim: &Path) -> Result<Trial, String> {
         let mut command = Command::new(shim);
         command.arg(shim::ENTER).arg(&self.path);
         command.stdin(Stdio::null()).stdout(Stdio::null());
-        match command.stderr(Stdio::null()).status() {
-            Ok(status) if status.success() => Ok(self),
-            other => {
-                self.remove();
-                Err(format!("no process can be moved there: {other:?}"))
-            }
-        }
+        let child = command.stderr(Stdio::null()).spawn();
+        Ok(Trial {
+            child: child.map_err(|e| e.to_string())?,
+            group: Some(self),
+        })
     }
 
     /// One that another process made.
@@ -147,6 +154,29 @@ impl Group {
 pub fn file(group: &Path, name: &str) -> std::io::Result<fs_err::File> {
     let mut options = fs_err::File::options();
     options.write(true).open(group.join(name))
+}
+
+/// A process that tries to enter a group.
+pub struct Trial {
+    child: Child,
+    group: Option<Group>,
+}
+
+impl Trial {
+    /// Whether it could. Waits for it.
+    pub fn is_passed(&mut self) -> bool {
+        let passed = self.child.wait().is_ok_and(|status| status.success());
+        if let Some(group) = self.group.take() {
+            group.remove();
+        }
+        passed
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        self.is_passed();
+    }
 }
 
 fn lock(path: &Path, how: FlockOperation) -> Option<File> {

@@ -10,6 +10,7 @@ use super::dry_run::run_dir;
 use super::prepared::prepare;
 use crate::cli::{Args, Preflight};
 use crate::cluster::agent::{self, Leave};
+use crate::cluster::fit;
 use crate::cluster::key::Key;
 use crate::cluster::link::Link;
 use crate::cluster::tls::Tls;
@@ -116,6 +117,7 @@ impl Node<'_> {
         let mut prepared = prepare(self.args, self.target, Some(&self.devices), self.start)?;
         prepared.session.settings.open = true;
         prepared.session.settings.job.digest = digest;
+        fit::job(&prepared.session.settings.job)?;
         prepared.session.hub.listen(listener, key.clone(), tls);
         let order = self.order.or(Some(0));
         prepared

@@ -305,25 +305,32 @@ fn variable(pair: &str) -> anyhow::Result<(String, String)> {
     }
 }
 
-/// The command that continues the run in `dir` on the same devices and hosts.
+/// The command that continues the run in `dir` with the same program on the same devices and hosts.
 fn resume_command(args: &Args, dir: &Path) -> String {
     let mut words: Vec<OsString> = vec!["tsm-launch".into()];
     let mut give = |flag: &str, value: Option<OsString>| {
         words.extend(value.into_iter().flat_map(|value| [flag.into(), value]));
     };
+    let path = |path: &Option<PathBuf>| path.as_ref().map(OsString::from);
     give("--gpus", args.gpus.as_ref().map(|g| g.to_string().into()));
     give("--cpus", args.cpus.map(|n| n.to_string().into()));
-    if args.rendezvous.is_some() {
+    // Elsewhere the number of nodes is what SLURM or mpirun gives.
+    if args.rendezvous.is_some() || args.hosts.is_some() || args.hostfile.is_some() {
         give("--nodes", args.nodes.map(|n| n.to_string().into()));
-        give("--rendezvous", args.rendezvous.as_ref().map(OsString::from));
-        give("--key-file", args.key_file.as_ref().map(OsString::from));
+    }
+    if let Some(point) = &args.rendezvous {
+        give("--rendezvous", Some(point.into()));
+        give("--key-file", path(&args.key_file));
+        give("--tls-cert", path(&args.tls_cert));
+        give("--tls-key", path(&args.tls_key));
+        give("--tls-ca", path(&args.tls_ca));
     }
     give("--hosts", args.hosts.as_ref().map(OsString::from));
-    give("--hostfile", args.hostfile.as_ref().map(OsString::from));
-    let launcher = args.remote_launcher.as_ref();
-    give("--remote-launcher", launcher.map(OsString::from));
+    give("--hostfile", path(&args.hostfile));
+    give("--remote-launcher", path(&args.remote_launcher));
     let own_ssh = (args.ssh != "ssh").then(|| OsString::from(&args.ssh));
     give("--ssh", own_ssh);
+    give("--trainer", path(&args.trainer));
     give("--resume", Some(dir.into()));
     plan::shell(&words)
 }
@@ -334,4 +341,31 @@ pub(super) fn run_id(dir: &Path) -> String {
         .unwrap_or(dir.as_os_str())
         .to_string_lossy()
         .into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[test]
+    fn a_run_is_continued_where_and_as_it_was() {
+        for (given, kept) in [
+            ("--cpus 2 --grace 1s", "--cpus 2"),
+            ("--gpus 8 --nodes 4", "--gpus 8"),
+            (
+                "--hosts a:1,b:1 --cpus 1 --nodes 1:2 --ssh my-ssh --trainer /opt/trainer",
+                "--cpus 1 --nodes 1:2 --hosts a:1,b:1 --ssh my-ssh --trainer /opt/trainer",
+            ),
+            (
+                "--nodes 2 --rendezvous a:1 --key-file k --tls-cert c --tls-key p --tls-ca r",
+                "--nodes 2 --rendezvous a:1 --key-file k --tls-cert c --tls-key p --tls-ca r",
+            ),
+        ] {
+            let words = format!("tsm-launch {given} a.yaml optim.lr=1");
+            let args = Args::try_parse_from(words.split(' ')).unwrap();
+            let expected = format!("tsm-launch {kept} --resume runs/a");
+            assert_eq!(resume_command(&args, Path::new("runs/a")), expected);
+        }
+    }
 }

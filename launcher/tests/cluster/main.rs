@@ -1,12 +1,11 @@
 //! The launcher on several nodes, which are network namespaces of this machine. Needs root and `ip`.
 
-#[path = "../common/harness.rs"]
+#[path = "../common/ground.rs"]
 #[allow(dead_code, reason = "what only the other test programs use")]
-mod harness;
-
-#[path = "../launch/ground.rs"]
-#[allow(dead_code, reason = "as above")]
 mod ground;
+#[path = "../common/harness.rs"]
+#[allow(dead_code, reason = "as above")]
+mod harness;
 
 mod job;
 mod nodes;
@@ -18,3 +17,4 @@ mod preflight;
 mod refusals;
 mod signals;
 mod success;
+mod tls;

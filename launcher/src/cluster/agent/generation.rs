@@ -16,7 +16,7 @@ use super::Setup;
 use crate::ahead::Ahead;
 use crate::cluster::message::{NodeReport, Progress, Start};
 use crate::console::lines::Lines;
-use crate::contain::{self, Containment, Left, Process};
+use crate::contain::{self, Ability, Containment, Left, Process};
 use crate::cores;
 use crate::doctor::kmsg;
 use crate::logs::{Logs, Shown, Sink, Source, Tail};
@@ -99,7 +99,12 @@ impl Generation {
     ///
     /// # Errors
     /// What keeps this node from running the job.
-    pub fn prepare(setup: &Setup, start: Start, now: Duration) -> anyhow::Result<Generation> {
+    pub fn prepare(
+        setup: &Setup,
+        ability: &mut Ability,
+        start: Start,
+        now: Duration,
+    ) -> anyhow::Result<Generation> {
         let here = std::env::current_dir().unwrap_or_default();
         let directory = (start.directory != here).then(|| start.directory.clone());
         if let Some(directory) = &directory {
@@ -171,7 +176,7 @@ impl Generation {
             );
             anyhow::bail!(Coded::new(exit::PREFLIGHT, text));
         }
-        let containment = Containment::open(&setup.shim, &start.run_id, start.generation);
+        let containment = Containment::open(ability, &start.run_id, start.generation);
         Ok(Generation {
             state: State::new(num_ranks, start.grace, start.saves, start.shielded),
             plans,

@@ -18,6 +18,7 @@ use super::link::{Link, Outbox};
 use super::message::{Beat, FromAgent, Join, NodeReport, Round, ToAgent};
 use crate::addresses::{self, ProbeListener};
 use crate::console::queue::{LIMIT, queue};
+use crate::contain::Ability;
 use crate::doctor::preflight::{Measured, OwnNode};
 use crate::hang::report::Inspection;
 use crate::hang::{self, ras};
@@ -86,6 +87,8 @@ struct Agent {
     /// Debuggers are at work.
     looking: bool,
     reach: (UnboundedSender<Found>, UnboundedReceiver<Found>),
+    /// Whether generations can have control groups.
+    ability: Ability,
     load: crate::machine::Load,
 }
 
@@ -101,6 +104,7 @@ enum Found {
 /// # Errors
 /// When signals cannot be handled.
 pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
+    let ability = Ability::find_out(&setup.shim);
     // The coordinator in the same process hears them itself.
     let mut signals = if setup.local {
         None
@@ -124,6 +128,7 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         draining: None,
         looking: false,
         reach: unbounded_channel(),
+        ability,
         load: crate::machine::Load::new(),
         setup,
     };
@@ -301,7 +306,7 @@ impl Agent {
                     );
                     return self.cannot_start(generation, &e);
                 }
-                match Generation::prepare(&self.setup, *start, now) {
+                match Generation::prepare(&self.setup, &mut self.ability, *start, now) {
                     Ok(mut generation) => {
                         if !self.setup.local {
                             generation.lease(self.lease.guard(now));

@@ -92,10 +92,7 @@ impl GpuTask {
         } = &self.task;
         // The shim ends it with the thread that starts it.
         let mut command = Command::new(&self.launcher);
-        command
-            .arg(shim::WORKER)
-            .arg(std::process::id().to_string());
-        command.args(shim::PLAIN).arg(&self.launcher);
+        command.args(shim::plain()).arg(&self.launcher);
         let (flag, visible) = match &self.devices {
             Devices::Gpus(gpus) => {
                 let ids: Vec<&str> = gpus.iter().map(|gpu| gpu.id.as_str()).collect();

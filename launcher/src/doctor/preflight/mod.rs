@@ -173,6 +173,7 @@ fn loopback(scale: &Scale) -> Result<Measured, String> {
     let scale = Scale {
         bytes: scale.bytes.min(LOOPBACK_BYTES),
         budget: scale.budget.min(LOOPBACK_BUDGET),
+        trainer: None,
         ..scale.clone()
     };
     let task = Task::new(vec![at(first.port), at(second.port)], 0, &scale);
