@@ -6,20 +6,14 @@
 
 mod cluster;
 
-pub use cluster::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure_of_cluster};
+pub use cluster::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 use tsm_job::exit;
 
 use crate::end::End;
 use crate::supervisor::Rank;
-
-/// The rank that failed first, and how that is known.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Blame {
-    pub rank: usize,
-    pub reason: String,
-}
 
 /// How an end stands to the first failure, the likeliest origin first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -40,6 +34,29 @@ pub enum Role {
     Stuck,
     /// Its node was lost, and its end is not known.
     NodeLost,
+}
+
+/// The rank that failed first as far as its own node can tell, by its place in `ranks`.
+pub fn first_on_node(ranks: &[Rank], words_of: impl Fn(usize) -> String) -> Option<usize> {
+    match first_failure(&[alone(ranks)], None, words_of)?.culprit {
+        Culprit::Rank(rank) => Some(rank),
+        Culprit::Node { .. } | Culprit::Late { .. } => None,
+    }
+}
+
+/// The ranks of one node by its own clock.
+fn alone(ranks: &[Rank]) -> NodeEnds<'_> {
+    let seen = ranks.iter().enumerate().map(|(number, rank)| Seen {
+        number,
+        rank,
+        at: rank.ended_at,
+    });
+    NodeEnds {
+        host: "",
+        ranks: seen.collect(),
+        uncertainty: Duration::ZERO,
+        lost: None,
+    }
 }
 
 /// What gloo, NCCL and c10d print when the other end of a connection is gone.
@@ -101,34 +118,6 @@ fn answers_a_signal(end: End, sent: &[i32]) -> bool {
     end == End::Code(exit::REQUEUE) || sent.iter().any(shell)
 }
 
-/// The rank that failed first; `None` when none failed. `stderr_of` gives the end of a rank's stderr.
-pub fn first_failure(ranks: &[Rank], stderr_of: impl Fn(usize) -> String) -> Option<Blame> {
-    let roles: Vec<Role> = ranks
-        .iter()
-        .enumerate()
-        .map(|(i, rank)| role(rank, || stderr_of(i)))
-        .collect();
-    let failed = |&i: &usize| roles[i] < Role::Succeeded;
-    let rank = (0..ranks.len())
-        .filter(failed)
-        .min_by_key(|&i| (roles[i], ranks[i].order))?;
-    let earlier: Vec<usize> = (0..ranks.len())
-        .filter(|i| failed(i) && ranks[*i].order < ranks[rank].order)
-        .collect();
-    let reason = if !earlier.is_empty() {
-        let names: Vec<String> = earlier.iter().map(usize::to_string).collect();
-        format!(
-            "rank {} ended earlier, but by what they say they lost another rank",
-            names.join(", ")
-        )
-    } else if ranks[rank].record.is_some() {
-        "it announced its failure before any rank ended".into()
-    } else {
-        "its end came first in the kernel's order".into()
-    };
-    Some(Blame { rank, reason })
-}
-
 #[cfg(test)]
 pub mod tests {
     use super::*;
@@ -154,8 +143,13 @@ pub mod tests {
         })
     }
 
-    fn blamed(ranks: &[Rank]) -> usize {
-        first_failure(ranks, |_| String::new()).unwrap().rank
+    /// Who failed first among the ranks of one node.
+    pub fn fault(ranks: &[Rank], words_of: impl Fn(usize) -> String) -> Option<Fault> {
+        first_failure(&[alone(ranks)], None, words_of)
+    }
+
+    fn blamed(ranks: &[Rank]) -> Culprit {
+        fault(ranks, |_| String::new()).unwrap().culprit
     }
 
     #[test]
@@ -166,7 +160,7 @@ pub mod tests {
                 rank(1, End::Code(17)),
                 rank(3, End::Code(1))
             ]),
-            1
+            Culprit::Rank(1)
         );
     }
 
@@ -175,14 +169,17 @@ pub mod tests {
         let peer = rank(1, End::Code(exit::PEER));
         assert_eq!(
             blamed(&[peer.clone(), rank(2, End::Signal(libc::SIGSEGV))]),
-            1
+            Culprit::Rank(1)
         );
-        assert_eq!(blamed(std::slice::from_ref(&peer)), 0);
+        assert_eq!(blamed(std::slice::from_ref(&peer)), Culprit::Rank(0));
         let announced = Rank {
             record: said("peer", "rank 1 is gone"),
             ..rank(1, End::Code(1))
         };
-        assert_eq!(blamed(&[announced, rank(2, End::Code(1))]), 1);
+        assert_eq!(
+            blamed(&[announced, rank(2, End::Code(1))]),
+            Culprit::Rank(1)
+        );
     }
 
     #[test]
@@ -197,12 +194,9 @@ pub mod tests {
             "RuntimeError: [transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
                 .to_string();
         let ranks = [rank(1, End::Code(1)), late];
-        let found = first_failure(
-            &ranks,
-            |i| if i == 0 { gloo.clone() } else { String::new() },
-        )
-        .unwrap();
-        assert_eq!(found.rank, 1);
+        let words = |i| if i == 0 { gloo.clone() } else { String::new() };
+        let found = fault(&ranks, words).unwrap();
+        assert_eq!(found.culprit, Culprit::Rank(1));
         assert!(
             found.reason.starts_with("rank 0 ended earlier"),
             "{}",
@@ -219,11 +213,11 @@ pub mod tests {
                 ..rank(2, End::Code(1))
             },
         ];
-        let found = first_failure(&ranks, |_| {
+        let found = fault(&ranks, |_| {
             "download failed: Connection reset by peer\n".into()
         })
         .unwrap();
-        assert_eq!(found.rank, 0);
+        assert_eq!(found.culprit, Culprit::Rank(0));
     }
 
     #[test]
@@ -253,7 +247,7 @@ pub mod tests {
     fn a_record_counts_from_the_moment_it_was_sent() {
         let mut ranks = [rank(2, End::Code(1)), rank(1, End::Code(1))];
         ranks[1].record = said("panic", "boom");
-        assert_eq!(blamed(&ranks), 1);
+        assert_eq!(blamed(&ranks), Culprit::Rank(1));
     }
 
     #[test]
@@ -263,16 +257,16 @@ pub mod tests {
             record: said(cause, "index 7 out of range"),
             ..rank(2, End::Code(0))
         };
-        assert_eq!(blamed(&[well.clone(), announced("error")]), 1);
+        assert_eq!(
+            blamed(&[well.clone(), announced("error")]),
+            Culprit::Rank(1)
+        );
         assert_eq!(role(&announced("peer"), String::new), Role::LostPeer);
         assert!(well.has_succeeded() && !announced("error").is_well());
     }
 
     #[test]
     fn nobody_is_to_blame_for_success() {
-        assert_eq!(
-            first_failure(&[rank(1, End::Code(0))], |_| String::new()),
-            None
-        );
+        assert_eq!(fault(&[rank(1, End::Code(0))], |_| String::new()), None);
     }
 }

@@ -106,6 +106,19 @@ impl Target {
         }
     }
 
+    /// Our trainer, where its workers are that.
+    pub fn trainer(&self) -> Option<&Path> {
+        match &self.what {
+            What::Trainer { trainer, .. } => Some(trainer),
+            What::Program(_) => None,
+        }
+    }
+
+    /// Whether its workers report progress, save on SIGUSR2 and find their own checkpoints.
+    pub fn is_trainer(&self) -> bool {
+        matches!(self.what, What::Trainer { .. })
+    }
+
     /// Writes the devices chosen into the config, which is where the trainer learns of them.
     pub fn settle(&mut self, devices: &Devices) {
         let device = match devices {
@@ -197,15 +210,19 @@ pub fn find_program(name: &OsStr) -> anyhow::Result<PathBuf> {
             .find(|p| is_executable(p))
     };
     found.ok_or_else(|| {
-        let text = format!(
-            "cannot start {}: no such program\n  hint: check the name and PATH",
-            path.display()
-        );
+        let shown = path.display();
+        let text = if path.is_dir() {
+            format!("cannot start {shown}: it is a folder\n  hint: give a program")
+        } else if path.components().count() > 1 && path.exists() {
+            format!("cannot start {shown}: it is not executable\n  hint: chmod +x {shown}, or give the program that runs it")
+        } else {
+            format!("cannot start {shown}: no such program\n  hint: check the name and PATH")
+        };
         Coded::new(exit::PREFLIGHT, text).into()
     })
 }
 
-fn is_executable(path: &Path) -> bool {
+pub fn is_executable(path: &Path) -> bool {
     path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
 }
 

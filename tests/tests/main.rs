@@ -1,5 +1,6 @@
 //! The whole system: real launcher, real trainers, real files.
 
+mod all_reduce;
 mod bad_input;
 mod crew;
 mod data_parallel;

@@ -1,5 +1,6 @@
 //! What coordinator and agents say to each other. Nothing but data; every message that belongs to a
-//! generation carries its number, and one of an older generation is dropped.
+//! generation carries its number, and one of an older generation is dropped. What gets too long for a frame is split or
+//! cut by [`super::fit`] on its way.
 
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::console::lines::Batch;
+use crate::contain;
 use crate::doctor::preflight::{Measured, OwnNode, Scale, Task};
 use crate::end::End;
 use crate::gpus::Gpu;
@@ -67,6 +69,9 @@ pub enum FromAgent {
         at: AgentTime,
         /// What was changed in their environment; from the first node only.
         environment: Vec<Change>,
+        /// What holds their processes.
+        #[serde(default)]
+        containment: contain::Kind,
     },
     /// The ranks of this node cannot be started; none is left.
     CannotStart {
@@ -80,6 +85,11 @@ pub enum FromAgent {
         local_rank: u32,
         end: Option<End>,
         at: AgentTime,
+    },
+    /// The next ranks of a report that is too long for one message; [`FromAgent::Clean`] follows with the last ones.
+    Ranks {
+        generation: u32,
+        ranks: Vec<(Rank, Place)>,
     },
     /// Every process of this generation on this node has ended, or is named in the report.
     Clean {
@@ -96,6 +106,9 @@ pub enum FromAgent {
         looks: Vec<Inspection>,
         /// What NCCL says on this node.
         ras: Option<ras::Answer>,
+        /// The rest follows: it is too long for one message.
+        #[serde(default)]
+        more: bool,
     },
     /// The agent was told to stop by a signal of its own: Ctrl-C, or the scheduler.
     Signal { signal: i32 },

@@ -1,5 +1,5 @@
 use super::*;
-use crate::blame::first_failure;
+use crate::blame::tests::fault;
 
 fn place(rank: usize, stderr: &[&str]) -> Place {
     Place {
@@ -43,9 +43,9 @@ fn report(ends: &[End], oom_kills: u64) -> String {
     let places: Vec<Place> = (0..ends.len())
         .map(|i| place(i, if i == 0 { &["boom"] } else { &[] }))
         .collect();
-    let blame = first_failure(&ranks, |i| own_words(&places[i])).unwrap();
+    let fault = fault(&ranks, |i| own_words(&places[i])).unwrap();
     let run = Run { oom_kills, ..run() };
-    failure(&run, &blame.into(), &ranks, &places).to_string()
+    failure(&run, &fault, &ranks, &places).to_string()
 }
 
 #[test]

@@ -1,4 +1,5 @@
 use super::*;
+use crate::blame::Culprit;
 
 const GRACE: Duration = Duration::from_secs(30);
 
@@ -31,7 +32,10 @@ fn signals(actions: &[Action]) -> Vec<(usize, i32)> {
 }
 
 fn blamed(state: &State) -> Option<usize> {
-    crate::blame::first_failure(&state.ranks, |_| String::new()).map(|b| b.rank)
+    match crate::blame::tests::fault(&state.ranks, |_| String::new())?.culprit {
+        Culprit::Rank(rank) => Some(rank),
+        other => panic!("{other:?}"),
+    }
 }
 
 fn stop(signal: i32) -> Event {

@@ -4,6 +4,11 @@ use super::tree::{KeyPath, Place};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+/// Characters of a line that are shown.
+const FRAME: usize = 160;
+/// Characters of a message.
+const MESSAGE: usize = 2000;
+
 /// One thing wrong with a configuration, with its place where it has one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
@@ -23,7 +28,7 @@ impl Problem {
             path: path.to_string(),
             place: None,
             override_text: None,
-            message: message.into(),
+            message: cut(message.into()),
             hint: None,
         }
     }
@@ -36,6 +41,15 @@ impl Problem {
             ..self
         }
     }
+}
+
+/// A message may quote a value, and that may be the whole file.
+fn cut(mut message: String) -> String {
+    if let Some((at, _)) = message.char_indices().nth(MESSAGE) {
+        message.truncate(at);
+        message.push_str("...");
+    }
+    message
 }
 
 /// The message and its hint, without a place.
@@ -96,17 +110,24 @@ impl fmt::Display for ConfigError {
 }
 
 impl ConfigError {
-    /// The line itself, and a caret below the column.
+    /// The line itself, or what stands around the column in a very long one, and a caret below the column.
     fn frame(&self, f: &mut fmt::Formatter<'_>, line: usize, column: usize) -> fmt::Result {
-        let Some(shown) = self.text.lines().nth(line.saturating_sub(1)) else {
+        let Some(whole) = self.text.lines().nth(line.saturating_sub(1)) else {
             return Ok(());
         };
+        let column = column.saturating_sub(1);
+        let left_out = column.saturating_sub(FRAME / 2);
+        let rest = || whole.chars().skip(left_out);
+        let shown: String = rest().take(FRAME).collect();
+        let before = if left_out > 0 { "..." } else { "" };
+        let after = if rest().nth(FRAME).is_some() {
+            "..."
+        } else {
+            ""
+        };
         // Tabs stay tabs, so that the caret stands below its character in any terminal.
-        let indent: String = shown
-            .chars()
-            .take(column.saturating_sub(1))
-            .map(|c| if c == '\t' { c } else { ' ' })
-            .collect();
-        write!(f, "\n{line:5} | {shown}\n      | {indent}^")
+        let to_caret = before.chars().chain(rest().take(column - left_out));
+        let indent: String = to_caret.map(|c| if c == '\t' { c } else { ' ' }).collect();
+        write!(f, "\n{line:5} | {before}{shown}{after}\n      | {indent}^")
     }
 }

@@ -1,3 +1,4 @@
+use super::tree::KeyPath;
 use super::*;
 use std::path::Path;
 
@@ -454,6 +455,30 @@ fn a_file_that_cannot_be_read_is_named() {
         "{text}"
     );
     assert!(text.contains("No such file"), "{text}");
+    let error = Config::load(Path::new("/dev/zero"), &[]).unwrap_err();
+    assert!(error.to_string().contains("larger than 1 MiB"), "{error}");
+}
+
+#[test]
+fn of_a_very_long_line_only_what_matters_is_shown() {
+    let text = format!("{}X{}", "-".repeat(5000), "-".repeat(5000));
+    for column in [5001, 1, 10_001] {
+        let mut problem = Problem::new(&KeyPath::default(), "no".repeat(100_000));
+        problem.place = Some((1, column));
+        let error = ConfigError::new(Path::new("job.yaml"), &text, vec![problem]).to_string();
+        assert!(error.len() < 3000, "{} bytes", error.len());
+        let lines: Vec<&str> = error.lines().collect();
+        let [shown, below] = lines[lines.len() - 2..] else {
+            panic!("{error}")
+        };
+        let caret = below.find('^').unwrap();
+        let is_there = match column {
+            5001 => shown[caret..].starts_with('X'),
+            1 => shown[..caret].ends_with("| "),
+            _ => shown.len() == caret + 1,
+        };
+        assert!(is_there, "{error}");
+    }
 }
 
 #[test]
@@ -464,6 +489,7 @@ fn durations_are_read_and_written() {
         ("90s", 90_000, "90s"),
         ("120s", 120_000, "2m"),
         ("2h", 7_200_000, "2h"),
+        ("9999h", 35_996_400_000, "9999h"),
         ("0s", 0, "0s"),
     ] {
         let duration = Duration::from_millis(ms);
@@ -478,6 +504,7 @@ fn durations_are_read_and_written() {
         "1d",
         "1.2.3s",
         "1e400h",
+        "10000h",
         "99999999999999999999h",
     ] {
         assert!(duration::parse(text).is_err(), "{text}");

@@ -7,7 +7,7 @@ use tsm_job::config::duration::format;
 
 use super::{Action, FORM, LOOK, Launched, Node, Phase, State, nodes, record, send};
 use crate::addresses;
-use crate::cluster::message::{Join, Severity, Start, ToAgent};
+use crate::cluster::message::{Finding, Join, Severity, Start, ToAgent};
 use crate::cluster::policy::LeftOut;
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
 use crate::doctor::{self, ClockSample};
@@ -112,6 +112,7 @@ impl State {
         (self.cause, self.inspection) = (None, None);
         self.interrupted.clear();
         self.reports.clear();
+        self.parts.clear();
         self.lost.clear();
         self.gone.clear();
         self.attempt += 1;
@@ -138,17 +139,15 @@ impl State {
         self.try_to_start(now, actions);
     }
 
-    /// Tells what differs between the nodes; false when the job would fail of it.
+    /// Tells what is wrong with the nodes, and what differs between them; false when the job would fail of it.
     pub(super) fn compare_nodes(&mut self, now: Duration, actions: &mut Vec<Action>) -> bool {
         let joined: Vec<&Node> = self
             .members
             .iter()
             .filter_map(|m| self.nodes.get(&m.id))
             .collect();
-        if joined.len() < 2 {
-            return true;
-        }
         let joins: Vec<&Join> = joined.iter().map(|n| &n.join).collect();
+        let mut findings = doctor::of_nodes(&joins);
         let looked: Vec<&Join> = joins
             .iter()
             .copied()
@@ -160,26 +159,28 @@ impl State {
             received_ms: join.received_ms,
             rtt: Duration::ZERO,
         };
-        let mut findings = doctor::across(&joins);
+        findings.extend(doctor::across(&joins));
         findings.extend(doctor::clock_findings(
             &looked.iter().map(clock).collect::<Vec<_>>(),
         ));
-        let of = |severity| findings.iter().filter(move |f| f.severity == severity);
-        for finding in of(Severity::Warning) {
-            actions.push(Action::Notice(format!(
-                "warning: {}\n  hint: {}",
-                finding.text, finding.hint
-            )));
+        let (errors, others): (Vec<_>, Vec<_>) =
+            (findings.into_iter()).partition(|f| f.severity == Severity::Error);
+        for finding in others.iter().filter(|f| f.severity == Severity::Warning) {
+            self.warn(finding, actions);
         }
-        let Some(finding) = of(Severity::Error).next() else {
+        let Some(finding) = errors.first() else {
             return true;
         };
-        let text = format!(
-            "{}\n  hint: {}; --preflight off starts all the same",
-            finding.text, finding.hint
-        );
+        let text = format!("{finding}; --preflight off starts all the same");
         self.give_up(text, now, actions);
         false
+    }
+
+    /// Says it, unless it was said before.
+    pub(super) fn warn(&mut self, finding: &Finding, actions: &mut Vec<Action>) {
+        if self.warned.insert(finding.text.clone()) {
+            actions.push(Action::Notice(format!("warning: {finding}")));
+        }
     }
 
     pub(super) fn reserved(

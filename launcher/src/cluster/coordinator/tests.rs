@@ -1,5 +1,8 @@
 //! Every decision, with scripted agents. What happens in all orders is left to [`crate::cluster::simulation`].
 
+mod gpus;
+mod hostile;
+mod measuring;
 mod properties;
 
 use std::collections::BTreeSet;
@@ -1012,6 +1015,7 @@ fn a_hang_is_looked_at_and_stopped() {
             generation: 0,
             looks: Vec::new(),
             ras,
+            more: false,
         };
         scene.says(id, inspected);
     }
