@@ -136,7 +136,7 @@ fn two_nodes_are_measured_with_the_trainer_before_a_job() {
     contains(
         &told,
         &[
-            "all-reduce within a node: ",
+            "all-reduce within a node ",
             "GB/s bus bandwidth on 2 nodes",
             "2 nodes in 1 group: ",
         ],

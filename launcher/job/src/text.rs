@@ -8,8 +8,11 @@ pub fn cut(text: &str, max: usize) -> String {
     }
     // As long as the mark can get.
     let half = max.saturating_sub(40) / 2;
-    let head = text.floor_char_boundary(half);
-    let tail = text.ceil_char_boundary(text.len() - half);
+    let is_boundary = |at: &usize| text.is_char_boundary(*at);
+    let head = (0..=half).rev().find(is_boundary).unwrap_or(0);
+    let tail = (text.len() - half..text.len())
+        .find(is_boundary)
+        .unwrap_or(text.len());
     let left_out = tail - head;
     format!(
         "{}[{left_out} bytes left out]{}",

@@ -85,7 +85,7 @@ fn a_killed_agent_takes_its_ranks_with_it_and_is_named() {
     wait_for_death(&pids);
     assert_eq!(job.end(), [exit::PEER, 137]);
     // Broken off or reset: that depends on what it had not read.
-    assert_node_2_is_named(&job, "node-2 was lost first: 10.77.0.2:");
+    assert_node_2_is_named(&job, "node-2 was lost first: its agent at 10.77.0.2:");
 }
 
 #[test]
