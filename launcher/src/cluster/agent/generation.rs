@@ -3,7 +3,7 @@
 use anyhow::Context;
 use fs_err::File;
 use rustix::process::Signal;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -72,6 +72,8 @@ pub struct Generation {
     oom_before: u64,
     /// How far the processes that workers left behind have been ended.
     descendants: Descendants,
+    /// Those of them that were asked to end.
+    asked: BTreeSet<i32>,
     /// When to look for them again.
     pub next_look: Duration,
     stuck: Vec<String>,
@@ -197,6 +199,7 @@ impl Generation {
             metrics: BTreeMap::new(),
             oom_before: oom_kills(),
             descendants: Descendants::NotLooked,
+            asked: BTreeSet::new(),
             next_look: now,
             stuck: Vec::new(),
             began_at: now,
@@ -480,6 +483,7 @@ impl Generation {
                         "processes that the workers left behind: ending {number} ({names}), grace {grace}"
                     ));
                     self.containment.signal(&left, Signal::TERM);
+                    self.asked = left.iter().map(|process| process.pid).collect();
                     self.descendants = Descendants::Asked { since: now };
                     self.look_again(now, now);
                     return false;
@@ -487,7 +491,14 @@ impl Generation {
                 now
             }
             Descendants::Asked { since } if !at_once && now < since + self.start.grace => {
-                if now < self.next_look || !self.containment.processes().is_empty() {
+                if now < self.next_look {
+                    return false;
+                }
+                let mut left = self.containment.processes();
+                if !left.is_empty() {
+                    // One that was started while the others were asked.
+                    left.retain(|process| self.asked.insert(process.pid));
+                    self.containment.signal(&left, Signal::TERM);
                     self.look_again(since, now);
                     return false;
                 }
