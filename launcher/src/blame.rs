@@ -5,6 +5,7 @@
 //! earlier. What a rank says about its own end therefore counts before the order.
 
 mod cluster;
+mod reason;
 
 pub use cluster::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure_of_cluster};
 
@@ -13,13 +14,6 @@ use tsm_job::exit;
 
 use crate::end::End;
 use crate::supervisor::Rank;
-
-/// The rank that failed first, and how that is known.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Blame {
-    pub rank: usize,
-    pub reason: String,
-}
 
 /// How an end stands to the first failure, the likeliest origin first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -101,37 +95,10 @@ fn answers_a_signal(end: End, sent: &[i32]) -> bool {
     end == End::Code(exit::REQUEUE) || sent.iter().any(shell)
 }
 
-/// The rank that failed first; `None` when none failed. `stderr_of` gives the end of a rank's stderr.
-pub fn first_failure(ranks: &[Rank], stderr_of: impl Fn(usize) -> String) -> Option<Blame> {
-    let roles: Vec<Role> = ranks
-        .iter()
-        .enumerate()
-        .map(|(i, rank)| role(rank, || stderr_of(i)))
-        .collect();
-    let failed = |&i: &usize| roles[i] < Role::Succeeded;
-    let rank = (0..ranks.len())
-        .filter(failed)
-        .min_by_key(|&i| (roles[i], ranks[i].order))?;
-    let earlier: Vec<usize> = (0..ranks.len())
-        .filter(|i| failed(i) && ranks[*i].order < ranks[rank].order)
-        .collect();
-    let reason = if !earlier.is_empty() {
-        let names: Vec<String> = earlier.iter().map(usize::to_string).collect();
-        format!(
-            "rank {} ended earlier, but by what they say they lost another rank",
-            names.join(", ")
-        )
-    } else if ranks[rank].record.is_some() {
-        "it announced its failure before any rank ended".into()
-    } else {
-        "its end came first in the kernel's order".into()
-    };
-    Some(Blame { rank, reason })
-}
-
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use std::time::Duration;
     use tsm_job::message::FailureRecord;
 
     pub fn rank(order: usize, end: End) -> Rank {
@@ -154,8 +121,32 @@ pub mod tests {
         })
     }
 
+    /// Who is to blame in a job on one node.
+    pub fn on_one_node(ranks: &[Rank], words_of: impl Fn(usize) -> String) -> Option<Fault> {
+        let seen = |(number, rank)| Seen {
+            number,
+            rank,
+            at: rank.first_at,
+        };
+        let node = NodeEnds {
+            host: "gpu-01",
+            ranks: ranks.iter().enumerate().map(seen).collect(),
+            uncertainty: Duration::ZERO,
+            lost: None,
+        };
+        first_failure_of_cluster(&[node], None, words_of)
+    }
+
+    /// Of which a rank is the culprit.
+    pub fn rank_of(fault: &Fault) -> usize {
+        match fault.culprit {
+            Culprit::Rank(rank) => rank,
+            _ => panic!("{fault:?}"),
+        }
+    }
+
     fn blamed(ranks: &[Rank]) -> usize {
-        first_failure(ranks, |_| String::new()).unwrap().rank
+        rank_of(&on_one_node(ranks, |_| String::new()).unwrap())
     }
 
     #[test]
@@ -197,16 +188,12 @@ pub mod tests {
             "RuntimeError: [transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
                 .to_string();
         let ranks = [rank(1, End::Code(1)), late];
-        let found = first_failure(
-            &ranks,
-            |i| if i == 0 { gloo.clone() } else { String::new() },
-        )
-        .unwrap();
-        assert_eq!(found.rank, 1);
-        assert!(
-            found.reason.starts_with("rank 0 ended earlier"),
-            "{}",
-            found.reason
+        let words = |i| if i == 0 { gloo.clone() } else { String::new() };
+        let found = on_one_node(&ranks, words).unwrap();
+        assert_eq!(rank_of(&found), 1);
+        assert_eq!(
+            found.reason,
+            "rank 0 failed earlier, but by what it says it lost another rank"
         );
     }
 
@@ -219,11 +206,10 @@ pub mod tests {
                 ..rank(2, End::Code(1))
             },
         ];
-        let found = first_failure(&ranks, |_| {
+        let found = on_one_node(&ranks, |_| {
             "download failed: Connection reset by peer\n".into()
-        })
-        .unwrap();
-        assert_eq!(found.rank, 0);
+        });
+        assert_eq!(rank_of(&found.unwrap()), 0);
     }
 
     #[test]
@@ -271,7 +257,7 @@ pub mod tests {
     #[test]
     fn nobody_is_to_blame_for_success() {
         assert_eq!(
-            first_failure(&[rank(1, End::Code(0))], |_| String::new()),
+            on_one_node(&[rank(1, End::Code(0))], |_| String::new()),
             None
         );
     }

@@ -31,7 +31,8 @@ fn signals(actions: &[Action]) -> Vec<(usize, i32)> {
 }
 
 fn blamed(state: &State) -> Option<usize> {
-    crate::blame::first_failure(&state.ranks, |_| String::new()).map(|b| b.rank)
+    crate::blame::tests::on_one_node(&state.ranks, |_| String::new())
+        .map(|fault| crate::blame::tests::rank_of(&fault))
 }
 
 fn stop(signal: i32) -> Event {

@@ -1,6 +1,5 @@
 use super::*;
-use crate::blame::first_failure;
-use crate::blame::tests::{rank, said};
+use crate::blame::tests::{on_one_node, rank, said};
 use proptest::prelude::*;
 use tsm_job::exit;
 
@@ -55,7 +54,7 @@ fn within_a_node_the_order_counts_and_between_nodes_the_time() {
     assert_eq!(fault.culprit, Culprit::Rank(1));
     assert_eq!(
         fault.reason,
-        "its end came first; rank 2 on gpu-1 ended within 4.0 ms of it, less than the clocks tell"
+        "no other rank is known to have failed before it; rank 2 on gpu-1 ended within 4.0 ms of it, less than the clocks tell"
     );
 }
 
@@ -70,7 +69,7 @@ fn causes_come_before_consequences_on_whatever_node() {
     assert_eq!(fault.culprit, Culprit::Rank(3));
     assert_eq!(
         fault.reason,
-        "rank 0 on gpu-0 and 1 more ended earlier, but by what they say they lost another rank"
+        "rank 0 on gpu-0 and 1 more failed earlier, but by what they say they lost another rank"
     );
 }
 
@@ -100,6 +99,7 @@ fn lost(heard: u32, given_up: u32) -> Option<Lost<'static>> {
 #[test]
 fn a_lost_node_is_to_blame_unless_a_rank_failed_before() {
     let node = || Culprit::Node {
+        node: 1,
         host: "gpu-1".into(),
         how: "its connection was closed".into(),
         at: MS * 100,
@@ -182,11 +182,11 @@ fn late_ranks_are_to_blame_for_a_hang_unless_something_failed_before() {
 }
 
 #[test]
-fn one_node_is_judged_as_before() {
+fn on_one_node_the_kernel_s_order_counts() {
     let ranks = [rank(2, End::Code(1)), rank(1, End::Code(17)), stopped(3)];
-    let alone = [ranks.iter().cloned().zip([2, 1, 3]).collect::<Vec<_>>()];
-    let expected = first_failure(&ranks, |_| String::new()).unwrap();
-    assert_eq!(found(&cluster(&alone, MS), None), Fault::from(expected));
+    let fault = on_one_node(&ranks, |_| String::new()).unwrap();
+    assert_eq!(fault.culprit, Culprit::Rank(1));
+    assert_eq!(fault.reason, "its end came first in the kernel's order");
     let quiet = [vec![(rank(1, End::Code(0)), 1)]];
     assert_eq!(
         first_failure_of_cluster(&cluster(&quiet, MS), None, |_| String::new()),

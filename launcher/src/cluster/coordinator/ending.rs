@@ -176,23 +176,20 @@ impl State {
             return;
         };
         ending.code = exit_code(&ranks, &fault);
-        let host = match &fault.culprit {
-            Culprit::Rank(rank) => places[*rank].host.clone(),
-            Culprit::Node { host, .. } => host.clone(),
-            Culprit::Late { ranks, .. } => places[ranks[0]].host.clone(),
+        let of_node = match &fault.culprit {
+            Culprit::Rank(rank) => self.member_of(*rank),
+            Culprit::Node { node, .. } => self.members.get(*node),
+            Culprit::Late { ranks, .. } => self.member_of(ranks[0]),
         };
-        let of_host = |(id, _): &(&u64, &crate::cluster::message::NodeReport)| {
-            self.known(**id).is_some_and(|n| n.join.host == host)
-        };
-        let of_host = self.reports.iter().find(of_host).map(|(_, r)| r);
-        let lost: Vec<String> = self.lost.iter().map(|l| l.host.clone()).collect();
+        let of_node = of_node.and_then(|m| self.reports.get(&m.id));
+        let homes = self.homes();
         let mut run = report::Run {
             id: &self.settings.job.run_id,
             dir: &self.settings.job.run_dir,
             exit_code: ending.code,
-            oom_kills: of_host.map_or(0, |r| r.oom_kills),
-            xids: of_host.map(|r| r.xids.as_slice()).unwrap_or_default(),
-            lost: &lost,
+            oom_kills: of_node.map_or(0, |r| r.oom_kills),
+            xids: of_node.map(|r| r.xids.as_slice()).unwrap_or_default(),
+            homes: &homes,
             stacks: stacks.as_deref(),
             earlier: &self.incidents,
             resume: self.settings.job.resume.as_deref(),
@@ -227,6 +224,27 @@ impl State {
         run.exit_code = ending.code;
         ending.failure = Some(Box::new(report::failure(&run, &fault, &ranks, &places)));
         self.incidents.push(incident);
+    }
+
+    /// The node that runs a rank of this generation.
+    fn member_of(&self, rank: usize) -> Option<&super::Member> {
+        let rank = rank as u32;
+        self.members.iter().find(|m| m.ranks.contains(&rank))
+    }
+
+    /// The node of each rank.
+    fn homes(&self) -> Vec<report::Home> {
+        let of = |(node_rank, member): (usize, &super::Member)| {
+            let home = report::Home {
+                node_rank,
+                uncertainty: self
+                    .known(member.id)
+                    .map_or(Duration::ZERO, |n| n.clock.error()),
+                is_lost: self.lost.iter().any(|l| l.member.id == member.id),
+            };
+            vec![home; member.ranks.len()]
+        };
+        self.members.iter().enumerate().flat_map(of).collect()
     }
 
     /// What is known of the ends on each node. `ranks` are those of the whole job, by rank.

@@ -1051,3 +1051,19 @@ fn a_sole_node_elsewhere_answers_before_it_gets_ranks() {
         "{told:?}"
     );
 }
+
+#[test]
+fn two_agents_of_one_host_are_two_nodes() {
+    let mut scene = Scene::new(settings(2, 2));
+    for id in [1, 2] {
+        scene.alive.insert(id);
+        scene.says(id, FromAgent::Join(Box::new(join_of("vm", WORKERS))));
+    }
+    scene.pass(S(3));
+    scene.lose(2);
+    scene.all_stopped(1);
+    let failure = scene.endings()[0].failure.clone().unwrap();
+    assert_eq!((failure.rank, failure.node_rank), (None, 1));
+    let text = failure.to_string();
+    assert!(text.contains("where: host vm, ranks 2-3\n"), "{text}");
+}
