@@ -76,7 +76,7 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// For the restart policy. `step` is the last finished step of the job, `checkpoint_step` that of its newest
+    /// For the restart policy, except for what only the coordinator knows. `step` is the last finished step of the job, `checkpoint_step` that of its newest
     /// complete checkpoint; `ran` is how long this start had lasted.
     pub fn incident(
         &self,
@@ -91,6 +91,8 @@ impl Failure {
             again: self.again,
             signature: self.signature.clone(),
             host: Some(self.host.clone()),
+            agent: 0,
+            tells: false,
             rank: self.rank.and_then(|rank| u32::try_from(rank).ok()),
             step,
             checkpoint_step,
@@ -159,12 +161,7 @@ struct Subject<'a> {
 }
 
 impl Subject<'_> {
-    fn of<'a>(
-        culprit: &'a Culprit,
-        run: &Run,
-        ranks: &[Rank],
-        places: &'a [Place],
-    ) -> Subject<'a> {
+    fn of<'a>(culprit: &'a Culprit, run: &Run, ranks: &[Rank], places: &'a [Place]) -> Subject<'a> {
         let of_rank = |rank: usize, late, at| Subject {
             number: Some(rank),
             late,

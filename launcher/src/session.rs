@@ -15,13 +15,13 @@ use tsm_job::exit;
 use crate::clock::Utc;
 use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, Settings, State};
 use crate::cluster::link::{Heard, Hub};
-use crate::cluster::message::FromAgent;
+use crate::cluster::message::{FromAgent, Join, Word};
 use crate::cluster::topology::NodeId;
 use crate::console::lines::Batch;
 use crate::console::queue::Feed;
 use crate::folder::Folder;
 use crate::manifest::generations::{self, Culprit};
-use crate::manifest::{Events, Manifest, Node, RankEntry, write_json};
+use crate::manifest::{Events, LeftOut, Manifest, Node, RankEntry, versions, write_json};
 use crate::process;
 use crate::report::Failure;
 use crate::signals::Signals;
@@ -34,6 +34,8 @@ use crate::supervisor::count;
 const DESCRIBE: Duration = Duration::from_secs(2);
 /// Open files beside those of the nodes, generously.
 const FILES: u64 = 512;
+/// Versions in the manifest; workers say what they like.
+const MAX_VERSIONS: usize = 64;
 /// Between two looks of a status at the job.
 const PUBLISH: Duration = Duration::from_millis(200);
 
@@ -207,9 +209,14 @@ impl Running {
                 Action::Send { .. } | Action::Drop { .. } => {}
                 Action::Notice(text) => self.session.voice.notice(&text),
                 Action::Record { kind, fields } => self.events.write(kind, fields),
+                Action::LeftOut(excluded) => {
+                    let left_out = LeftOut::at(Utc::now(), *excluded);
+                    self.session.manifest.left_out.push(left_out);
+                }
                 Action::Measured(report) => self.session.manifest.preflight.push(*report),
                 Action::Show(batch) => self.session.voice.feed.offer(batch),
                 Action::Started(launched) => self.started(&launched, now),
+                Action::Told(word) => self.told(word),
                 Action::Environment(changes) => self.session.manifest.environment = changes,
                 Action::Ended(ending) => self.ended(*ending),
             }
@@ -294,6 +301,8 @@ impl Running {
                 manifest.nodes.push(node);
             }
         }
+        let joins: Vec<&Join> = launched.members.iter().map(|(_, n)| &n.join).collect();
+        manifest.versions.extend(versions::of_nodes(&joins));
         let time = Utc::now().rfc3339();
         manifest.generations.start(
             now,
@@ -318,6 +327,21 @@ impl Running {
         manifest.ranks = launched.members.iter().flat_map(of).collect();
         if self.described.is_none() {
             self.described = Some(describe(manifest.clone(), &self.session.folder));
+        }
+    }
+
+    /// What the workers say of themselves.
+    fn told(&mut self, word: Word) {
+        let manifest = &mut self.session.manifest;
+        match word {
+            Word::Versions(versions) => {
+                let room = MAX_VERSIONS.saturating_sub(manifest.versions.len());
+                manifest.versions.extend(versions.into_iter().take(room));
+            }
+            Word::Resumed { path, step } => {
+                let path = path.to_string_lossy().into_owned();
+                manifest.generations.resumed(path, step);
+            }
         }
     }
 
@@ -400,8 +424,11 @@ impl Running {
         {
             (manifest.machine, manifest.commit, manifest.binaries) =
                 (done.machine, done.commit, done.binaries);
+            for (name, version) in done.versions {
+                manifest.versions.entry(name).or_insert(version);
+            }
         }
-        manifest.goodput = Some(manifest.generations.goodput(self.session.start.elapsed()));
+        manifest.goodput = manifest.generations.goodput(self.session.start.elapsed());
         (manifest.ended, manifest.exit_code) = (Some(Utc::now().rfc3339()), Some(code));
         if let Err(e) = manifest.write(&self.session.folder.dir) {
             self.session

@@ -36,7 +36,9 @@ pub fn reason(nodes: &[NodeEnds], all: &[Suspect], first: &Suspect) -> String {
         (Role::OwnCode, When::Before),
         (Role::OwnCode, When::Together),
     ] {
-        let alike = not_after.iter().filter(|(s, at)| s.role == role && *at == when);
+        let alike = not_after
+            .iter()
+            .filter(|(s, at)| s.role == role && *at == when);
         let alike: Vec<&Suspect> = alike.map(|(s, _)| *s).collect();
         if role > first.role
             && let [one, rest @ ..] = alike.as_slice()

@@ -2,6 +2,7 @@
 //! generation carries its number, and one of an older generation is dropped.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -68,6 +69,8 @@ pub enum FromAgent {
         /// What was changed in their environment; from the first node only.
         environment: Vec<Change>,
     },
+    /// What rank 0 says of itself; from the first node only.
+    Word { generation: u32, word: Word },
     /// The ranks of this node cannot be started; none is left.
     CannotStart {
         generation: u32,
@@ -160,11 +163,25 @@ pub enum ToAgent {
     Inspect {
         generation: u32,
     },
+    /// Say this to whoever has started the agent by hand.
+    Tell {
+        text: String,
+    },
     /// Leave, with this exit code. `message` is for the agent's own stderr.
     Exit {
         code: i32,
         message: Option<String>,
     },
+}
+
+/// What a worker says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Word {
+    /// See [`tsm_job::message::WorkerMessage::Versions`].
+    Versions(BTreeMap<String, String>),
+    /// See [`tsm_job::message::WorkerMessage::Resumed`].
+    Resumed { path: PathBuf, step: u64 },
 }
 
 /// Of the measurements before a start. One that is asked for ends those of earlier rounds.

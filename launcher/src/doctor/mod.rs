@@ -15,7 +15,7 @@ mod nccl;
 pub mod preflight;
 mod show;
 
-pub use across::across;
+pub use across::{across, late};
 pub use clock::{ClockSample, clock_findings, now_ms};
 pub use show::print;
 

@@ -200,7 +200,9 @@ fn a_lost_node_is_named_with_its_ranks() {
         again: class::Again::MayWork,
         signature: "killed from outside: signal 9 (SIGKILL)".into(),
         host: Some("gpu-01".into()),
+        agent: 0,
         rank: Some(1),
+        tells: true,
         step: Some(3),
         checkpoint_step: None,
     }];

@@ -5,6 +5,7 @@ mod harness;
 mod cascade;
 mod class;
 mod hang;
+mod manifest;
 mod output;
 mod preflight;
 mod pytorch;

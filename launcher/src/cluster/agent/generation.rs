@@ -13,7 +13,7 @@ use tsm_job::message::WorkerMessage;
 
 use super::Setup;
 use crate::ahead::Ahead;
-use crate::cluster::message::{NodeReport, Progress, Start};
+use crate::cluster::message::{NodeReport, Progress, Start, Word};
 use crate::console::lines::Lines;
 use crate::cores;
 use crate::doctor::kmsg;
@@ -56,6 +56,8 @@ pub struct Generation {
     logs: Option<Logs>,
     progress: BTreeMap<usize, Progress>,
     sections: BTreeMap<usize, String>,
+    /// What rank 0 of this node has said of itself.
+    words: Vec<Word>,
     metrics: BTreeMap<String, f64>,
     oom_before: u64,
     /// How far the processes that workers left behind have been ended.
@@ -161,6 +163,7 @@ impl Generation {
             logs: None,
             progress: BTreeMap::new(),
             sections: BTreeMap::new(),
+            words: Vec::new(),
             metrics: BTreeMap::new(),
             oom_before: oom_kills(),
             descendants: Descendants::NotLooked,
@@ -346,6 +349,16 @@ impl Generation {
                     }
                     continue;
                 }
+                Happening::Said(WorkerMessage::Versions { versions }) => {
+                    self.words
+                        .extend((rank == 0).then_some(Word::Versions(versions)));
+                    continue;
+                }
+                Happening::Said(WorkerMessage::Resumed { path, step }) => {
+                    let word = Word::Resumed { path, step };
+                    self.words.extend((rank == 0).then_some(word));
+                    continue;
+                }
                 Happening::Said(WorkerMessage::Hello { .. }) => {
                     // That it talks is news too.
                     self.progress_of(rank);
@@ -361,6 +374,16 @@ impl Generation {
             local_rank: local_rank as u32,
             ..Progress::default()
         })
+    }
+
+    /// What rank 0 has said of itself since this was asked last; empty but on the first node.
+    pub fn take_words(&mut self) -> Vec<Word> {
+        let words = std::mem::take(&mut self.words);
+        if self.start.node_rank == 0 {
+            words
+        } else {
+            Vec::new()
+        }
     }
 
     /// What has changed since it was asked last.

@@ -67,6 +67,7 @@ impl State {
             verdict: None,
             again: false,
         };
+        let mut leave_out = None;
         match self.cause.clone() {
             None | Some(Cause::Preempt | Cause::Grow) if whole && all(Rank::has_succeeded) => {}
             Some(Cause::Grow) if whole && obeyed && !self.last => {
@@ -95,7 +96,7 @@ impl State {
             Some(Cause::Signal(signal)) => {
                 (ending.outcome, ending.code) = ("stopped", exit::SIGNAL_BASE + signal)
             }
-            _ => self.fail(ranks, places, &mut ending, now),
+            _ => leave_out = self.fail(ranks, places, &mut ending, now),
         }
         let again = ending
             .again
@@ -109,6 +110,9 @@ impl State {
             "steps": ending.steps, "verdict": ending.verdict});
         actions.push(record("generation_end", fields));
         actions.push(Action::Ended(Box::new(ending)));
+        if let Some(all) = leave_out {
+            self.leave_out(all, now, actions);
+        }
         match again {
             Some((outcome, why)) => {
                 let cause = if outcome == "grown" {
@@ -153,12 +157,19 @@ impl State {
         )
     }
 
-    fn fail(&mut self, ranks: Vec<Rank>, places: Vec<Place>, ending: &mut Ending, now: Duration) {
+    /// The nodes that another start leaves out, where there is one.
+    fn fail(
+        &mut self,
+        ranks: Vec<Rank>,
+        places: Vec<Place>,
+        ending: &mut Ending,
+        now: Duration,
+    ) -> Option<Vec<policy::LeftOut>> {
         ending.outcome = "failed";
         if let Some((code, _)) = self.refusal {
             // The workers could not be started: that was said already, and what else ended was told to.
             ending.code = code;
-            return;
+            return None;
         }
         let (hang, stacks) = match &self.cause {
             Some(Cause::Hang { late, text, at }) => {
@@ -173,15 +184,16 @@ impl State {
         drop(nodes);
         let Some(fault) = fault else {
             ending.code = exit::BUG;
-            return;
+            return None;
         };
         ending.code = exit_code(&ranks, &fault);
-        let of_node = match &fault.culprit {
+        let node = match &fault.culprit {
             Culprit::Rank(rank) => self.member_of(*rank),
             Culprit::Node { node, .. } => self.members.get(*node),
             Culprit::Late { ranks, .. } => self.member_of(ranks[0]),
         };
-        let of_node = of_node.and_then(|m| self.reports.get(&m.id));
+        let node = node.map(|m| m.id);
+        let of_node = node.and_then(|id| self.reports.get(&id));
         let homes = self.homes();
         let mut run = report::Run {
             id: &self.settings.job.run_id,
@@ -202,6 +214,13 @@ impl State {
             .or(self.incidents.last().and_then(|i| i.checkpoint_step));
         let mut incident = failure.incident(ran, step, saved);
         incident.at = now;
+        incident.agent = node
+            .and_then(|id| self.known(id))
+            .map_or(0, |node| node.agent);
+        let talks = |rank: &Rank| rank.talks || rank.step.is_some() || rank.record.is_some();
+        incident.tells =
+            self.settings.job.saves || !self.progress.is_empty() || ranks.iter().any(talks);
+        let mut left_out = None;
         if self.last {
             ending.verdict = None;
         } else {
@@ -211,7 +230,7 @@ impl State {
                     leave_out,
                     why,
                 } => {
-                    self.left_out = leave_out;
+                    left_out = Some(leave_out);
                     self.pause = after;
                     (ending.again, ending.verdict) = (true, Some(why));
                 }
@@ -224,6 +243,7 @@ impl State {
         run.exit_code = ending.code;
         ending.failure = Some(Box::new(report::failure(&run, &fault, &ranks, &places)));
         self.incidents.push(incident);
+        left_out
     }
 
     /// The node that runs a rank of this generation.

@@ -1,6 +1,6 @@
 //! `--preflight full`: a start's nodes are measured when all of them are known, and the bad ones are left out.
 
-use serde_json::{json, to_value};
+use serde_json::to_value;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::rounds::{Judgement, Measuring, Place, Report};
 use super::{Action, Phase, State, nodes, record};
 use crate::cluster::message::{Finding, FromAgent, Severity};
 use crate::cluster::policy::LeftOut;
-use crate::cluster::topology::NodeId;
+use crate::cluster::topology::{Candidate, NodeId};
 
 impl State {
     /// Whether a member was never measured, or not found to be well.
@@ -100,15 +100,25 @@ impl State {
             self.measured.remove(id);
             report.left_out.push(LeftOut {
                 host: self.host(*id).into(),
+                agent: None,
                 must: true,
                 until: None,
                 why: finding.text.clone(),
             });
         }
-        self.convicted.extend(report.left_out.iter().cloned());
-        let (left, needed) = (self.candidates(now).len(), self.settings.min_nodes as usize);
+        let out = report.left_out.clone();
+        let is_bad = |c: &Candidate| out.iter().any(|l| l.host == self.host(c.id));
+        let candidates = self.candidates(now);
+        let left = candidates.iter().filter(|c| !is_bad(c)).count();
+        let needed = self.settings.min_nodes as usize;
         let go_on = left >= needed;
-        self.tell(report, bad.iter().filter(|_| go_on), actions);
+        Self::tell(report, actions);
+        // Where the job cannot go on without it, that is said instead.
+        if go_on {
+            for (left_out, (_, finding)) in out.into_iter().zip(&bad) {
+                self.convict(left_out, &finding.hint, now, actions);
+            }
+        }
         let is_wide = std::mem::take(&mut self.is_wide);
         if let Some((_, finding)) = bad.first() {
             if !go_on {
@@ -136,13 +146,8 @@ impl State {
         self.try_to_form(now, actions);
     }
 
-    /// Shows and writes down what was found. `out` are the nodes without which the job goes on.
-    fn tell<'a>(
-        &self,
-        report: Report,
-        out: impl Iterator<Item = &'a (NodeId, Finding)>,
-        actions: &mut Vec<Action>,
-    ) {
+    /// Shows and writes down what was found.
+    fn tell(report: Report, actions: &mut Vec<Action>) {
         let of = |severity| {
             report
                 .findings
@@ -158,12 +163,6 @@ impl State {
         }
         for Finding { text, hint, .. } in of(Severity::Warning) {
             let text = format!("warning: {text}\n  hint: {hint}");
-            actions.push(Action::Notice(text));
-        }
-        for (id, Finding { text, hint, .. }) in out {
-            let host = self.host(*id);
-            actions.push(record("left_out", json!({"host": host, "why": text})));
-            let text = format!("{host} gets no ranks: {text}\n  hint: {hint}");
             actions.push(Action::Notice(text));
         }
         actions.push(record("preflight", to_value(&report).unwrap_or_default()));

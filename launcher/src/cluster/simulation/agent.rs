@@ -307,7 +307,8 @@ impl Agent {
             ToAgent::Stop { .. }
             | ToAgent::Signal { .. }
             | ToAgent::Kill { .. }
-            | ToAgent::Inspect { .. } => {}
+            | ToAgent::Inspect { .. }
+            | ToAgent::Tell { .. } => {}
         }
     }
 
