@@ -128,6 +128,13 @@ two_ranks() {
   return $status
 }
 
+# Over all GPUs there are; one alone has nobody to send to, but the sum is made and checked on it.
+all_reduce() {
+  local all="--gpus auto"
+  [ "$cpu" = 1 ] && all="--cpus 2"
+  ours "$bin/tsm-launch" $all --run-dir "$work/runs/all-reduce" -- "$bin/tsm-trainer" all-reduce --seconds 1
+}
+
 # bench NAME ARGS...: our step, with PyTorch's in turn where --against is among the arguments.
 bench() {
   local name=$1
@@ -153,7 +160,7 @@ peers() {
 }
 
 export root bin python cpu work out data made devices libraries demo_values epochs more_epochs
-export -f ours facts torch_ext gpu_tests nvml demo resume two_ranks bench peers
+export -f ours facts torch_ext gpu_tests nvml demo resume two_ranks all_reduce bench peers
 
 part 20 facts facts
 part 60 torch-ext torch_ext
@@ -161,6 +168,7 @@ part 90 tests gpu_tests --skip two_ranks
 part 60 two-ranks-test gpu_tests two_ranks
 part 60 demo-fp32 demo fp32
 part 60 two-ranks-demo two_ranks
+part 10 all-reduce all_reduce
 part 100 step-bf16-8 bench bf16-8 --precision bf16 --clips 8 --rounds 2 --against "$python"
 for clips in 16 32; do
   part 60 step-bf16-$clips bench bf16-$clips --precision bf16 --clips $clips --rounds 1 --against "$python"

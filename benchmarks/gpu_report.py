@@ -40,6 +40,10 @@ def summary(name, log):
     best = re.findall(r"best top1 ([\d.]+)", log)
     if best:
         return f"best top1 {best[-1]}"
+    row = re.search(r"busbw GB/s .*\n\D*?0 \| +(\d+) +\d+ +\d+ +[\d.]+ +\S+ +(\S+) +\d+ +(right|wrong on rank [\d, ]+\d) ", log)
+    if row:
+        ranks, bus, sums = row.groups()
+        return f"{ranks} rank(s), bus bandwidth {bus} GB/s, sums {sums}"
     return ""
 
 
@@ -127,6 +131,8 @@ def self_test():
     failed = "failures:\n    a::b\n\ntest result: FAILED. 2 passed; 1 failed; 0 ignored"
     assert summary("x", failed) == "2 passed, 1 failed: a::b"
     assert summary("x", "best top1 50.00; report in r\n") == "best top1 50.00"
+    table = "0 |  ranks  bytes  busbw GB/s  sums device\n0 |      2   64       3      9.062        7.40        8.40             0  right   cpu\n"
+    assert summary("x", table) == "2 rank(s), bus bandwidth 8.40 GB/s, sums right", summary("x", table)
     assert last_error("one\nerror: two\nthree") == "error: two"
     report = dict(flags=["--arch", "resnet50", "--size", "224", "--clips", "8"],
                   rows=[dict(name="a", form="f", clips_per_s=2.0, ratio=1.0, peak_bytes=None, step_ms=dict(median=1, min=1, max=1))])

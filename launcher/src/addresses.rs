@@ -2,7 +2,7 @@
 //!
 //! A list of addresses does not tell which of them other nodes can use: 172.17.0.1 of docker exists on every
 //! host. So each node dials all addresses of the first one, and only an answer that proves knowledge of
-//! the job's key counts ([`probe`]); [`choose`] then takes an address that everybody reached.
+//! the job's key counts (`probe`); [`choose()`] then takes an address that everybody reached.
 
 mod choose;
 mod probe;

@@ -7,9 +7,10 @@
 mod cluster;
 mod reason;
 
-pub use cluster::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure_of_cluster};
+pub use cluster::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 use tsm_job::exit;
 
 use crate::end::End;
@@ -34,6 +35,29 @@ pub enum Role {
     Stuck,
     /// Its node was lost, and its end is not known.
     NodeLost,
+}
+
+/// The rank that failed first as far as its own node can tell, by its place in `ranks`.
+pub fn first_on_node(ranks: &[Rank], words_of: impl Fn(usize) -> String) -> Option<usize> {
+    match first_failure(&[alone(ranks)], None, words_of)?.culprit {
+        Culprit::Rank(rank) => Some(rank),
+        Culprit::Node { .. } | Culprit::Late { .. } => None,
+    }
+}
+
+/// The ranks of one node by its own clock.
+fn alone(ranks: &[Rank]) -> NodeEnds<'_> {
+    let seen = ranks.iter().enumerate().map(|(number, rank)| Seen {
+        number,
+        rank,
+        at: rank.first_at,
+    });
+    NodeEnds {
+        host: "",
+        ranks: seen.collect(),
+        uncertainty: Duration::ZERO,
+        lost: None,
+    }
 }
 
 /// What gloo, NCCL and c10d print when the other end of a connection is gone.
@@ -98,7 +122,6 @@ fn answers_a_signal(end: End, sent: &[i32]) -> bool {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use std::time::Duration;
     use tsm_job::message::FailureRecord;
 
     pub fn rank(order: usize, end: End) -> Rank {
@@ -121,32 +144,13 @@ pub mod tests {
         })
     }
 
-    /// Who is to blame in a job on one node.
-    pub fn on_one_node(ranks: &[Rank], words_of: impl Fn(usize) -> String) -> Option<Fault> {
-        let seen = |(number, rank)| Seen {
-            number,
-            rank,
-            at: rank.first_at,
-        };
-        let node = NodeEnds {
-            host: "gpu-01",
-            ranks: ranks.iter().enumerate().map(seen).collect(),
-            uncertainty: Duration::ZERO,
-            lost: None,
-        };
-        first_failure_of_cluster(&[node], None, words_of)
+    /// Who failed first among the ranks of one node.
+    pub fn fault(ranks: &[Rank], words_of: impl Fn(usize) -> String) -> Option<Fault> {
+        first_failure(&[alone(ranks)], None, words_of)
     }
 
-    /// Of which a rank is the culprit.
-    pub fn rank_of(fault: &Fault) -> usize {
-        match fault.culprit {
-            Culprit::Rank(rank) => rank,
-            _ => panic!("{fault:?}"),
-        }
-    }
-
-    fn blamed(ranks: &[Rank]) -> usize {
-        rank_of(&on_one_node(ranks, |_| String::new()).unwrap())
+    fn blamed(ranks: &[Rank]) -> Culprit {
+        fault(ranks, |_| String::new()).unwrap().culprit
     }
 
     #[test]
@@ -157,7 +161,7 @@ pub mod tests {
                 rank(1, End::Code(17)),
                 rank(3, End::Code(1))
             ]),
-            1
+            Culprit::Rank(1)
         );
     }
 
@@ -166,14 +170,17 @@ pub mod tests {
         let peer = rank(1, End::Code(exit::PEER));
         assert_eq!(
             blamed(&[peer.clone(), rank(2, End::Signal(libc::SIGSEGV))]),
-            1
+            Culprit::Rank(1)
         );
-        assert_eq!(blamed(std::slice::from_ref(&peer)), 0);
+        assert_eq!(blamed(std::slice::from_ref(&peer)), Culprit::Rank(0));
         let announced = Rank {
             record: said("peer", "rank 1 is gone"),
             ..rank(1, End::Code(1))
         };
-        assert_eq!(blamed(&[announced, rank(2, End::Code(1))]), 1);
+        assert_eq!(
+            blamed(&[announced, rank(2, End::Code(1))]),
+            Culprit::Rank(1)
+        );
     }
 
     #[test]
@@ -189,8 +196,8 @@ pub mod tests {
                 .to_string();
         let ranks = [rank(1, End::Code(1)), late];
         let words = |i| if i == 0 { gloo.clone() } else { String::new() };
-        let found = on_one_node(&ranks, words).unwrap();
-        assert_eq!(rank_of(&found), 1);
+        let found = fault(&ranks, words).unwrap();
+        assert_eq!(found.culprit, Culprit::Rank(1));
         assert_eq!(
             found.reason,
             "rank 0 failed earlier, but by what it says it lost another rank"
@@ -206,10 +213,11 @@ pub mod tests {
                 ..rank(2, End::Code(1))
             },
         ];
-        let found = on_one_node(&ranks, |_| {
+        let found = fault(&ranks, |_| {
             "download failed: Connection reset by peer\n".into()
-        });
-        assert_eq!(rank_of(&found.unwrap()), 0);
+        })
+        .unwrap();
+        assert_eq!(found.culprit, Culprit::Rank(0));
     }
 
     #[test]
@@ -239,7 +247,7 @@ pub mod tests {
     fn a_record_counts_from_the_moment_it_was_sent() {
         let mut ranks = [rank(2, End::Code(1)), rank(1, End::Code(1))];
         ranks[1].record = said("panic", "boom");
-        assert_eq!(blamed(&ranks), 1);
+        assert_eq!(blamed(&ranks), Culprit::Rank(1));
     }
 
     #[test]
@@ -249,16 +257,16 @@ pub mod tests {
             record: said(cause, "index 7 out of range"),
             ..rank(2, End::Code(0))
         };
-        assert_eq!(blamed(&[well.clone(), announced("error")]), 1);
+        assert_eq!(
+            blamed(&[well.clone(), announced("error")]),
+            Culprit::Rank(1)
+        );
         assert_eq!(role(&announced("peer"), String::new), Role::LostPeer);
         assert!(well.has_succeeded() && !announced("error").is_well());
     }
 
     #[test]
     fn nobody_is_to_blame_for_success() {
-        assert_eq!(
-            on_one_node(&[rank(1, End::Code(0))], |_| String::new()),
-            None
-        );
+        assert_eq!(fault(&[rank(1, End::Code(0))], |_| String::new()), None);
     }
 }

@@ -19,7 +19,7 @@ impl End {
     pub fn exit_code(self) -> i32 {
         match self {
             End::Code(code) => code,
-            End::Signal(signal) => exit::SIGNAL_BASE + signal,
+            End::Signal(signal) => exit::SIGNAL_BASE.saturating_add(signal),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The run folder: made new under a name of its own, or taken up again.
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use fs_err::File;
 use rustix::fs::{FlockOperation, flock};
 use std::io::ErrorKind;
@@ -28,6 +28,18 @@ pub fn name(root: &Path, name: &str, time: &str, attempt: u32) -> PathBuf {
     })
 }
 
+/// The folder, or something in it, cannot be made.
+fn refuse(e: &std::io::Error) -> Coded {
+    let hint = match e.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "free some space, or give another --run-dir"
+        }
+        _ => "give another --run-dir",
+    };
+    let text = format!("cannot make the run folder: {e}\n  hint: {hint}");
+    Coded::new(exit::CANNOT_WRITE, text)
+}
+
 impl Folder {
     /// Makes a folder that did not exist, also when several launchers start in the same second.
     ///
@@ -35,16 +47,13 @@ impl Folder {
     /// [`exit::CANNOT_WRITE`] when it cannot be made.
     pub fn create(root: &Path, run: &str, time: &str) -> anyhow::Result<Folder> {
         let root = std::path::absolute(root)?;
-        let refuse = |e: std::io::Error| {
-            Coded::new(exit::CANNOT_WRITE, format!("cannot make a run folder: {e}"))
-        };
-        fs_err::create_dir_all(&root).map_err(refuse)?;
+        fs_err::create_dir_all(&root).map_err(|e| refuse(&e))?;
         for attempt in 1..10_000 {
             let path = name(&root, run, time, attempt);
             match fs_err::create_dir(&path) {
                 Ok(()) => return Folder::open(path),
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
-                Err(e) => bail!(refuse(e)),
+                Err(e) => bail!(refuse(&e)),
             }
         }
         bail!(Coded::new(
@@ -66,7 +75,7 @@ impl Folder {
             );
             bail!(Coded::new(exit::USAGE, text));
         }
-        fs_err::create_dir_all(&path).map_err(|e| Coded::new(exit::CANNOT_WRITE, e.to_string()))?;
+        fs_err::create_dir_all(&path).map_err(|e| refuse(&e))?;
         Folder::open(path)
     }
 
@@ -89,12 +98,7 @@ impl Folder {
             .create(true)
             .append(true)
             .open(path.join("launcher.lock"));
-        let lock = lock.map_err(|e| {
-            Coded::new(
-                exit::CANNOT_WRITE,
-                format!("cannot write to the run folder: {e}"),
-            )
-        })?;
+        let lock = lock.map_err(|e| refuse(&e))?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             let hint = "wait for it, or give another folder";
             let text = format!(
@@ -104,8 +108,7 @@ impl Folder {
             bail!(Coded::new(exit::USAGE, text));
         }
         let dir = RunDir::new(path);
-        fs_err::create_dir_all(dir.logs())
-            .map_err(|e| Coded::new(exit::CANNOT_WRITE, e.to_string()))?;
+        fs_err::create_dir_all(dir.logs()).map_err(|e| refuse(&e))?;
         Ok(Folder {
             config: dir.config(),
             dir,
@@ -135,7 +138,7 @@ impl Folder {
             Some(last) => last.clone(),
             None => first,
         };
-        fs_err::write(&self.config, text).context("cannot write the resolved config")?;
+        fs_err::write(&self.config, text).map_err(|e| refuse(&e))?;
         Ok(revised)
     }
 }

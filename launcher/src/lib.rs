@@ -8,7 +8,11 @@
 //!            ^  | cluster/link, wire: one authenticated connection per node
 //!            |  v
 //! agent:   watch (what happened, in order) -> supervisor (what the node does, pure) -> process (do it)
+//!          contain (what holds their processes, so that none survives)
 //!          logs, console (their output)       blame (who was first), class (of what) -> report
+//!
+//! beside:  doctor (may a node run this), hang (who is late, and what they do),
+//!          folder, manifest, status (what others may read while it runs, and afterwards)
 //! ```
 
 pub mod addresses;
@@ -19,6 +23,7 @@ pub mod cli;
 pub mod clock;
 pub mod cluster;
 pub mod console;
+pub mod contain;
 pub mod cores;
 pub mod doctor;
 pub mod end;
@@ -55,7 +60,8 @@ pub fn main() -> ExitCode {
     let mut argv = std::env::args_os().skip(1);
     match argv.next().as_deref().and_then(|first| first.to_str()) {
         Some(shim::WORKER) => return shim::worker(argv),
-        Some(shim::GUARD) => return shim::guard(),
+        Some(shim::GUARD) => return shim::guard(argv),
+        Some(shim::ENTER) => return shim::enter(argv),
         Some(start::agent::AGENT) => {
             return run(
                 |args: &start::agent::Args| start::agent::main(args, start),
@@ -77,7 +83,7 @@ pub fn main() -> ExitCode {
 
 /// Says whether this machine can run a job, and what to do where it cannot.
 #[derive(clap::Parser)]
-#[command(name = "tsm-launch doctor")]
+#[command(name = "tsm-launch doctor", bin_name = "tsm-launch doctor")]
 struct Doctor {
     #[command(flatten)]
     args: doctor::cli::Args,
@@ -85,7 +91,7 @@ struct Doctor {
 
 /// Makes a key for a job, in a file of its own.
 #[derive(clap::Parser)]
-#[command(name = "tsm-launch key")]
+#[command(name = "tsm-launch key", bin_name = "tsm-launch key")]
 struct KeyArgs {
     /// It must not exist yet.
     file: std::path::PathBuf,

@@ -38,16 +38,13 @@ pub struct Source {
 }
 
 /// Where the bytes of a stream go.
-pub enum Sink {
-    Worker {
-        file: File,
-        stderr: bool,
-        /// `None`: only into the file.
-        shown: Option<Lines>,
-        tail: Tail,
-    },
-    /// The launcher's own words, shown on stderr as they are.
-    Notices(Lines),
+pub struct Sink {
+    pub file: File,
+    pub stderr: bool,
+    /// `None`: only into the file.
+    pub shown: Option<Lines>,
+    /// Of stderr.
+    pub tail: Tail,
 }
 
 /// Where lines to show go.
@@ -196,11 +193,7 @@ impl Reader {
         };
         let bytes = match rustix::io::read(&source.pipe, &mut *buffer) {
             Ok(0) => {
-                if let Sink::Worker {
-                    shown: Some(lines), ..
-                }
-                | Sink::Notices(lines) = &mut source.to
-                {
+                if let Some(lines) = &mut source.to.shown {
                     lines.finish(batch);
                 }
                 self.sources[index] = None;
@@ -215,29 +208,20 @@ impl Reader {
                 return;
             }
         };
-        match &mut source.to {
-            Sink::Notices(lines) => lines.push(bytes, batch),
-            Sink::Worker {
-                file,
-                stderr,
-                shown,
-                tail,
-            } => {
-                // The worker must not stop because its log cannot be written: say it once and read on.
-                if let Err(e) = file.write_all(bytes) {
-                    let what = format!("output is lost: {e}");
-                    if !self.lost.contains(&what) {
-                        batch.push(None, true, format!("warning: {what}").as_bytes());
-                        self.lost.push(what);
-                    }
-                }
-                if *stderr {
-                    tail.push(bytes);
-                }
-                if let Some(lines) = shown {
-                    lines.push(bytes, batch);
-                }
+        let to = &mut source.to;
+        // The worker must not stop because its log cannot be written: say it once and read on.
+        if let Err(e) = to.file.write_all(bytes) {
+            let what = format!("output is lost: {e}");
+            if !self.lost.contains(&what) {
+                batch.push(None, true, format!("warning: {what}").as_bytes());
+                self.lost.push(what);
             }
+        }
+        if to.stderr {
+            to.tail.push(bytes);
+        }
+        if let Some(lines) = &mut to.shown {
+            lines.push(bytes, batch);
         }
     }
 }
@@ -283,7 +267,7 @@ mod tests {
         let (read, mut write) = std::io::pipe().unwrap();
         let path = dir.path().join("0.err");
         let tail = Tail::default();
-        let to = Sink::Worker {
+        let to = Sink {
             file: File::create(&path).unwrap(),
             stderr: true,
             shown: Some(Lines::new(0, true, false)),
@@ -307,12 +291,16 @@ mod tests {
 
     #[test]
     fn a_pipe_that_stays_open_does_not_hold_up_the_end() {
+        let dir = tempfile::tempdir().unwrap();
         let (read, _write) = std::io::pipe().unwrap();
-        let source = Source {
-            pipe: read.into(),
-            to: Sink::Notices(Lines::own()),
+        let to = Sink {
+            file: File::create(dir.path().join("3.err")).unwrap(),
+            stderr: true,
+            shown: None,
+            tail: Tail::default(),
         };
-        let logs = Logs::start(vec![source], shown(queue(LIMIT).0)).unwrap();
+        let pipe = read.into();
+        let logs = Logs::start(vec![Source { pipe, to }], shown(queue(LIMIT).0)).unwrap();
         assert!(!logs.finish(Duration::from_millis(1)).1);
     }
 
@@ -322,7 +310,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (read, mut write) = std::io::pipe().unwrap();
         let path = dir.path().join("3.out");
-        let to = Sink::Worker {
+        let to = Sink {
             file: File::create(&path).unwrap(),
             stderr: false,
             shown: Some(Lines::new(3, false, false)),

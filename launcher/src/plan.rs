@@ -62,6 +62,14 @@ impl Devices {
         self.len() == 0
     }
 
+    /// None where the workers run on the CPU.
+    pub fn gpus(&self) -> &[Gpu] {
+        match self {
+            Devices::Gpus(gpus) => gpus,
+            Devices::Cpu(_) => &[],
+        }
+    }
+
     /// The first `n` of them.
     pub fn first(&self, n: usize) -> Devices {
         match self {
@@ -81,14 +89,8 @@ impl Devices {
     }
 
     fn cuda_visible(&self) -> String {
-        match self {
-            Devices::Gpus(gpus) => gpus
-                .iter()
-                .map(|g| g.id.as_str())
-                .collect::<Vec<_>>()
-                .join(","),
-            Devices::Cpu(_) => String::new(),
-        }
+        let ids: Vec<&str> = self.gpus().iter().map(|gpu| gpu.id.as_str()).collect();
+        ids.join(",")
     }
 }
 

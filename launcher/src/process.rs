@@ -1,4 +1,4 @@
-//! Processes: start a worker through the shim, signal it, and find what it left behind.
+//! Processes: start a worker through the shim, signal it, and guard it. What workers start: [`crate::contain`].
 //!
 //! `pre_exec` would switch std off `posix_spawn`, so what must happen between fork and exec is
 //! done by [`crate::shim`], which becomes the worker by exec.
@@ -15,6 +15,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 
+use crate::contain::{self, Containment, Stat};
 use crate::cores;
 use crate::end::End;
 
@@ -39,6 +40,7 @@ pub struct Spec<'a> {
     pub cores: &'a [usize],
     /// It ignores SIGTERM.
     pub shielded: bool,
+    pub containment: &'a Containment,
 }
 
 /// A started worker. It leads a session of its own and dies with this process.
@@ -47,13 +49,20 @@ pub struct Worker {
     pidfd: OwnedFd,
 }
 
-/// Raises the limit of open files to `needed` where it is lower; workers inherit it. More than the hard limit is
-/// not given, and the file that is one too many is then an error of its own.
-pub fn allow_open_files(needed: u64) {
+/// Raises the limit of open files to `needed` where it is lower; workers inherit it. The hard limit where that is
+/// lower still.
+///
+/// # Errors
+/// The hard limit.
+pub fn allow_open_files(needed: u64) -> Result<(), u64> {
     let limit = getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| current < needed) {
         let current = Some(limit.maximum.map_or(needed, |maximum| needed.min(maximum)));
         let _ = setrlimit(Resource::Nofile, Rlimit { current, ..limit });
+    }
+    match limit.maximum {
+        Some(maximum) if maximum < needed => Err(maximum),
+        _ => Ok(()),
     }
 }
 
@@ -85,6 +94,7 @@ pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)
         } else {
             ""
         })
+        .arg(spec.containment.group().unwrap_or(Path::new("")))
         .args(spec.command);
     if let Some(directory) = spec.directory {
         command.current_dir(directory);
@@ -95,6 +105,7 @@ pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)
     }
     command
         .envs(spec.env.iter().map(|(k, v)| (k, v)))
+        .env(contain::MARK, spec.containment.mark())
         .env("TSM_AGENT_FD", agent.as_raw_fd().to_string());
     command
         .stdin(Stdio::null())
@@ -147,14 +158,18 @@ impl Worker {
         let _ = kill_process_group(self.pid, Signal::KILL);
     }
 
-    /// State letter and kernel function of a worker that does not end, such as `D (in nfs_wait)`.
+    /// See [`stuck_in`].
     pub fn stuck_in(&self) -> String {
-        let pid = self.pid.as_raw_nonzero();
-        let state = Stat::read(pid.get()).map_or('?', |stat| stat.state);
-        match fs_err::read_to_string(format!("/proc/{pid}/wchan")) {
-            Ok(wchan) if !wchan.is_empty() && wchan != "0" => format!("state {state} (in {wchan})"),
-            _ => format!("state {state}"),
-        }
+        stuck_in(self.pid.as_raw_nonzero().get())
+    }
+}
+
+/// State letter and kernel function of a process that does not end, such as `state D (in nfs_wait)`.
+pub fn stuck_in(pid: i32) -> String {
+    let state = Stat::read(pid).map_or('?', |stat| stat.state);
+    match fs_err::read_to_string(format!("/proc/{pid}/wchan")) {
+        Ok(wchan) if !wchan.is_empty() && wchan != "0" => format!("state {state} (in {wchan})"),
+        _ => format!("state {state}"),
     }
 }
 
@@ -164,16 +179,17 @@ impl AsFd for Worker {
     }
 }
 
-/// The process that ends the workers' children if this process is killed, see [`crate::shim::guard`].
+/// The process that ends what the workers started if this process is killed, see [`crate::shim::guard`].
 pub struct Guard(ChildStdin);
 
 impl Guard {
     /// # Errors
     /// When the process cannot be started.
-    pub fn start(shim: &Path) -> anyhow::Result<Guard> {
+    pub fn start(shim: &Path, containment: &Containment) -> anyhow::Result<Guard> {
         let mut command = Command::new(shim);
         command
             .arg(crate::shim::GUARD)
+            .args(containment.words())
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
@@ -198,7 +214,7 @@ impl Guard {
         let _ = writeln!(self.0, "{}", pids.join(" "));
     }
 
-    /// Kills the watched sessions unless this is called again within `time`.
+    /// Kills all processes of the generation unless this is called again within `time`.
     pub fn lease(&mut self, time: std::time::Duration) {
         use std::io::Write;
         let _ = writeln!(self.0, "{} {}", crate::shim::LEASE, time.as_millis());
@@ -208,89 +224,5 @@ impl Guard {
     pub fn dismiss(mut self) {
         use std::io::Write;
         let _ = writeln!(self.0, "{}", crate::shim::DISMISS);
-    }
-}
-
-/// The part of `/proc/<pid>/stat` that matters here.
-struct Stat {
-    state: char,
-    session: i32,
-}
-
-impl Stat {
-    fn read(pid: i32) -> Option<Stat> {
-        let text = fs_err::read(format!("/proc/{pid}/stat")).ok()?;
-        Stat::parse(&String::from_utf8_lossy(&text))
-    }
-
-    /// The name of a program may hold spaces and brackets, so fields count from the last `)`.
-    fn parse(text: &str) -> Option<Stat> {
-        let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
-        let state = fields.next()?.chars().next()?;
-        let session = fields.nth(2)?.parse().ok()?;
-        Some(Stat { state, session })
-    }
-}
-
-/// Living processes whose session is one of `sessions`: workers and all they started that
-/// did not leave by a `setsid` of its own.
-pub fn session_members(sessions: &[i32]) -> Vec<i32> {
-    let Ok(entries) = fs_err::read_dir("/proc") else {
-        return Vec::new();
-    };
-    let pids = entries
-        .flatten()
-        .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
-    let alive = |pid: &i32| {
-        Stat::read(*pid)
-            .is_some_and(|s| sessions.contains(&s.session) && !matches!(s.state, 'Z' | 'X'))
-    };
-    pids.filter(alive).collect()
-}
-
-/// Signals `pid` if it is still in one of `sessions`, so that a number used again meanwhile is safe.
-pub fn signal_member(pid: i32, sessions: &[i32], signal: Signal) {
-    let Some(raw) = Pid::from_raw(pid) else {
-        return;
-    };
-    let Ok(pidfd) = pidfd_open(raw, PidfdFlags::empty()) else {
-        return;
-    };
-    if Stat::read(pid).is_some_and(|stat| sessions.contains(&stat.session)) {
-        let _ = pidfd_send_signal(&pidfd, signal);
-    }
-}
-
-/// SIGKILL to all members of `sessions`, until none is left or `tries` rounds found new ones.
-pub fn kill_sessions(sessions: &[i32], tries: u32) {
-    for _ in 0..tries {
-        let members = session_members(sessions);
-        if members.is_empty() {
-            return;
-        }
-        for pid in members {
-            signal_member(pid, sessions, Signal::KILL);
-        }
-        std::thread::sleep(std::time::Duration::from_millis(2));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stat_survives_any_program_name() {
-        let stat = Stat::parse("42 (a) b (c)) S 1 40 39 0 -1 4194560").unwrap();
-        assert_eq!((stat.state, stat.session), ('S', 39));
-        assert!(Stat::parse("42 (a").is_none());
-    }
-
-    #[test]
-    fn this_process_is_a_member_of_its_session() {
-        let me = std::process::id() as i32;
-        let session = Stat::read(me).unwrap().session;
-        assert!(session_members(&[session]).contains(&me));
-        assert!(!session_members(&[i32::MAX]).contains(&me));
     }
 }

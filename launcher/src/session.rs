@@ -17,6 +17,7 @@ use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, 
 use crate::cluster::link::{Heard, Hub};
 use crate::cluster::message::{FromAgent, Join, Word};
 use crate::cluster::topology::NodeId;
+use crate::cluster::wire::Refusal;
 use crate::console::lines::Batch;
 use crate::console::queue::Feed;
 use crate::folder::Folder;
@@ -36,6 +37,8 @@ const DESCRIBE: Duration = Duration::from_secs(2);
 const FILES: u64 = 512;
 /// Versions in the manifest; workers say what they like.
 const MAX_VERSIONS: usize = 64;
+/// So many refused connections are told one by one.
+const EACH: u64 = 5;
 /// Between two looks of a status at the job.
 const PUBLISH: Duration = Duration::from_millis(200);
 
@@ -83,6 +86,8 @@ struct Running {
     /// SLURM is being asked why it stops the job.
     asking: Option<JoinHandle<StopCause>>,
     stopped: Option<StopCause>,
+    /// Connections that were refused.
+    refused: u64,
 }
 
 /// How a job ended.
@@ -103,8 +108,8 @@ impl Session {
     /// When signals cannot be handled.
     pub async fn run(self) -> anyhow::Result<End> {
         let mut signals = Signals::catch()?;
-        // Every node is a connection.
-        process::allow_open_files(FILES + u64::from(self.settings.max_nodes));
+        // Every node is a connection. One that finds no room is refused by the kernel, and says so itself.
+        let _ = process::allow_open_files(FILES + u64::from(self.settings.max_nodes));
         let now = self.start.elapsed();
         let mut running = Running {
             state: State::new(self.settings.clone(), now),
@@ -114,6 +119,7 @@ impl Session {
             ran_at: now,
             asking: None,
             stopped: None,
+            refused: 0,
             session: self,
         };
         while running.state.finished().is_none() {
@@ -149,8 +155,7 @@ impl Running {
                 Heard::Said { node, local, message } => Event::Said { node, local, message },
                 Heard::Lost { node, how } => Event::Lost { node, how },
                 Heard::Refused(refusal) => {
-                    self.events.write("refused", json!({"peer": refusal.peer, "why": refusal.why.to_string()}));
-                    self.session.voice.notice(&format!("refused a connection: {refusal}"));
+                    self.refused(refusal);
                     self.ran_at = start.elapsed();
                     return;
                 }
@@ -222,6 +227,26 @@ impl Running {
             }
         }
         self.publish(now);
+    }
+
+    fn refused(&mut self, mut refusal: Refusal) {
+        self.refused += 1;
+        if !is_told(self.refused) {
+            return;
+        }
+        let host = self.state.host_at(&refusal.peer).map(str::to_owned);
+        let (peer, why) = (&refusal.peer, refusal.why.to_string());
+        let fields = json!({"peer": peer, "host": host, "why": why, "number": self.refused});
+        self.events.write("refused", fields);
+        if let Some(host) = host {
+            refusal.peer = format!("{host} ({})", refusal.peer);
+        }
+        let number = match self.refused {
+            ..=EACH => "a connection".into(),
+            n => format!("{n} connections until now, the last one"),
+        };
+        let text = format!("refused {number}: {refusal}");
+        self.session.voice.notice(&text);
     }
 
     /// Under SLURM a SIGTERM has many meanings, and SLURM has to be asked which.
@@ -438,6 +463,11 @@ impl Running {
     }
 }
 
+/// Whether the user hears of the `number`-th refused connection: a port scanner must not fill the output.
+fn is_told(number: u64) -> bool {
+    number <= EACH || 10u64.pow(number.ilog10()) == number
+}
+
 /// Notes when a greeting came in, by our clock.
 fn received(mut event: Event) -> Event {
     if let Event::Said {
@@ -467,4 +497,15 @@ fn describe(manifest: Manifest, folder: &Folder) -> Receiver<Manifest> {
         let _ = send.send(unfinished);
     }
     receive
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_refused_connections_are_told_in_few_lines() {
+        let told: Vec<u64> = (1..=2500).filter(|&n| is_told(n)).collect();
+        assert_eq!(told, [1, 2, 3, 4, 5, 10, 100, 1000]);
+    }
 }

@@ -5,15 +5,19 @@ use rustix::process::{Signal, getppid, set_parent_process_death_signal, setsid};
 use rustix::thread::sched_setaffinity;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use crate::{cores, process};
+use crate::contain::{self, Containment};
+use crate::cores;
 
-/// First argument of a shim: `__worker PARENT_PID CORES SHIELD PROGRAM ARGS...`.
+/// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
-/// First argument of the guard: `__guard`.
+/// First argument of the guard: `__guard`, then [`Containment::words`].
 pub const GUARD: &str = "__guard";
+/// First argument of a process that tries whether it can be moved to a control group: `__enter GROUP`.
+pub const ENTER: &str = "__enter";
 /// Last line to a guard whose launcher ends in order.
 pub const DISMISS: &str = "done";
 
@@ -23,15 +27,27 @@ pub const LEASE: &str = "lease";
 /// Third argument of a worker that is to ignore SIGTERM.
 pub const SHIELD: &str = "shield";
 
+/// How long the guard tries to end processes: in state D they may take a while.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// The code of a shell for a program that cannot be executed.
 const CANNOT_EXECUTE: u8 = 126;
 
-/// Makes this process a worker: a session of its own, dead as soon as the launcher is,
+/// The first arguments of a shim that only binds a process to the life of this one: it gets no cores, shield or
+/// control group of its own. The program and its arguments follow.
+pub fn plain() -> [String; 5] {
+    let none = String::new;
+    let parent = std::process::id().to_string();
+    [WORKER.into(), parent, none(), none(), none()]
+}
+
+/// Makes this process a worker: a session of its own, dead as soon as the launcher is, in its control group,
 /// bound to its cores; then exec. Returns only when that failed.
 pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let parent = args.next().and_then(|a| a.to_str()?.parse::<i32>().ok());
     let cores = args.next().unwrap_or_default();
     let shield = args.next().unwrap_or_default();
+    let group = args.next().unwrap_or_default();
     let (Some(parent), Some(program)) = (parent, args.next()) else {
         eprintln!("error: {WORKER} is for tsm-launch itself");
         return ExitCode::from(tsm_job::exit::USAGE as u8);
@@ -49,6 +65,11 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     // The launcher may have died before the line above; its death signal then never comes.
     if getppid().map(|p| p.as_raw_nonzero().get()) != Some(parent) {
         return ExitCode::from(CANNOT_EXECUTE);
+    }
+    if !group.is_empty()
+        && let Err(e) = contain::enter(Path::new(&group))
+    {
+        return fail("cannot enter its control group", &e);
     }
     if let Some(set) = cores.to_str().and_then(cores::from_list)
         && let Err(e) = sched_setaffinity(None, &set)
@@ -72,17 +93,29 @@ fn ignore_sigterm() {
     }
 }
 
+/// Whether a process can enter a control group, see [`Containment::open`].
+pub fn enter(mut args: impl Iterator<Item = OsString>) -> ExitCode {
+    match args.next().map(|group| contain::enter(Path::new(&group))) {
+        Some(Ok(())) => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
 /// Waits for the launcher to end. Workers die with it by themselves; what they started does
-/// not, so if the launcher ended without saying [`DISMISS`], every member of the workers' sessions is killed.
+/// not, so if the launcher ended without saying [`DISMISS`], every process of the generation is killed.
 ///
 /// The same happens when a lease runs out (a line [`LEASE`] and milliseconds renews it): the launcher is
 /// then stopped or cut off, and its ranks would run on beside those that replace them.
-pub fn guard() -> ExitCode {
+pub fn guard(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let words = args.filter_map(|word| word.into_string().ok());
+    let Some(mut containment) = Containment::join(words) else {
+        eprintln!("error: {GUARD} is for tsm-launch itself");
+        return ExitCode::from(tsm_job::exit::USAGE as u8);
+    };
     // A signal to the launcher's process group or terminal must not end the guard first.
     if setsid().is_err() {
         return ExitCode::FAILURE;
     }
-    let mut sessions: Vec<i32> = Vec::new();
     let mut lease: Option<Instant> = None;
     let (mut pending, mut buffer) = (Vec::new(), [0u8; 4096]);
     let stdin = std::io::stdin();
@@ -106,15 +139,31 @@ pub fn guard() -> ExitCode {
             let line = String::from_utf8_lossy(&line);
             let mut words = line.split_ascii_whitespace().peekable();
             match words.peek() {
-                Some(&DISMISS) => return ExitCode::SUCCESS,
+                Some(&DISMISS) => {
+                    remove(&containment, |_| {});
+                    return ExitCode::SUCCESS;
+                }
                 Some(&LEASE) => {
                     let ms = words.nth(1).and_then(|ms| ms.parse().ok());
                     lease = ms.map(|ms| Instant::now() + Duration::from_millis(ms));
                 }
-                _ => sessions.extend(words.filter_map(|pid| pid.parse::<i32>().ok())),
+                _ => words
+                    .filter_map(|pid| pid.parse().ok())
+                    .for_each(|session| containment.add(session)),
             }
         }
     }
-    process::kill_sessions(&sessions, 50);
+    containment.end(PATIENCE);
+    // A worker that was being started may still have come.
+    remove(&containment, |containment| containment.end(Duration::ZERO));
     ExitCode::SUCCESS
+}
+
+/// Removes the control group; a process that has died takes the kernel a moment.
+fn remove(containment: &Containment, meanwhile: impl Fn(&Containment)) {
+    let start = Instant::now();
+    while !containment.remove() && start.elapsed() < PATIENCE {
+        meanwhile(containment);
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }

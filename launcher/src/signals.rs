@@ -4,7 +4,7 @@ use anyhow::Context;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// The signals that the launcher passes on.
-const FORWARDED: [i32; 5] = [
+pub const FORWARDED: [i32; 5] = [
     libc::SIGINT,
     libc::SIGTERM,
     libc::SIGHUP,

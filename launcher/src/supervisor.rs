@@ -106,7 +106,7 @@ pub struct Rank {
     pub after_stop: bool,
     /// When it closed its agent socket: position, time, and whether the job was being stopped.
     pub left: Option<(usize, Duration, bool)>,
-    /// Signals the launcher sent it.
+    /// Signals the launcher sent it, each once.
     pub sent: Vec<i32>,
     pub record: Option<FailureRecord>,
     /// It has said something: before, a worker has not got ready to save on a signal.
@@ -123,6 +123,12 @@ impl Rank {
             .end
             .is_some_and(|end| end.is_success() || end == End::Code(exit::REQUEUE));
         ended && self.record.is_none()
+    }
+
+    fn note_sent(&mut self, signal: i32) {
+        if !self.sent.contains(&signal) {
+            self.sent.push(signal);
+        }
     }
 
     pub fn has_succeeded(&self) -> bool {
@@ -206,14 +212,14 @@ impl State {
             deadline: now + KILL_WAIT,
         };
         for rank in self.alive().collect::<Vec<_>>() {
-            self.ranks[rank].sent.push(libc::SIGKILL);
+            self.ranks[rank].note_sent(libc::SIGKILL);
             actions.push(Action::Kill { rank });
         }
     }
 
     fn send(&mut self, signal: i32, actions: &mut Vec<Action>) {
         for rank in self.alive().collect::<Vec<_>>() {
-            self.ranks[rank].sent.push(signal);
+            self.ranks[rank].note_sent(signal);
             actions.push(Action::Signal { rank, signal });
         }
     }

@@ -106,6 +106,19 @@ impl Target {
         }
     }
 
+    /// Our trainer, where its workers are that.
+    pub fn trainer(&self) -> Option<&Path> {
+        match &self.what {
+            What::Trainer { trainer, .. } => Some(trainer),
+            What::Program(_) => None,
+        }
+    }
+
+    /// Whether its workers report progress, save on SIGUSR2 and find their own checkpoints.
+    pub fn is_trainer(&self) -> bool {
+        matches!(self.what, What::Trainer { .. })
+    }
+
     /// Writes the devices chosen into the config, which is where the trainer learns of them.
     pub fn settle(&mut self, devices: &Devices) {
         let device = match devices {
@@ -165,13 +178,14 @@ fn resume(path: &Path) -> anyhow::Result<Resume> {
         )
     })?;
     let path = std::path::absolute(path)?;
-    Ok(
-        if found.is_dir() && RunDir::new(&path).manifest().is_file() {
-            Resume::Run(path)
-        } else {
-            Resume::Checkpoint(path)
-        },
-    )
+    let run = RunDir::new(&path);
+    // Where nodes have disks of their own, only that of the first has a manifest.
+    let is_run = run.manifest().is_file() || run.config().is_file();
+    Ok(if found.is_dir() && is_run {
+        Resume::Run(path)
+    } else {
+        Resume::Checkpoint(path)
+    })
 }
 
 /// The config a run folder was last continued with: `config-3.yaml` before `config-2.yaml` before `config.yaml`.
@@ -196,15 +210,19 @@ pub fn find_program(name: &OsStr) -> anyhow::Result<PathBuf> {
             .find(|p| is_executable(p))
     };
     found.ok_or_else(|| {
-        let text = format!(
-            "cannot start {}: no such program\n  hint: check the name and PATH",
-            path.display()
-        );
+        let shown = path.display();
+        let text = if path.is_dir() {
+            format!("cannot start {shown}: it is a folder\n  hint: give a program")
+        } else if path.components().count() > 1 && path.exists() {
+            format!("cannot start {shown}: it is not executable\n  hint: chmod +x {shown}, or give the program that runs it")
+        } else {
+            format!("cannot start {shown}: no such program\n  hint: check the name and PATH")
+        };
         Coded::new(exit::PREFLIGHT, text).into()
     })
 }
 
-fn is_executable(path: &Path) -> bool {
+pub fn is_executable(path: &Path) -> bool {
     path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
 }
 
@@ -225,8 +243,12 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_with_a_manifest_is_a_run_and_anything_else_a_checkpoint() {
+    fn a_folder_with_a_manifest_or_config_is_a_run_and_anything_else_a_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir().unwrap();
+        fs_err::write(other.path().join("config.yaml"), "").unwrap();
+        let run = Resume::Run(other.path().into());
+        assert_eq!(resume(other.path()).unwrap(), run);
         assert_eq!(
             resume(dir.path()).unwrap(),
             Resume::Checkpoint(dir.path().into())

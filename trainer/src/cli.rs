@@ -62,7 +62,7 @@ pub fn main() -> ExitCode {
         Some(Command::Compare { runs }) => finish(compare(&runs)),
         Some(Command::Model { config, overrides }) => finish(print_model(&config, &overrides)),
         Some(Command::AllReduce(args)) => {
-            as_rank(|env, _| all_reduce::run(&args, env).map(|()| Ended::Finished))
+            as_rank(|env, link| all_reduce::run(&args, env, link).map(|()| Ended::Finished))
         }
         None => worker(cli.config, &cli.overrides),
     }

@@ -6,6 +6,7 @@
 //! - [`message`]: what a worker tells its launcher over `TSM_AGENT_FD`.
 //! - [`all_reduce`]: what a rank says of an all-reduce that it measured.
 //! - [`exit`]: the documented exit codes.
+//! - [`text`]: texts of any length, cut.
 
 pub mod all_reduce;
 pub mod config;
@@ -13,6 +14,7 @@ pub mod env;
 pub mod exit;
 pub mod message;
 pub mod run_dir;
+pub mod text;
 
 pub use config::Config;
 pub use env::WorkerEnv;

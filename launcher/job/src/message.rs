@@ -36,7 +36,8 @@ pub enum WorkerMessage {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         work_ms: Option<f64>,
     },
-    /// A number worth showing: `loss`, `clips_per_s` (over all ranks), `lr`, `top1`.
+    /// A number worth showing: `loss`, `clips_per_s` (over all ranks), `lr`, `top1`. The launcher takes in the first
+    /// 1,000 names of a job, of up to 128 bytes each.
     Metric { name: String, value: f64 },
     /// What the worker is doing: `load`, `train`, `validate`, `checkpoint`.
     Section { name: String },
@@ -58,6 +59,21 @@ pub struct FailureRecord {
     pub backtrace: Option<String>,
 }
 
+impl FailureRecord {
+    /// Longest message and longest backtrace that the launcher takes, in bytes; what is longer loses its middle.
+    pub const MAX_TEXT: usize = 64 << 10;
+
+    pub fn shortened(self) -> FailureRecord {
+        let short = |text: String| crate::text::cut(&text, Self::MAX_TEXT);
+        FailureRecord {
+            cause: crate::text::cut(&self.cause, 100),
+            message: short(self.message),
+            backtrace: self.backtrace.map(short),
+            ..self
+        }
+    }
+}
+
 /// A worker's end of the socket. Without a launcher, messages go nowhere.
 pub struct AgentLink(Option<Mutex<UnixStream>>);
 
@@ -75,6 +91,11 @@ impl AgentLink {
     /// Sends one message. A launcher that is gone is not an error: the worker's death signal follows.
     pub fn send(&self, message: &WorkerMessage) {
         let Some(stream) = &self.0 else { return };
+        let short = match message {
+            WorkerMessage::Failure(record) => WorkerMessage::Failure(record.clone().shortened()),
+            message => message.clone(),
+        };
+        let message = &short;
         if let (Ok(mut line), Ok(mut stream)) = (serde_json::to_string(message), stream.lock()) {
             line.push('\n');
             let _ = stream.write_all(line.as_bytes());

@@ -28,6 +28,7 @@ const HELP: &str = "actions:
   --print-env        every variable on stdout, as NAME=value
   --print-cores      the cores it may use
   --fork             start a child that hangs, and print its pid
+  --daemon PATH      start a process that leaves the session and its parent, ignores SIGTERM and hangs; `--touch PATH`
   --step N           report a finished step
   --section NAME     report what it does from now on
   --hello            greet
@@ -122,6 +123,23 @@ fn main() {
                     .spawn()
                     .expect("a child");
                 println!("child {}", child.id());
+            }
+            "--daemon" => {
+                let me = std::env::current_exe().expect("this program exists");
+                let path = next().replace("{rank}", &rank.to_string());
+                let mut between = std::process::Command::new(me);
+                let done = between.args(["--leave", &path]).status();
+                assert!(done.expect("a child").success());
+                wait_for(&PathBuf::from(path));
+            }
+            "--leave" => {
+                rustix::process::setsid().expect("a child leads no group");
+                let me = std::env::current_exe().expect("this program exists");
+                #[expect(clippy::zombie_processes, reason = "it outlives this process")]
+                let _daemon = std::process::Command::new(me)
+                    .args(["--ignore-sigterm", "--touch", &next(), "--hang"])
+                    .spawn()
+                    .expect("a child");
             }
             "--step" => link.send(&WorkerMessage::Step {
                 step: number(next()) as u64,

@@ -1,4 +1,4 @@
-//! The first failure of a job over several nodes.
+//! The first failure of a job, over all its nodes.
 
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use super::{Role, role};
 use crate::end::End;
 use crate::supervisor::Rank;
 
-/// Who failed first in a job over several nodes.
+/// Who failed first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Culprit {
@@ -95,12 +95,12 @@ fn was_killed(end: End) -> bool {
     matches!(end, End::Signal(signal) if signal != libc::SIGABRT)
 }
 
-/// Who failed first in a job over several nodes; `None` when nobody did. `words_of` gives the end of a rank's stderr.
+/// Who failed first in a job of one node or several; `None` when nobody did. `words_of` gives the end of a rank's stderr.
 ///
 /// Within a node the kernel's order counts, between nodes the time; before both, what a rank says about its own end. A
 /// lost node is to blame unless a rank failed by itself before. A hang is, unless something failed before it was
 /// found: what a stopped rank says then is its answer to the stop.
-pub fn first_failure_of_cluster(
+pub fn first_failure(
     nodes: &[NodeEnds],
     hang: Option<&Hang>,
     words_of: impl Fn(usize) -> String,

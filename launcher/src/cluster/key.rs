@@ -116,6 +116,12 @@ impl Key {
         parse(&line).map_err(|problem| refuse(&problem, "send one line of 64 hexadecimal digits"))
     }
 
+    /// Another key, for one purpose: whoever has this one can make it, but it does not tell this one.
+    pub fn derive(&self, purpose: &[u8]) -> Key {
+        let code = self.mac(b"tsm-key derived\0").chain_update(purpose);
+        Key(code.finalize().into_bytes().into())
+    }
+
     /// The key as 64 hexadecimal digits and the end of the line: what a key file holds, and what
     /// [`Key::read_fd`] expects.
     pub fn to_line(&self) -> String {
@@ -161,7 +167,15 @@ pub fn open_private(path: &Path, what: &str) -> Result<File, Coded> {
     let mut options = fs_err::OpenOptions::new();
     let options = options.read(true).custom_flags(libc::O_NONBLOCK);
     let file = options.open(path);
-    let file = file.map_err(|e| Coded::new(exit::USAGE, format!("cannot use the {what}: {e}")))?;
+    let file = file.map_err(|e| {
+        let hint = match e.kind() {
+            ErrorKind::NotFound if what == "key file" => {
+                format!("\n  hint: make one with tsm-launch key {shown}, and copy it to every node")
+            }
+            _ => String::new(),
+        };
+        Coded::new(exit::USAGE, format!("cannot use the {what}: {e}{hint}"))
+    })?;
     let stat = fstat(&file).map_err(|e| refuse(e.to_string()))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(refuse("it is no regular file".into()));

@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use super::fit;
 use super::key::Key;
 use super::message::{FromAgent, ToAgent};
 use super::tls::Tls;
 use super::topology::NodeId;
-use super::wire::{self, Connection, Refusal};
+use super::wire::{self, Connection, Fault, Refusal, Why, WireError};
 
 /// Proven connections that wait for the coordinator to look at them.
 const ARRIVALS: usize = 256;
@@ -79,12 +80,14 @@ impl Link {
         let through = waiting.clone();
         tokio::spawn(async move {
             while let Some(message) = queue.recv().await {
-                if sender.send(&message).await.is_err() {
+                let output = match &message {
+                    FromAgent::Output { batch } => batch.bytes(),
+                    _ => 0,
+                };
+                if ship(&mut sender, message).await.is_err() {
                     return;
                 }
-                if let FromAgent::Output { batch } = &message {
-                    through.fetch_sub(batch.bytes(), Ordering::Relaxed);
-                }
+                through.fetch_sub(output, Ordering::Relaxed);
             }
             let _ = sender.close().await;
         });
@@ -100,6 +103,24 @@ impl Link {
             from,
         }
     }
+}
+
+/// Sends a message, in pieces where it is too long for a frame: a node is never lost by what it has to say.
+async fn ship(sender: &mut wire::Sender, message: FromAgent) -> Result<(), WireError> {
+    let unsent = match sender.send(&message).await {
+        Err(e) if matches!(e.fault, Fault::TooLong { .. } | Fault::Unencodable(_)) => e,
+        done => return done,
+    };
+    for part in fit::fit(message, wire::MAX_FROM_AGENT) {
+        match sender.send(&part).await {
+            Err(e) if matches!(e.fault, Fault::TooLong { .. } | Fault::Unencodable(_)) => {
+                let text = format!("warning: a message is left out: {unsent}");
+                sender.send(&FromAgent::Notice { text }).await?;
+            }
+            done => done?,
+        }
+    }
+    Ok(())
 }
 
 /// What the coordinator hears.
@@ -134,8 +155,11 @@ impl Door {
 
 /// The coordinator's end of all connections.
 pub struct Hub {
+    /// From agents in this process.
     heard: UnboundedReceiver<Heard>,
     events: UnboundedSender<Heard>,
+    /// From the others, who wait while it is full.
+    remote: (mpsc::Sender<Heard>, mpsc::Receiver<Heard>),
     arrivals: (mpsc::Sender<Arrival>, mpsc::Receiver<Arrival>),
     nodes: HashMap<NodeId, UnboundedSender<ToAgent>>,
     next: NodeId,
@@ -147,6 +171,7 @@ impl Hub {
         Hub {
             heard,
             events,
+            remote: mpsc::channel(ARRIVALS),
             arrivals: mpsc::channel(ARRIVALS),
             nodes: HashMap::new(),
             next: 1,
@@ -187,55 +212,90 @@ impl Hub {
             mut sender,
             mut receiver,
         } = connection;
+        let events = self.remote.0.clone();
         tokio::spawn(async move {
             while let Some(message) = from.recv().await {
                 // Several messages to one node often come together: one write for all.
-                let mut ok = sender.queue(&message).is_ok();
-                while ok && let Ok(message) = from.try_recv() {
-                    ok = sender.queue(&message).is_ok();
+                let mut queued = sender.queue(&message);
+                while queued.is_ok()
+                    && let Ok(message) = from.try_recv()
+                {
+                    queued = sender.queue(&message);
                 }
-                if !ok || sender.flush().await.is_err() {
+                if let Err(e) = queued {
+                    // The job was found to fit before it began.
+                    let how = format!("a message to its agent is not sent: {e}");
+                    let _ = events.send(Heard::Lost { node, how }).await;
+                    return;
+                }
+                if sender.flush().await.is_err() {
                     return;
                 }
             }
             let _ = sender.close().await;
         });
-        let events = self.events.clone();
+        let events = self.remote.0.clone();
         tokio::spawn(async move {
-            let how = loop {
+            let mut has_joined = false;
+            let last = loop {
                 match receiver.recv().await {
                     Ok(Some(message)) => {
-                        let local = false;
-                        if events
-                            .send(Heard::Said {
-                                node,
-                                local,
-                                message,
-                            })
-                            .is_err()
+                        if let FromAgent::Join(_) = &message
+                            && !std::mem::replace(&mut has_joined, true)
                         {
+                            // Who says what follows is known by its host.
+                            let name = format!("its agent at {}", receiver.peer());
+                            receiver.name_peer(&name);
+                        }
+                        let local = false;
+                        let said = Heard::Said {
+                            node,
+                            local,
+                            message,
+                        };
+                        if events.send(said).await.is_err() {
                             return;
                         }
                     }
-                    Ok(None) => break "its agent left".to_string(),
-                    Err(e) => break e.to_string(),
+                    Ok(None) => break Ok("its agent left".to_string()),
+                    Err(e) => break Err(e),
                 }
             };
-            let _ = events.send(Heard::Lost { node, how });
+            let (how, fault) = match last {
+                Ok(how) => (how, None),
+                Err(e) => (e.to_string(), Some(e)),
+            };
+            let _ = events.send(Heard::Lost { node, how }).await;
+            // It has the key, so somebody may wait in vain for it to join.
+            if let Some(WireError { peer, fault }) = fault
+                && !has_joined
+                && matches!(fault, Fault::Malformed { .. } | Fault::TooLong { .. })
+            {
+                let refusal = Refusal::new(&peer, Why::Misspoke(fault));
+                let _ = events.send(Heard::Refused(refusal)).await;
+            }
         });
     }
 
     /// The next thing heard. May be dropped while it waits.
     pub async fn next(&mut self) -> Heard {
         loop {
-            tokio::select! {
+            let heard = tokio::select! {
                 biased;
-                Some(heard) = self.heard.recv() => return heard,
+                Some(heard) = self.heard.recv() => heard,
+                Some(heard) = self.remote.1.recv() => heard,
                 Some(arrival) = self.arrivals.1.recv() => match arrival {
-                    Ok(connection) => self.attach(connection),
-                    Err(refusal) => return Heard::Refused(refusal),
+                    Ok(connection) => {
+                        self.attach(connection);
+                        continue;
+                    }
+                    Err(refusal) => Heard::Refused(refusal),
                 },
+            };
+            if let Heard::Lost { node, .. } = &heard {
+                self.drop(*node);
             }
+            return heard;
         }
     }
 
@@ -257,3 +317,6 @@ impl Default for Hub {
         Hub::new()
     }
 }
+
+#[cfg(test)]
+mod tests;

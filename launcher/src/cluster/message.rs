@@ -1,5 +1,6 @@
 //! What coordinator and agents say to each other. Nothing but data; every message that belongs to a
-//! generation carries its number, and one of an older generation is dropped.
+//! generation carries its number, and one of an older generation is dropped. What gets too long for a frame is split or
+//! cut by [`super::fit`] on its way.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::console::lines::Batch;
+use crate::contain;
 use crate::doctor::preflight::{Measured, OwnNode, Scale, Task};
 use crate::end::End;
 use crate::gpus::Gpu;
@@ -68,6 +70,9 @@ pub enum FromAgent {
         at: AgentTime,
         /// What was changed in their environment; from the first node only.
         environment: Vec<Change>,
+        /// What holds their processes.
+        #[serde(default)]
+        containment: contain::Kind,
     },
     /// What rank 0 says of itself; from the first node only.
     Word { generation: u32, word: Word },
@@ -84,6 +89,11 @@ pub enum FromAgent {
         end: Option<End>,
         at: AgentTime,
     },
+    /// The next ranks of a report that is too long for one message; [`FromAgent::Clean`] follows with the last ones.
+    Ranks {
+        generation: u32,
+        ranks: Vec<(Rank, Place)>,
+    },
     /// Every process of this generation on this node has ended, or is named in the report.
     Clean {
         generation: u32,
@@ -99,6 +109,9 @@ pub enum FromAgent {
         looks: Vec<Inspection>,
         /// What NCCL says on this node.
         ras: Option<ras::Answer>,
+        /// The rest follows: it is too long for one message.
+        #[serde(default)]
+        more: bool,
     },
     /// The agent was told to stop by a signal of its own: Ctrl-C, or the scheduler.
     Signal { signal: i32 },

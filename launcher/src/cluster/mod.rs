@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod coordinator;
+pub mod fit;
 pub mod key;
 pub mod link;
 pub mod message;

@@ -155,6 +155,26 @@ impl Batch {
         })
     }
 
+    /// The same in two, where it has more than one line.
+    pub fn halves(mut self) -> Result<(Batch, Batch), Batch> {
+        let half = self.heads.len() / 2;
+        if half == 0 {
+            return Err(self);
+        }
+        let mut rest = Batch {
+            host: self.host.clone(),
+            time: self.time.clone(),
+            bar: self.bar.take(),
+            ..Batch::default()
+        };
+        for line in self.lines().skip(half) {
+            rest.push(line.rank, line.stderr, line.text);
+        }
+        self.heads.truncate(half);
+        self.text.truncate(self.heads[half - 1].end);
+        Ok((self, rest))
+    }
+
     pub fn is_empty(&self) -> bool {
         self.heads.is_empty() && self.missed.is_empty() && self.bar.is_none()
     }
@@ -185,14 +205,6 @@ impl Lines {
             pending: Vec::new(),
             progress,
             in_progress: false,
-        }
-    }
-
-    /// Of the launcher's own words.
-    pub fn own() -> Lines {
-        Lines {
-            rank: None,
-            ..Lines::new(0, true, false)
         }
     }
 

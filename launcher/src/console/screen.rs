@@ -8,7 +8,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use super::Console;
-use super::lines::Batch;
 use super::painter::{Format, Painter, Style};
 use super::queue::{Feed, LIMIT, Taken, Tap, queue};
 use crate::status::view::View;
@@ -82,7 +81,6 @@ impl Outputs {
 /// The thread that shows lines.
 pub struct Screen {
     feed: Feed,
-    host: String,
     patience: Duration,
     finished: Receiver<()>,
 }
@@ -107,7 +105,6 @@ impl Screen {
             .context("cannot start the thread that shows the workers' output")?;
         Ok(Screen {
             feed,
-            host: crate::manifest::host(),
             patience,
             finished,
         })
@@ -121,11 +118,6 @@ impl Screen {
     /// See [`Outputs::patience`].
     pub fn patience(&self) -> Duration {
         self.patience
-    }
-
-    /// Shows the launcher's own words, behind everything that was given to the feed. Never waits.
-    pub fn say(&self, text: &str) {
-        self.feed.offer(Batch::own(&self.host, text));
     }
 
     /// Waits until all is shown, but not longer than `wait` for a reader that takes nothing. Returns whether
@@ -223,6 +215,7 @@ fn write(painter: &mut Painter, to: &mut Outputs, bottom: &[String], width: usiz
 
 #[cfg(test)]
 mod tests {
+    use super::super::lines::Batch;
     use super::super::painter::tests::{batch, style};
     use super::*;
     use crate::status::Snapshot;
@@ -386,7 +379,7 @@ mod tests {
                 .feed()
                 .send(batch("a", &[(3, &line)]), screen.patience());
         }
-        screen.say("tsm-launch: the end");
+        screen.feed().offer(Batch::own("a", "tsm-launch: the end"));
         assert!(!screen.finish(Duration::from_millis(1)));
         // Whoever reads again gets whole lines, and learns how many are missing.
         let mut text = String::new();

@@ -129,12 +129,43 @@ fn unknown_nccl(all: &[&Join], these: &[&Join]) -> Option<Finding> {
     (!known.is_empty() && !silent.is_empty()).then(|| {
         let text = format!(
             "NCCL was not found on {}, so it may differ: {}",
-            hosts_list(&silent),
+            some(&silent),
             known.join("; ")
         );
         let hint = "see that all nodes have the same libraries; a program may bring its own NCCL";
         Finding::warning("nccl", text, hint)
     })
+}
+
+/// What harms a job on some of the nodes, each with the nodes of which it was said, unless there is only one.
+pub fn of_nodes(nodes: &[&Join]) -> Vec<Finding> {
+    let mut found: Vec<(&Finding, Vec<&str>)> = Vec::new();
+    for node in nodes {
+        let wrong = node.facts.findings.iter();
+        for finding in wrong.filter(|f| f.severity > Severity::Ok) {
+            match found.iter_mut().find(|(known, _)| *known == finding) {
+                Some((_, hosts)) => hosts.push(&node.host),
+                None => found.push((finding, vec![&node.host])),
+            }
+        }
+    }
+    let named = |(finding, hosts): (&Finding, Vec<&str>)| Finding {
+        text: match nodes.len() {
+            1 => finding.text.clone(),
+            _ => format!("{}: {}", some(&hosts), finding.text),
+        },
+        ..finding.clone()
+    };
+    found.into_iter().map(named).collect()
+}
+
+/// The first few of many.
+fn some(hosts: &[&str]) -> String {
+    const SHOWN: usize = 6;
+    match hosts.len() {
+        n if n > SHOWN => format!("{} and {} more", hosts[..SHOWN].join(", "), n - SHOWN),
+        _ => hosts.join(", "),
+    }
 }
 
 /// `570.1 on a, c`, the most frequent first; nodes that do not know do not count.
@@ -148,16 +179,8 @@ fn groups(nodes: &[&Join], get: fn(&Join) -> String) -> Vec<String> {
     }
     let mut groups: Vec<_> = hosts.into_iter().collect();
     groups.sort_by_key(|(_, hosts)| std::cmp::Reverse(hosts.len()));
-    let text = |(value, hosts): (String, Vec<&str>)| format!("{value} on {}", hosts_list(&hosts));
+    let text = |(value, hosts): (String, Vec<&str>)| format!("{value} on {}", some(&hosts));
     groups.into_iter().map(text).collect()
-}
-
-fn hosts_list(hosts: &[&str]) -> String {
-    const SHOWN: usize = 6;
-    match hosts.len() {
-        n if n > SHOWN => format!("{} and {} more", hosts[..SHOWN].join(", "), n - SHOWN),
-        _ => hosts.join(", "),
-    }
 }
 
 #[cfg(test)]

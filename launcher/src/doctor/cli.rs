@@ -7,10 +7,12 @@ use std::path::PathBuf;
 use tsm_job::RunDir;
 use tsm_job::exit;
 
-use super::{Context, facts, preflight, print};
+use super::preflight::{self, GpuTask, Scale};
+use super::{Context, facts, print};
 use crate::cli::Gpus;
 use crate::cluster::message::{Finding, Severity};
 use crate::plan::{self, Devices};
+use crate::target::is_executable;
 use crate::{gpus, manifest};
 
 /// Says whether this machine can run a job, and what to do where it cannot.
@@ -29,9 +31,13 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub run_dir: Option<PathBuf>,
 
-    /// Look only (quick: less than a second), or measure memory and network too (full: some seconds).
+    /// Look only (quick: less than a second), or measure memory, network and GPUs too (full: some seconds).
     #[arg(long, value_name = "HOW", value_enum, default_value = "quick")]
     pub preflight: Preflight,
+
+    /// Measure with this program instead of the tsm-trainer beside tsm-launch.
+    #[arg(long, value_name = "PATH")]
+    pub trainer: Option<PathBuf>,
 
     /// Print JSON.
     #[arg(long)]
@@ -65,24 +71,30 @@ fn report(args: &Args, color: bool) -> anyhow::Result<(String, i32)> {
             Err(e) => (Devices::Gpus(visible.clone()), Some(refusal(&e.message))),
         },
     };
-    let (gpus, num_ranks) = match devices {
-        Devices::Cpu(n) => (Vec::new(), n),
+    let (gpus, num_ranks) = match &devices {
+        Devices::Cpu(n) => (Vec::new(), *n),
         Devices::Gpus(gpus) => (gpus.clone(), gpus.len().max(1) as u32),
+    };
+    let launcher = std::env::current_exe().context("cannot find the trainer")?;
+    let trainer = match &args.trainer {
+        Some(path) => std::path::absolute(path)?,
+        None => launcher.with_file_name("tsm-trainer"),
     };
     let folder = args.run_dir.clone().unwrap_or("runs".into());
     let context = Context {
         num_ranks,
         folders: vec![folder.clone(), RunDir::new(&folder).checkpoints()],
-        trainer: std::env::current_exe()
-            .ok()
-            .map(|own| own.with_file_name("tsm-trainer")),
+        trainer: Some(trainer.clone()),
         gpus,
     };
     let mut facts = facts(&context);
     facts.findings.extend(refused);
     if args.preflight == Preflight::Full {
-        let own = preflight::own_node(&preflight::Scale::default());
+        let own = preflight::own_node(&Scale::default());
         facts.findings.extend(own.findings);
+        let is_meant = args.trainer.is_some();
+        let found = all_reduce(devices, launcher, trainer, is_meant);
+        facts.findings.extend(found);
     }
     let failed = facts.findings.iter().any(|f| f.severity == Severity::Error);
     let text = if args.json {
@@ -92,6 +104,32 @@ fn report(args: &Args, color: bool) -> anyhow::Result<(String, i32)> {
         print(&facts.findings, color)
     };
     Ok((text, if failed { exit::PREFLIGHT } else { exit::OK }))
+}
+
+/// What the devices do together. `is_meant`: the user named the trainer, so it has to be there.
+fn all_reduce(
+    devices: Devices,
+    launcher: PathBuf,
+    trainer: PathBuf,
+    is_meant: bool,
+) -> Vec<Finding> {
+    if is_executable(&trainer) {
+        let scale = Scale {
+            trainer: Some(trainer),
+            ..Scale::default()
+        };
+        return preflight::own_gpus(&GpuTask::alone(devices, launcher, &scale), || false).findings;
+    }
+    // Memory and loopback say enough about CPUs.
+    if !is_meant && (devices.is_empty() || matches!(devices, Devices::Cpu(_))) {
+        return Vec::new();
+    }
+    let text = format!("not measured: {} is not a program", trainer.display());
+    let hint = "build it (cargo build --release -p tsm-trainer), or name it with --trainer PATH";
+    vec![match is_meant {
+        true => Finding::error("all-reduce", text, hint),
+        false => Finding::warning("all-reduce", text, hint),
+    }]
 }
 
 /// `cannot start ...\n  hint: ...`
@@ -127,6 +165,25 @@ mod tests {
         assert_eq!(parse("doctor").unwrap().preflight, Preflight::Quick);
         assert!(parse("doctor --gpus 1 --cpus 1").is_err());
         assert!(parse("doctor --preflight half").is_err());
+    }
+
+    #[test]
+    fn a_missing_trainer_is_an_error_only_where_it_was_named() {
+        let gpu = crate::gpus::Gpu {
+            id: "0".into(),
+            name: "NVIDIA H200".into(),
+            uuid: "GPU-0".into(),
+        };
+        let found = |devices: Devices, is_meant| {
+            let found = all_reduce(devices, "launch".into(), "/no/trainer".into(), is_meant);
+            found.first().map(|f| f.severity)
+        };
+        let (cpus, gpus) = (Devices::Cpu(2), Devices::Gpus(vec![gpu]));
+        assert_eq!(found(cpus.clone(), true), Some(Severity::Error));
+        assert_eq!(found(gpus.clone(), true), Some(Severity::Error));
+        assert_eq!(found(gpus, false), Some(Severity::Warning));
+        assert_eq!(found(cpus, false), None);
+        assert_eq!(found(Devices::Gpus(Vec::new()), false), None);
     }
 
     #[test]

@@ -359,16 +359,13 @@ fn network_and_clock(host: &Host, num_ranks: u64, ranks: &str, found: &mut Vec<F
         ));
     }
     let clock = match host.clock_synchronised {
-        Some(true) => "kept right over the network",
+        Some(true) => "the clock is kept right over the network",
         Some(false) => {
-            "not kept right by chrony, ntpd or systemd-timesyncd; clocks of nodes may drift apart"
+            "nothing (chrony, ntpd, systemd-timesyncd) keeps the clock right; those of other nodes may drift from it"
         }
-        None => "whether it is kept right is not known",
+        None => "whether the clock is kept right is not known",
     };
-    found.push(Finding::ok(
-        "clock",
-        format!("the clock is {clock}").replace("the clock is whether", "whether"),
-    ));
+    found.push(Finding::ok("clock", clock.to_string()));
 }
 
 #[cfg(test)]

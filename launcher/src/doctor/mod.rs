@@ -15,10 +15,11 @@ mod nccl;
 pub mod preflight;
 mod show;
 
-pub use across::{across, late};
+pub use across::{across, late, of_nodes};
 pub use clock::{ClockSample, clock_findings, now_ms};
 pub use show::print;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -88,6 +89,7 @@ pub fn facts(context: &Context) -> Facts {
         });
     }
     findings.extend(host::judge(&host, context.num_ranks));
+    findings.push(crate::contain::finding());
     let resolved = answer(&name, Instant::now() + SHORT_PATIENCE).unwrap_or(false);
     findings.extend(host::judge_name(&crate::manifest::host(), resolved));
     Facts {
@@ -100,11 +102,6 @@ pub fn facts(context: &Context) -> Facts {
         clock_ms: clock::now_ms(),
         findings,
     }
-}
-
-/// The findings of [`facts`].
-pub fn quick(context: &Context) -> Vec<Finding> {
-    facts(context).findings
 }
 
 impl Finding {
@@ -133,6 +130,13 @@ impl Finding {
             text,
             hint,
         }
+    }
+}
+
+impl fmt::Display for Finding {
+    /// With its hint on a line of its own.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n  hint: {}", self.text, self.hint)
     }
 }
 

@@ -36,11 +36,6 @@ impl Default for Probe {
     }
 }
 
-/// What `pid` is doing, for people. Waits up to 15 s, so call it on a thread of its own.
-pub fn describe(pid: i32) -> String {
-    Probe::default().inspect(pid).to_string()
-}
-
 impl Probe {
     /// Looks into a process that this one may look into: its own descendants. Waits up to [`Probe::timeout`].
     ///

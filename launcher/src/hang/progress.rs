@@ -243,11 +243,6 @@ impl Tracker {
         now.saturating_sub(self.rank(rank).moved_at)
     }
 
-    /// Median of the own work of its last steps.
-    pub fn work_ms(&self, rank: u32) -> Option<f64> {
-        self.stragglers.work_ms(rank)
-    }
-
     pub fn is_slow(&self, rank: u32) -> bool {
         self.stragglers.is_slow(rank)
     }

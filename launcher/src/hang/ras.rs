@@ -45,7 +45,7 @@ impl Answer {
     }
 }
 
-/// As [`ask`] for [`Format::Json`]; an error becomes the text.
+/// As [`ask()`] for [`Format::Json`]; an error becomes the text.
 pub fn answer(address: &str, patience: Duration) -> Answer {
     match ask(address, Format::Json, patience) {
         Ok(text) => Answer::new(&text),

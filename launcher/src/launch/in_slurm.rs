@@ -3,10 +3,13 @@
 use anyhow::Context as _;
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::time::Instant;
 
-use super::{Node, prepare};
+use super::node::Node;
+use super::prepared::prepare;
 use crate::cli::{Args, Gpus, Preflight};
+use crate::cluster::fit;
 use crate::cluster::key::Key;
 use crate::cluster::wire;
 use crate::plan::{self, Workers};
@@ -55,7 +58,16 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
             return Some(code);
         }
         Entry::Resume => target.resume = Some(Resume::Run(folder)),
-        Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),
+        Entry::Fresh if !folder.exists() => {
+            let (job, turns) = (turn.allocation.job, turn.allocation.restart_count);
+            if turns > 0 {
+                eprintln!(
+                    "tsm-launch: warning: job {job} was queued again, but has no run folder {} here: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
+                    folder.display()
+                );
+            }
+            args.run_dir = Some(folder);
+        }
         // Another run of the same job has that name.
         Entry::Fresh => {}
     }
@@ -94,40 +106,15 @@ async fn on_nodes(
     }
     let mut prepared = prepare(args, target, None, start)?;
     let session = &mut prepared.session;
+    fit::job(&session.settings.job)?;
     session.settings.max_nodes = wanted as u32;
     session.settings.min_nodes = args.nodes.map_or(wanted as u32, |n| n.min);
     let key = Key::random();
     let listener = wire::listen(SocketAddr::from(([0, 0, 0, 0], 0)))?;
     let port = listener.local_addr()?.port();
     session.hub.listen(listener, key.clone(), None);
-    let own = addresses::list()
-        .into_iter()
-        .filter(|(ip, _)| ip.is_ipv4())
-        .map(|(ip, _)| ip);
-    let loopback = IpAddr::from([127, 0, 0, 1]);
-    let points: Vec<String> = own
-        .chain([loopback])
-        .map(|ip| format!("{ip}:{port}"))
-        .collect();
     let shim = std::env::current_exe().context("cannot find this program")?;
-    let mut command: Vec<OsString> = vec![shim.clone().into(), agent::AGENT.into()];
-    command.extend(
-        [
-            "--connect",
-            &points.join(","),
-            "--order-from",
-            "SLURM_NODEID",
-            "--host-from",
-            "SLURMD_NODENAME",
-        ]
-        .map(OsString::from),
-    );
-    if args.preflight == Preflight::Off {
-        command.push("--no-preflight".into());
-    }
-    // Without any the agents refuse, and say what is missing.
-    let device = workers.iter().flat_map(Workers::flag);
-    command.extend(device.map(OsString::from));
+    let command = agent_command(&shim, args, workers.as_ref(), port);
     let srun = slurm::srun(
         &turn.allocation,
         &hosts[..wanted.min(hosts.len())],
@@ -147,5 +134,26 @@ async fn on_nodes(
         .children
         .start(&shim, starter, &session.hub, &key, &voice);
     prepared.take_turn(turn, start);
-    prepared.run(None).await
+    prepared.run().await
+}
+
+/// What srun starts on every node, for a coordinator that listens at `port` of this one.
+fn agent_command(shim: &Path, args: &Args, workers: Option<&Workers>, port: u16) -> Vec<OsString> {
+    let own = addresses::list().into_iter().map(|(ip, _)| ip);
+    let loopback = IpAddr::from([127, 0, 0, 1]);
+    let points = own.filter(IpAddr::is_ipv4).chain([loopback]);
+    let points: Vec<String> = points.map(|ip| format!("{ip}:{port}")).collect();
+    let mut command: Vec<OsString> = vec![shim.into(), agent::AGENT.into()];
+    let mut give = |flag: &str, value: &str| command.extend([flag.into(), value.into()]);
+    give("--connect", &points.join(","));
+    give("--order-from", "SLURM_NODEID");
+    give("--host-from", "SLURMD_NODENAME");
+    // Without any the agents refuse, and say what is missing.
+    if let Some([flag, value]) = workers.map(Workers::flag) {
+        give(&flag, &value);
+    }
+    if args.preflight == Preflight::Off {
+        command.push("--no-preflight".into());
+    }
+    command
 }

@@ -47,7 +47,7 @@ pub fn measure(
     for rank in 0..ranks {
         let (pipe, writer) = std::io::pipe().context("cannot make a pipe")?;
         let pipe = pipe.into();
-        let to = Sink::Worker {
+        let to = Sink {
             file: File::create(path(rank))?,
             stderr: false,
             shown: shown.then(|| Lines::new(rank, false, false)),

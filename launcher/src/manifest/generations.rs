@@ -125,10 +125,6 @@ impl Generations {
         }
     }
 
-    pub fn list(&self) -> &[Generation] {
-        &self.0
-    }
-
     /// See [`goodput`].
     pub fn goodput(&self, now: Duration) -> Option<f64> {
         let spans: Vec<Span> = self.0.iter().map(|generation| generation.span).collect();
@@ -231,7 +227,7 @@ mod tests {
         job.end("T1".into(), why("node b was lost"));
         job.end("T2".into(), why("a consequence"));
         job.start(s(30), "T3".into(), 8, vec!["a".into()], Some("c".into()));
-        let [first, second] = job.list() else {
+        let [first, second] = job.0.as_slice() else {
             panic!("{job:?}")
         };
         assert_eq!((first.first_step, first.last_step), (Some(1), Some(3)));

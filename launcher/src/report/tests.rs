@@ -1,5 +1,5 @@
 use super::*;
-use crate::blame::tests::on_one_node;
+use crate::blame::tests::fault;
 
 fn place(rank: usize, stderr: &[&str]) -> Place {
     Place {
@@ -44,7 +44,7 @@ fn report(ends: &[End], oom_kills: u64) -> String {
     let places: Vec<Place> = (0..ends.len())
         .map(|i| place(i, if i == 0 { &["boom"] } else { &[] }))
         .collect();
-    let fault = on_one_node(&ranks, |i| own_words(&places[i])).unwrap();
+    let fault = fault(&ranks, |i| own_words(&places[i])).unwrap();
     let run = Run { oom_kills, ..run() };
     failure(&run, &fault, &ranks, &places).to_string()
 }

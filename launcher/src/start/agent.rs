@@ -81,10 +81,6 @@ impl Parts {
         let names = (0..self.devices.len())
             .map(|i| self.devices.name(i))
             .collect();
-        let gpus = match &self.devices {
-            Devices::Gpus(gpus) => gpus.clone(),
-            Devices::Cpu(_) => Vec::new(),
-        };
         let alone = self.local && self.key.is_none();
         let join = Join {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -92,7 +88,7 @@ impl Parts {
             order: self.order,
             pid: std::process::id() as i32,
             devices: names,
-            gpus,
+            gpus: self.devices.gpus().to_vec(),
             addresses: if alone { Vec::new() } else { addresses::list() },
             job: self.job,
             facts: self
@@ -117,12 +113,8 @@ impl Parts {
 
 /// What a job with these devices wants of its node.
 pub fn context(devices: &Devices, folder: Option<PathBuf>, trainer: Option<PathBuf>) -> Context {
-    let gpus = match devices {
-        Devices::Gpus(gpus) => gpus.clone(),
-        Devices::Cpu(_) => Vec::new(),
-    };
     Context {
-        gpus,
+        gpus: devices.gpus().to_vec(),
         num_ranks: devices.len() as u32,
         folders: folder.into_iter().collect(),
         trainer,

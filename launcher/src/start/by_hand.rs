@@ -40,6 +40,11 @@ pub fn resolve(point: &str, patience: Duration) -> anyhow::Result<(String, u16, 
         bail!(Coded::new(exit::USAGE, text));
     };
     let host = host.trim_start_matches('[').trim_end_matches(']');
+    if host.is_empty() {
+        let hint = "write HOST:PORT, such as gpu-01:29400";
+        let text = format!("--rendezvous is {point:?}, which names no host\n  hint: {hint}");
+        bail!(Coded::new(exit::USAGE, text));
+    }
     if port == 0 {
         bail!(Coded::new(
             exit::USAGE,
@@ -153,11 +158,19 @@ pub async fn dial(
                     Why::Unreachable(_) | Why::TooSlow(_) | Why::Closed | Why::Io(_)
                 );
                 if !passes || tokio::time::Instant::now() + AGAIN >= until {
+                    let hint = match refusal.why {
+                        Why::Unreachable(_) => {
+                            "\n  hint: start the first node, on the host that --rendezvous names, and see whether a \
+                             firewall lets this port through"
+                        }
+                        Why::TooSlow(_) | Why::Closed => {
+                            "\n  hint: see which program listens there: it may be another one; then give another port"
+                        }
+                        _ => "",
+                    };
                     let coded: Coded = refusal.into();
-                    bail!(Coded::new(
-                        coded.code,
-                        format!("cannot join the job: {}", coded.message)
-                    ));
+                    let text = format!("cannot join the job: {}{hint}", coded.message);
+                    bail!(Coded::new(coded.code, text));
                 }
                 tokio::time::sleep(AGAIN).await;
             }

@@ -194,11 +194,7 @@ impl Keeper {
         let argv = &self.starter.argv;
         let program = argv.first().cloned().unwrap_or_default();
         let mut command = Command::new(&self.shim);
-        command
-            .arg(shim::WORKER)
-            .arg(std::process::id().to_string())
-            .args(["", ""])
-            .args(argv);
+        command.args(shim::plain()).args(argv);
         for name in self.starter.env_remove {
             command.env_remove(name);
         }

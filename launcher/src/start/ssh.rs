@@ -273,7 +273,7 @@ mod tests {
             launcher: launcher.into(),
             retries: 0,
             preflight,
-            nodes: Nodes { min: 1, max: 1 },
+            nodes: Nodes::ONE,
         }
     }
 

@@ -125,7 +125,11 @@ impl Server {
             &server.file,
             &serde_json::json!({"url": url, "pid": std::process::id()}),
         )
-        .context("cannot write the address of the status")?;
+        .map_err(|e| {
+            let hint = "free some space there, or give another --run-dir";
+            let text = format!("cannot write to the run folder: {e}\n  hint: {hint}");
+            Coded::new(exit::CANNOT_WRITE, text)
+        })?;
         Ok(Some(server))
     }
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::blame::Culprit;
 
 const GRACE: Duration = Duration::from_secs(30);
 
@@ -31,8 +32,10 @@ fn signals(actions: &[Action]) -> Vec<(usize, i32)> {
 }
 
 fn blamed(state: &State) -> Option<usize> {
-    crate::blame::tests::on_one_node(&state.ranks, |_| String::new())
-        .map(|fault| crate::blame::tests::rank_of(&fault))
+    match crate::blame::tests::fault(&state.ranks, |_| String::new())?.culprit {
+        Culprit::Rank(rank) => Some(rank),
+        other => panic!("{other:?}"),
+    }
 }
 
 fn stop(signal: i32) -> Event {

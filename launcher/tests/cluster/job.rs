@@ -1,10 +1,12 @@
 //! A job over the nodes of a [`Cluster`]: one `tsm-launch` on each, in order of the nodes.
 
-use crate::harness::{DEADLINE, FAKE, until};
+use crate::ground::Ground;
+use crate::harness::{FAKE, send, until};
 use crate::nodes::Cluster;
-use rustix::process::{Pid, Signal};
+use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command};
@@ -18,6 +20,8 @@ pub struct Job<'a> {
     name: &'static str,
     port: u16,
     agents: BTreeMap<usize, Agent>,
+    /// Where all launchers run.
+    pub ground: Option<Ground>,
 }
 
 /// A `tsm-launch` on one node. Dropped while it runs (a failing test), it is killed.
@@ -60,6 +64,7 @@ impl<'a> Job<'a> {
             name,
             port,
             agents: BTreeMap::new(),
+            ground: None,
         }
     }
 
@@ -85,11 +90,16 @@ impl<'a> Job<'a> {
     /// ranks are in order of the nodes.
     pub fn on_all(cluster: &'a Cluster, options: &str, actions: &str) -> Job<'a> {
         let mut job = Job::new(cluster);
-        for n in 1..=cluster.nodes.len() {
-            job.start(n, options, actions);
-            job.wait_until_joined(n);
-        }
+        job.start_all(options, actions);
         job
+    }
+
+    /// See [`Job::on_all`].
+    pub fn start_all(&mut self, options: &str, actions: &str) {
+        for n in 1..=self.cluster.nodes.len() {
+            self.start(n, options, actions);
+            self.wait_until_joined(n);
+        }
     }
 
     /// Starts node `n`.
@@ -119,6 +129,9 @@ impl<'a> Job<'a> {
         command.args(words);
         command.stdout(stream("out").into_parts().0);
         command.stderr(stream("err").into_parts().0);
+        if let Some(ground) = &self.ground {
+            ground.enter(&mut command);
+        }
         die_with_this_thread(&mut command);
         let child = self.cluster.node(n).run(move || command.spawn());
         let agent = Agent {
@@ -182,19 +195,12 @@ impl<'a> Job<'a> {
     }
 
     /// Pids of `ranks` workers that have touched `<name><rank>`.
-    pub fn wait_for_pids(&self, name: &str, ranks: std::ops::Range<u32>) -> Vec<i32> {
-        let read = |rank| {
-            let path = self.cluster.scene.path(&format!("{name}{rank}"));
-            fs_err::read_to_string(path).ok()?.parse().ok()
-        };
-        until(&format!("{name}{ranks:?}"), || {
-            ranks.clone().map(read).collect::<Option<Vec<i32>>>()
-        })
+    pub fn wait_for_pids(&self, name: &str, ranks: Range<u32>) -> Vec<i32> {
+        self.cluster.scene.wait_for_pids_of(name, ranks)
     }
 
     pub fn signal(&self, n: usize, signal: Signal) {
-        let pid = Pid::from_child(&self.agents[&n].child);
-        rustix::process::kill_process(pid, signal).expect("the launcher runs");
+        send(self.agents[&n].child.id() as i32, signal);
     }
 
     /// Whether the launcher on node `n` has ended, and with what code.
@@ -211,15 +217,7 @@ impl<'a> Job<'a> {
 
     /// Waits for the end of the launcher on node `n`; its code.
     pub fn end_of(&mut self, n: usize) -> i32 {
-        let start = Instant::now();
-        loop {
-            if let Some(code) = self.code(n) {
-                return code;
-            }
-            let waited = start.elapsed();
-            assert!(waited < DEADLINE, "node-{n} does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        until(&format!("node-{n} to end"), || self.code(n))
     }
 
     /// Waits for the end of all launchers; their codes in order of the nodes. No process of a node is left then.

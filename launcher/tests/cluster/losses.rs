@@ -1,5 +1,6 @@
 //! Launchers that die or stop, and cables that are pulled: no rank outlives its lease.
 
+use crate::ground::Ground;
 use crate::harness::{alive, until};
 use crate::job::Job;
 use crate::nodes::Cluster;
@@ -7,19 +8,37 @@ use rustix::process::Signal;
 use std::time::{Duration, Instant};
 use tsm_job::exit;
 use tsm_launch::cluster::message::LEASE;
+use tsm_launch::contain::Kind;
 
 /// A lost node is noticed within the lease; this is far more than that, for a busy machine.
 const SOON: Duration = Duration::from_secs(10);
 
-/// Two nodes of two ranks that have met and hang; the pids by rank. Their children must not survive either.
+/// Two nodes of two ranks that have met and hang; the pids by rank, and those of the daemons that they have started.
+/// Their children must not survive either.
 fn hanging<'a>(cluster: &'a Cluster, options: &str) -> (Job<'a>, Vec<i32>) {
-    let ready = cluster.scene.path("ready").display().to_string();
-    let actions = format!("--meet --ignore-sigterm --fork --touch {ready}{{rank}} --hang");
+    hanging_on(cluster, options, None)
+}
+
+fn hanging_on<'a>(
+    cluster: &'a Cluster,
+    options: &str,
+    ground: Option<Ground>,
+) -> (Job<'a>, Vec<i32>) {
+    let path = |name| cluster.scene.path(name).display().to_string();
+    let (ready, daemon) = (path("ready"), path("daemon"));
+    let actions = format!(
+        "--meet --ignore-sigterm --fork --daemon {daemon}{{rank}} --touch {ready}{{rank}} --hang"
+    );
     let options = format!("--nodes 2 --grace 500ms {options}");
-    let job = Job::on_all(cluster, &options, &actions);
-    let pids = job.wait_for_pids("ready", 0..4);
+    let mut job = Job::new(cluster);
+    job.ground = ground;
+    job.start_all(&options, &actions);
+    let ranks = job.wait_for_pids("ready", 0..4);
+    let daemons = job.wait_for_pids("daemon", 0..4);
     job.wait_for("spawn", 4);
-    (job, pids)
+    // Those of one node are next to each other.
+    let of = |node: usize| [&ranks[2 * node..][..2], &daemons[2 * node..][..2]].concat();
+    (job, [of(0), of(1)].concat())
 }
 
 fn wait_for_death(pids: &[i32]) -> Duration {
@@ -66,7 +85,24 @@ fn a_killed_agent_takes_its_ranks_with_it_and_is_named() {
     wait_for_death(&pids);
     assert_eq!(job.end(), [exit::PEER, 137]);
     // Broken off or reset: that depends on what it had not read.
-    assert_node_2_is_named(&job, "node-2 was lost first: 10.77.0.2:");
+    assert_node_2_is_named(&job, "node-2 was lost first: its agent at 10.77.0.2:");
+}
+
+#[test]
+fn a_killed_agent_leaves_no_daemon_where_it_may_make_no_control_group() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let ground = Ground::new(Kind::Environment);
+    let (mut job, pids) = hanging_on(&cluster, "", ground);
+    for spawn in job.events("spawn") {
+        assert_eq!(spawn["containment"], "environment");
+    }
+    job.signal(2, Signal::KILL);
+    assert_eq!(job.end_of(2), 137);
+    cluster.node(2).assert_empty();
+    wait_for_death(&pids);
+    assert_eq!(job.end(), [exit::PEER, 137]);
 }
 
 #[test]
@@ -92,7 +128,7 @@ fn a_stopped_agent_is_lost_and_its_guard_kills_its_ranks() {
     };
     let (mut job, pids) = hanging(&cluster, "");
     job.signal(2, Signal::STOP);
-    assert!(wait_for_death(&pids[2..]) < SOON);
+    assert!(wait_for_death(&pids[4..]) < SOON);
     assert_eq!(job.code(2), None, "it is stopped");
     assert_eq!(job.end_of(1), exit::PEER);
     assert_node_2_is_named(&job, "silent for 1500ms");
@@ -108,7 +144,7 @@ fn ranks_do_not_wait_for_a_stopped_coordinator() {
     };
     let (mut job, pids) = hanging(&cluster, "");
     job.signal(1, Signal::STOP);
-    assert!(wait_for_death(&pids[2..]) < SOON);
+    assert!(wait_for_death(&pids[4..]) < SOON);
     assert_eq!(job.end_of(2), exit::PEER);
     let err = job.err(2);
     assert!(
@@ -134,7 +170,7 @@ fn both_sides_of_a_cut_end_within_the_lease() {
     let (mut job, pids) = hanging(&cluster, "");
     let cut = Instant::now();
     cluster.pull_cable(2);
-    wait_for_death(&pids[2..]);
+    wait_for_death(&pids[4..]);
     let survived = cut.elapsed();
     assert!(survived < LEASE + Duration::from_secs(1), "{survived:?}");
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);

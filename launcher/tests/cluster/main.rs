@@ -1,10 +1,10 @@
 //! The launcher on several nodes, which are network namespaces of this machine. Needs root and `ip`.
 
-#[path = "../launch/harness.rs"]
-#[allow(
-    dead_code,
-    reason = "this harness is the one of tests/launch, and not all of it is needed here"
-)]
+#[path = "../common/ground.rs"]
+#[allow(dead_code, reason = "what only the other test programs use")]
+mod ground;
+#[path = "../common/harness.rs"]
+#[allow(dead_code, reason = "as above")]
 mod harness;
 
 mod job;
@@ -14,6 +14,8 @@ mod failures;
 mod left_out;
 mod losses;
 mod membership;
+mod preflight;
 mod refusals;
 mod signals;
 mod success;
+mod tls;

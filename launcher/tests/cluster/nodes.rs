@@ -93,6 +93,25 @@ impl Node {
         });
     }
 
+    /// Runs `tc` here, once for each line.
+    ///
+    /// # Errors
+    /// When there is none, or the kernel has not what it asks for.
+    pub fn tc(&self, lines: &str) -> Result<(), String> {
+        let lines = lines.to_string();
+        self.run(move || {
+            for line in lines.lines() {
+                let output = Command::new("tc").args(line.split(' ')).output();
+                let output = output.map_err(|e| format!("no `tc` ({e})"))?;
+                let text = String::from_utf8_lossy(&output.stderr);
+                if !output.status.success() {
+                    return Err(format!("tc {line}: {}", text.trim()));
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// Processes of this node: pid and command line.
     pub fn processes(&self) -> Vec<(i32, String)> {
         let entries = fs_err::read_dir("/proc").expect("/proc").flatten();
@@ -193,6 +212,34 @@ impl Cluster {
 
     pub fn pull_cable(&self, n: usize) {
         self.switch.ip(&format!("link set port{n} down\n"));
+    }
+
+    /// Lets node `n` send no faster than this.
+    ///
+    /// # Errors
+    /// When this kernel cannot, or there is no `tc`.
+    pub fn slow_down(&self, n: usize, mbit_s: u32) -> Result<(), String> {
+        self.node(n).tc(&format!(
+            "qdisc replace dev eth0 root tbf rate {mbit_s}mbit burst 16kb latency 300ms\n"
+        ))
+    }
+
+    /// Keeps node `n` from answering whoever wants to connect to it: its SYN-ACKs go to a queue too small for them.
+    pub fn close(&self, n: usize) -> Result<(), String> {
+        self.node(n)
+            .tc("qdisc replace dev eth0 root handle 2: htb default 10\n\
+             class add dev eth0 parent 2: classid 2:10 htb rate 100mbit\n\
+             class add dev eth0 parent 2: classid 2:20 htb rate 1mbit\n\
+             qdisc add dev eth0 parent 2:20 tbf rate 1mbit burst 10b limit 1000\n\
+             filter add dev eth0 parent 2: protocol ip u32 match u8 0x12 0x12 at 33 flowid 2:20\n")
+    }
+
+    /// Between these nodes nothing gets through.
+    pub fn isolate(&self, nodes: &[usize]) {
+        for n in nodes {
+            self.switch
+                .ip(&format!("link set port{n} type bridge_slave isolated on\n"));
+        }
     }
 
     pub fn plug_cable(&self, n: usize) {

@@ -17,19 +17,7 @@ fn culprit(k: u32, world: u32, after_ms: u32) -> (u64, i32, String) {
         ready = ready.join(" "),
         r = at("ready"),
     );
-    let world_text = world.to_string();
-    let words = [
-        "--cpus",
-        &world_text,
-        "--run-dir",
-        "run",
-        "--",
-        "sh",
-        "-c",
-        &script,
-        crate::harness::FAKE,
-    ];
-    let outcome = crate::harness::finish(crate::harness::start(&mut scene.command(&words)));
+    let outcome = scene.shell(&format!("--cpus {world}"), &script);
     (
         scene.json("failure.json")["rank"].as_u64().unwrap(),
         outcome.code,
@@ -83,18 +71,7 @@ fn the_culprit_is_right_when_the_others_notice_before_its_death_is_visible() {
             ready = at("ready"),
             others = others.collect::<Vec<_>>().join(" "),
         );
-        let words = [
-            "--cpus",
-            "4",
-            "--run-dir",
-            "run",
-            "--",
-            "sh",
-            "-c",
-            &script,
-            crate::harness::FAKE,
-        ];
-        let outcome = crate::harness::finish(crate::harness::start(&mut scene.command(&words)));
+        let outcome = scene.shell("--cpus 4", &script);
         let rank = scene.json("failure.json")["rank"].as_u64();
         assert_eq!(
             (rank, outcome.code),
@@ -112,20 +89,7 @@ fn a_failure_that_was_announced_counts_before_a_silent_end() {
     let script = format!(
         "if [ $RANK = 1 ]; then exec $0 --record panic --touch {said} --hang; else exec $0 --wait-for {said} --exit 1; fi"
     );
-    let words = [
-        "--cpus",
-        "2",
-        "--run-dir",
-        "run",
-        "--grace",
-        "20s",
-        "--",
-        "sh",
-        "-c",
-        &script,
-        crate::harness::FAKE,
-    ];
-    let outcome = crate::harness::finish(crate::harness::start(&mut scene.command(&words)));
+    let outcome = scene.shell("--cpus 2 --grace 20s", &script);
     assert_eq!(scene.json("failure.json")["rank"], 1, "{}", outcome.err);
     assert_eq!(outcome.code, 1);
 }
@@ -139,18 +103,7 @@ fn a_rank_that_lost_its_peer_is_not_blamed() {
         "if [ $RANK = 1 ]; then exec $0 --wait-for {gone} --wait-death {gone} --kill 11; \
          else exec $0 --touch {gone} --record peer --exit 76; fi"
     );
-    let words = [
-        "--cpus",
-        "2",
-        "--run-dir",
-        "run",
-        "--",
-        "sh",
-        "-c",
-        &script,
-        crate::harness::FAKE,
-    ];
-    let outcome = crate::harness::finish(crate::harness::start(&mut scene.command(&words)));
+    let outcome = scene.shell("--cpus 2", &script);
     // The stop signal may be faster than rank 1's own; then there is only the lost peer to name.
     let failure = scene.json("failure.json");
     let expected = if failure["others"][0]["role"] == "stopped" {

@@ -1,12 +1,12 @@
 //! What is seen of real processes that do not move.
 
-use crate::harness::{FAKE, Scene, alive, survivors, until};
+use crate::harness::{FAKE, Scene, alive, send, survivors, until};
 use rustix::process::{Pid, Signal, kill_process};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tsm_launch::hang::look_into;
-use tsm_launch::hang::probe::{Probe, describe};
+use tsm_launch::hang::probe::Probe;
 use tsm_launch::hang::process::Process;
 
 /// A process that is killed at the end of its test.
@@ -166,7 +166,7 @@ fn state_d_is_named_and_left_alone() {
 fn a_process_that_is_gone_is_said_to_be() {
     let mut victim = Victim::start(FAKE, &[]);
     victim.0.wait().unwrap();
-    let text = describe(victim.pid());
+    let text = Probe::default().inspect(victim.pid()).to_string();
     assert!(text.contains("there is no such process"), "{text}");
     let zombie = Victim::start(FAKE, &["--exit", "3"]);
     let seen = zombie.seen("the end", &no_tools(), |p| p.kind().0 == 'Z');
@@ -194,7 +194,7 @@ fn the_program_below_a_shell_is_looked_into() {
         stack.text.ends_with(&format!("-p {program}\n")),
         "{stack:?}"
     );
-    kill_process(Pid::from_raw(program).unwrap(), Signal::KILL).unwrap();
+    send(program, Signal::KILL);
 }
 
 #[test]

@@ -1,9 +1,16 @@
 //! The launcher with real processes: exit codes, reports, files, and that nothing survives.
 
+#[path = "../common/ground.rs"]
+#[allow(dead_code, reason = "what only the other test programs use")]
+mod ground;
+#[path = "../common/harness.rs"]
+#[allow(dead_code, reason = "as above")]
 mod harness;
 
+mod all_reduce;
 mod cascade;
 mod class;
+mod contain;
 mod hang;
 mod manifest;
 mod output;

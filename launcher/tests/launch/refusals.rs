@@ -1,6 +1,10 @@
 //! What is refused, with which code, before anything starts.
 
 use crate::harness::{FAKE, Outcome, Scene, finish, start};
+use std::collections::BTreeSet;
+use std::net::TcpListener;
+use std::time::Duration;
+use tsm_launch::cluster::key::Key;
 
 /// Runs `words` in an empty folder and checks that nothing was made in it.
 fn refused(words: &[&str], env: &[(&str, &str)]) -> Outcome {
@@ -110,6 +114,334 @@ fn a_config_that_is_missing_or_broken() {
     let outcome = finish(start(&mut scene.command(&["--cpus", "1", "bad.yaml"])));
     assert_eq!(outcome.code, 78, "{}", outcome.err);
     assert!(!scene.path("runs").exists());
+}
+
+/// Files with which something is wrong, in an empty folder.
+fn junk(scene: &Scene) {
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
+    let config = fs_err::read_to_string(config).unwrap();
+    let write = |name: &str, bytes: &[u8]| fs_err::write(scene.path(name), bytes).unwrap();
+    write("ok.yaml", config.as_bytes());
+    write(
+        "typo.yaml",
+        config.replacen("\noptim:", "\noptmi:", 1).as_bytes(),
+    );
+    write("binary.yaml", &[0xff, 0xfe, 0, 1]);
+    write("empty", b"");
+    fs_err::create_dir(scene.path("folder")).unwrap();
+    Key::random().write_file(&scene.path("good.key")).unwrap();
+    fs_err::copy(scene.path("good.key"), scene.path("open.key")).unwrap();
+    for (name, mode) in [("open.key", 0o644), ("empty", 0o600), ("folder", 0o700)] {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        fs_err::set_permissions(scene.path(name), mode).unwrap();
+    }
+}
+
+/// The command line, the exit code, and what the error says: the place, the value, and what to do.
+const CASES: &[(&str, i32, &[&str])] = &[
+    (
+        "typo.yaml",
+        78,
+        &[
+            "typo.yaml:",
+            "unknown section `optmi`",
+            "did you mean `optim`",
+        ],
+    ),
+    (
+        "none.yaml",
+        78,
+        &["none.yaml: ", "No such file", "hint: check the name"],
+    ),
+    (
+        "folder",
+        78,
+        &["folder: ", "Is a directory", "hint: give a YAML file in it"],
+    ),
+    (
+        "binary.yaml",
+        78,
+        &["binary.yaml: ", "UTF-8", "hint: a config is a text"],
+    ),
+    ("empty", 78, &["the file is empty", "hint: "]),
+    (
+        "ok.yaml optim.lr=abc",
+        78,
+        &["override optim.lr=abc", "expected a number", "hint: "],
+    ),
+    ("--gpus 0 -- FAKE", 64, &["'0' for '--gpus", "--cpus N"]),
+    ("--gpus -1 -- FAKE", 64, &["'-1' for '--gpus"]),
+    ("--cpus 5000 -- FAKE", 64, &["5000 is not in 1..=4096"]),
+    (
+        "--nodes 0 -- FAKE",
+        64,
+        &["'0' for '--nodes", "write 4, or 2:4"],
+    ),
+    (
+        "--nodes 3:2 -- FAKE",
+        64,
+        &["the minimum 3 is above the maximum 2"],
+    ),
+    (
+        "--nodes 2 -- FAKE",
+        64,
+        &["--nodes is 2", "--rendezvous HOST:PORT"],
+    ),
+    (
+        "--nodes 2 --rendezvous here --key-file good.key -- FAKE",
+        64,
+        &["\"here\"", "write HOST:PORT"],
+    ),
+    (
+        "--nodes 2 --rendezvous :29400 --key-file good.key -- FAKE",
+        64,
+        &["names no host", "write HOST:PORT"],
+    ),
+    (
+        "--nodes 2 --rendezvous h:99999 --key-file good.key -- FAKE",
+        64,
+        &["\"h:99999\"", "write HOST:PORT"],
+    ),
+    (
+        "--nodes 2 --rendezvous 0.0.0.0:1 --key-file good.key -- FAKE",
+        64,
+        &["0.0.0.0:1", "hint: give the address"],
+    ),
+    (
+        "--nodes 2 --rendezvous none.invalid:1 --key-file good.key -- FAKE",
+        69,
+        &["none.invalid cannot be found", "hint: "],
+    ),
+    (
+        "--nodes 2 --rendezvous 127.0.0.1:9 --key-file none.key -- FAKE",
+        64,
+        &["none.key", "No such file", "tsm-launch key none.key"],
+    ),
+    (
+        "--nodes 2 --rendezvous 127.0.0.1:9 --key-file empty -- FAKE",
+        64,
+        &["key file empty holds no key", "0 characters", "hint: "],
+    ),
+    (
+        "--nodes 2 --rendezvous 127.0.0.1:9 --key-file open.key -- FAKE",
+        64,
+        &["its mode is 0644", "hint: chmod 600 open.key"],
+    ),
+    (
+        "--nodes 2 --rendezvous 127.0.0.1:9 --key-file folder -- FAKE",
+        64,
+        &["folder: it is no regular file"],
+    ),
+    (
+        "--nodes 2 --rendezvous 127.0.0.1:9 -- FAKE",
+        64,
+        &["--key-file"],
+    ),
+    (
+        "--hosts a,a -- FAKE",
+        64,
+        &["a is named twice", "hint: write --hosts"],
+    ),
+    (
+        "--hosts a,,b -- FAKE",
+        64,
+        &["\"\" names no host", "hint: write --hosts"],
+    ),
+    (
+        "--hosts %$(id) -- FAKE",
+        64,
+        &["is no name of a host", "hint: write --hosts"],
+    ),
+    (
+        "--hosts a:0 -- FAKE",
+        64,
+        &["\"0\" is not a number of workers", "hint: "],
+    ),
+    (
+        "--hostfile empty -- FAKE",
+        64,
+        &["empty names no host", "hint: "],
+    ),
+    (
+        "--hostfile folder -- FAKE",
+        64,
+        &["--hostfile", "Is a directory"],
+    ),
+    (
+        "--run-dir good.key/run -- FAKE",
+        73,
+        &["good.key/run", "Not a directory", "give another --run-dir"],
+    ),
+    (
+        "--run-dir /proc/run -- FAKE",
+        73,
+        &["/proc/run", "give another --run-dir"],
+    ),
+    (
+        "--max-restarts -1 -- FAKE",
+        64,
+        &["'-1' for '--max-restarts", "0..="],
+    ),
+    (
+        "--grace abc -- FAKE",
+        64,
+        &["'abc' for '--grace", "write it like 500ms, 30s"],
+    ),
+    (
+        "--grace -1s -- FAKE",
+        64,
+        &["'-1s' for '--grace", "write it like"],
+    ),
+    (
+        "--grace 18000000000000000000s -- FAKE",
+        64,
+        &["is too long", "9999h"],
+    ),
+    (
+        "--hang-timeout 0s -- FAKE",
+        64,
+        &["'0s' for '--hang-timeout", "write `off`"],
+    ),
+    (
+        "--node-timeout 1ms -- FAKE",
+        64,
+        &["'1ms' for '--node-timeout", "200ms"],
+    ),
+    (
+        "--env =x -- FAKE",
+        64,
+        &["--env =x: a variable needs a name"],
+    ),
+    (
+        "--env NOT_SET_HERE -- FAKE",
+        64,
+        &[
+            "NOT_SET_HERE: the variable is not set",
+            "hint: write NAME=VALUE",
+        ],
+    ),
+    ("-- ./folder", 69, &["./folder: it is a folder"]),
+    (
+        "-- ./good.key",
+        69,
+        &["./good.key: it is not executable", "hint: chmod +x"],
+    ),
+];
+
+/// Far longer than any of them takes, and far shorter than a wait for another node.
+const AT_ONCE: Duration = Duration::from_secs(20);
+
+#[test]
+fn what_cannot_run_is_refused_with_one_error_that_says_what_to_do_and_leaves_nothing() {
+    let scene = Scene::new();
+    junk(&scene);
+    let files = || {
+        let entries = fs_err::read_dir(scene.path(".")).unwrap().flatten();
+        entries.map(|e| e.file_name()).collect::<BTreeSet<_>>()
+    };
+    let before = files();
+    for (line, code, parts) in CASES {
+        let mut words: Vec<&str> = line.split_whitespace().collect();
+        if let Some(fake) = words.iter_mut().find(|word| **word == "FAKE") {
+            *fake = FAKE;
+        }
+        if !line.contains("--gpus") && !line.contains("--cpus") {
+            words.splice(0..0, ["--cpus", "1"]);
+        }
+        let outcome = finish(start(&mut scene.command(&words)));
+        let err = &outcome.err;
+        assert_eq!(outcome.code, *code, "{line}\n{err}");
+        assert!(err.starts_with("error: "), "{line}\n{err}");
+        assert_eq!(err.matches("error: ").count(), 1, "{line}\n{err}");
+        for part in *parts {
+            assert!(err.contains(part), "{line}: {part}\n{err}");
+        }
+        assert!(!err.contains("panicked"), "{line}\n{err}");
+        assert!(outcome.took < AT_ONCE, "{line}: {:?}", outcome.took);
+        assert_eq!(files(), before, "{line}");
+    }
+}
+
+#[test]
+fn a_port_that_another_program_holds_is_named() {
+    let other = TcpListener::bind("127.0.0.1:0").unwrap();
+    let point = other.local_addr().unwrap().to_string();
+    let scene = Scene::new();
+    junk(&scene);
+    let words = [
+        "--cpus=1",
+        "--nodes=2",
+        "--join-timeout=1s",
+        "--key-file=good.key",
+    ];
+    let mut command = scene.command(&words);
+    command.args(["--rendezvous", &point, "--", FAKE]);
+    let outcome = finish(start(&mut command));
+    assert_eq!(outcome.code, 76, "{}", outcome.err);
+    let text = format!("error: cannot join the job: {point} did not prove");
+    assert!(outcome.err.starts_with(&text), "{}", outcome.err);
+    let hint = "hint: see which program listens there";
+    assert!(outcome.err.contains(hint), "{}", outcome.err);
+}
+
+/// At whatever file the space ends.
+#[test]
+fn a_full_disk_is_no_fault_of_the_job() {
+    let scene = Scene::new();
+    let full = scene.path("full");
+    fs_err::create_dir(&full).unwrap();
+    let Some(_mount) = Mount::tmpfs(&full) else {
+        return;
+    };
+    let filler = full.join("filler");
+    for free_kib in [0u64, 4, 8, 12, 16] {
+        let _ = fs_err::remove_dir_all(full.join("run"));
+        let _ = fs_err::remove_file(&filler);
+        let free = rustix::fs::statvfs(&full).unwrap();
+        let free = free.f_bavail * free.f_frsize;
+        fs_err::write(&filler, vec![1; (free - free_kib * 1024) as usize]).unwrap();
+        let words = ["--cpus=1", "--run-dir=full/run", "--", FAKE];
+        let outcome = finish(start(&mut scene.command(&words)));
+        let err = &outcome.err;
+        match outcome.code {
+            // It ran, and says what it could not write.
+            0 => assert!(free_kib > 0, "{err}"),
+            code => {
+                assert!(matches!(code, 69 | 73), "{free_kib} KiB: {code}\n{err}");
+                assert!(
+                    err.contains("No space left") || err.contains("full"),
+                    "{err}"
+                );
+            }
+        }
+        assert!(!err.contains("panicked"), "{err}");
+    }
+}
+
+/// A file system of 64 KiB, until it is dropped.
+struct Mount(std::path::PathBuf);
+
+impl Mount {
+    fn tmpfs(at: &std::path::Path) -> Option<Mount> {
+        let mut command = std::process::Command::new("mount");
+        command
+            .args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"])
+            .arg(at);
+        match command.stderr(std::process::Stdio::null()).status() {
+            Ok(status) if status.success() => Some(Mount(at.into())),
+            _ => {
+                eprintln!("skipped: no tmpfs can be mounted; needs root");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let mut command = std::process::Command::new("umount");
+        let _ = command.arg("-l").arg(&self.0).status();
+    }
 }
 
 #[test]

@@ -176,17 +176,7 @@ fn without_a_name_a_folder_is_made_below_runs() {
 #[test]
 fn a_shell_command_is_a_program_too() {
     let scene = Scene::new();
-    let words = [
-        "--cpus",
-        "2",
-        "--run-dir",
-        "run",
-        "--",
-        "sh",
-        "-c",
-        "echo rank $RANK of $WORLD_SIZE",
-    ];
-    let outcome = finish(start(&mut scene.command(&words)));
+    let outcome = scene.shell("--cpus 2", "echo rank $RANK of $WORLD_SIZE");
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     assert!(outcome.out.contains("1 | rank 1 of 2\n"), "{}", outcome.out);
 }
@@ -206,4 +196,19 @@ fn many_ranks_need_no_higher_limit_of_open_files() {
     ));
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     assert_eq!(scene.log(31, "err"), b"up\n");
+}
+
+#[test]
+fn a_hard_limit_of_open_files_below_the_need_is_said_before_the_start() {
+    let scene = Scene::new();
+    let launch = env!("CARGO_BIN_EXE_tsm-launch");
+    let script = format!("ulimit -n 64; exec {launch} --cpus 64 --run-dir run -- true");
+    let outcome = finish(start(
+        std::process::Command::new("sh")
+            .args(["-c", &script])
+            .current_dir(scene.path(".")),
+    ));
+    assert_eq!(outcome.code, 69, "{}", outcome.err);
+    let said = "64 ranks need 448 open files, and the hard limit is 64\n  hint: ulimit -Hn 448";
+    assert!(outcome.err.contains(said), "{}", outcome.err);
 }

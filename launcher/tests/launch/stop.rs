@@ -1,6 +1,6 @@
 //! The stop path: failure, signals, grace, orphans.
 
-use crate::harness::{FAKE, Scene, alive, finish, start, survivors, until};
+use crate::harness::{FAKE, Scene, alive, finish, start, until};
 use rustix::process::Signal;
 use std::time::Duration;
 
@@ -257,33 +257,4 @@ fn what_a_worker_started_ends_with_the_job() {
             outcome.took
         );
     }
-}
-
-#[test]
-fn a_process_that_leaves_the_session_does_not_hold_up_the_end() {
-    let scene = Scene::new();
-    let marker = scene.path("marker");
-    let script = format!(
-        "setsid sh -c 'touch {0}; sleep 5; : {0}' & while [ ! -e {0} ]; do sleep 0.01; done",
-        marker.display()
-    );
-    let outcome = finish(start(
-        &mut scene.command(&["--cpus", "1", "--", "sh", "-c", &script]),
-    ));
-    assert_eq!(outcome.code, 0, "{}", outcome.err);
-    assert!(
-        outcome.took < Duration::from_millis(4500),
-        "{:?}",
-        outcome.took
-    );
-    assert!(
-        outcome
-            .err
-            .contains("warning: a process that left its session"),
-        "{}",
-        outcome.err
-    );
-    until("the process to end by itself", || {
-        survivors(&marker).is_empty().then_some(())
-    });
 }

@@ -76,7 +76,10 @@ fn a_run_folder_is_enough_to_resume() {
     let outcome = launch(&scene, &["--cpus", "1", DEMO]);
     assert_eq!(outcome.code, 9, "{}", outcome.err);
     let dir = run_dir(&scene);
-    let hint = format!("tsm-launch --cpus 1 --resume {}", dir.display());
+    let hint = format!(
+        "tsm-launch --cpus 1 --trainer trainer --resume {}",
+        dir.display()
+    );
     assert!(outcome.err.contains(&hint), "{}", outcome.err);
 
     fs_err::write(scene.path("code"), "0").unwrap();

@@ -1,25 +1,23 @@
 //! Nodes that Open MPI's mpirun started, two processes of this machine in place of two nodes; and nodes that find
 //! each other by what Kubernetes puts into their environment.
 
-#[path = "../launch/harness.rs"]
-#[allow(dead_code, reason = "shared with the tests of one node")]
+#[path = "../common/harness.rs"]
+#[allow(dead_code, reason = "what only the other test programs use")]
 mod harness;
 mod kubernetes;
 
-use harness::{FAKE, Running, Scene, alive, finish, start, survivors, until};
-use rustix::process::{Pid, Signal, kill_process};
+use harness::{FAKE, Running, Scene, alive, finish, parent, send, start};
+use rustix::process::Signal;
 use std::path::Path;
 use std::process::Command;
 
 /// `mpirun` with `options` for itself, tsm-launch with `words` for it and fake workers that do `actions`; `None`,
-/// said on stderr, where there is no mpirun. tsm-launch is a copy in the scene, for [`survivors`].
+/// said on stderr, where there is no mpirun. tsm-launch is a copy in the scene, for [`harness::survivors`].
 fn mpirun(scene: &Scene, options: &str, words: &str, actions: &str) -> Option<Command> {
     if !Path::new("/usr/bin/mpirun").exists() {
         eprintln!("skipped: there is no /usr/bin/mpirun");
         return None;
     }
-    let copy = scene.path("tsm-launch");
-    fs_err::copy(env!("CARGO_BIN_EXE_tsm-launch"), &copy).unwrap();
     let mut command = scene.command_of("/usr/bin/mpirun");
     command.args(["--oversubscribe", "--bind-to", "none"]);
     // Two that make their folder in the same place at the same time fail, and a killed one leaves it there.
@@ -29,7 +27,9 @@ fn mpirun(scene: &Scene, options: &str, words: &str, actions: &str) -> Option<Co
     if rustix::process::geteuid().is_root() {
         command.arg("--allow-run-as-root");
     }
-    command.args(options.split_whitespace()).arg(&copy);
+    command
+        .args(options.split_whitespace())
+        .arg(scene.own_launcher());
     command.args(words.split_whitespace()).arg("--").arg(FAKE);
     command.args(actions.split_whitespace());
     Some(command)
@@ -42,9 +42,7 @@ fn read(scene: &Scene, name: &str) -> String {
 }
 
 fn assert_nothing_is_left(scene: &Scene) {
-    until("every process to end", || {
-        survivors(&scene.path("")).is_empty().then_some(())
-    });
+    scene.assert_nothing_survives();
     let left = fs_err::read_dir(scene.path("runs")).unwrap().flatten();
     let left: Vec<_> = left.map(|e| e.file_name()).filter(|n| n != "run").collect();
     assert!(left.is_empty(), "{left:?}");
@@ -111,12 +109,6 @@ fn at_work(scene: &Scene) -> Option<(Running, Vec<i32>)> {
     Some((running, pids))
 }
 
-fn parent(pid: i32) -> i32 {
-    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let (_, rest) = stat.rsplit_once(')').unwrap();
-    rest.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 #[test]
 fn a_killed_node_ends_the_job() {
     for rank in 0..2 {
@@ -124,13 +116,10 @@ fn a_killed_node_ends_the_job() {
         let Some((running, pids)) = at_work(&scene) else {
             return;
         };
-        let agent = Pid::from_raw(parent(pids[rank])).unwrap();
-        kill_process(agent, Signal::KILL).unwrap();
+        send(parent(pids[rank]).unwrap(), Signal::KILL);
         let outcome = finish(running);
         assert_ne!(outcome.code, 0, "{}", outcome.err);
-        until("every process to end", || {
-            survivors(&scene.path("")).is_empty().then_some(())
-        });
+        scene.assert_nothing_survives();
         assert!(pids.iter().all(|&pid| !alive(pid)));
     }
 }
@@ -149,9 +138,7 @@ fn ctrl_c_ends_the_job() {
         "{}",
         outcome.err
     );
-    until("every process to end", || {
-        survivors(&scene.path("")).is_empty().then_some(())
-    });
+    scene.assert_nothing_survives();
     assert!(pids.iter().all(|&pid| !alive(pid)));
 }
 

@@ -3,6 +3,7 @@
 //! Needs root, slurmctld, slurmd and munged; says so and passes where they are missing, unless
 //! TSM_REQUIRE_SLURM is set.
 
+#[path = "../../../tests/slurm-cluster/cluster.rs"]
 mod cluster;
 mod contract;
 mod launcher;

@@ -1,51 +1,74 @@
 //! `--hosts`: agents that are started by a real ssh, on two addresses of this machine.
 
-#[path = "../launch/harness.rs"]
-#[allow(dead_code, reason = "shared with the tests of one node")]
+#[path = "../common/harness.rs"]
+#[allow(dead_code, reason = "what only the other test programs use")]
 mod harness;
 mod server;
 
-use harness::{FAKE, Outcome, Running, Scene, alive, finish, start, survivors, until};
-use rustix::process::{Pid, Signal, kill_process};
+use harness::{FAKE, Outcome, Running, Scene, alive, finish, parent, send, start, until};
+use rustix::process::Signal;
 use server::Server;
+use std::sync::Arc;
 
-/// `tsm-launch --hosts` with fake workers that do `actions`. The agents are a copy in the scene, so that
-/// [`survivors`] finds them, their guards and their workers.
-fn start_on(scene: &Scene, server: &Server, options: &str, actions: &str) -> Running {
-    let copy = scene.path("tsm-launch");
-    if !copy.exists() {
-        fs_err::copy(env!("CARGO_BIN_EXE_tsm-launch"), &copy).unwrap();
-    }
-    let (ssh, copy, marker) = (
-        server.ssh(),
-        copy.display().to_string(),
-        scene.path("mark-{rank}"),
-    );
-    let mut words = vec!["--run-dir", "run", "--ssh", &ssh];
-    if !options.contains("--remote-launcher") {
-        words.extend(["--remote-launcher", &copy]);
-    }
-    words.extend(options.split_whitespace());
-    words.extend(["--", FAKE]);
-    let marker = marker.display().to_string();
-    words.extend(["--touch", &marker]);
-    words.extend(actions.split_whitespace());
-    start(
-        scene
-            .command(&words)
-            .env("TSM_TEST_VARIABLE", "it's here")
-            .env("TMPDIR", "/nowhere"),
-    )
+/// The hosts of an ssh server, which share the folder of a test.
+struct Hosts {
+    server: Arc<Server>,
+    scene: Scene,
 }
 
-fn launch(scene: &Scene, server: &Server, options: &str, actions: &str) -> Outcome {
-    finish(start_on(scene, server, options, actions))
-}
+impl Hosts {
+    /// `None`, said on stderr, where no ssh server can run.
+    fn new() -> Option<Hosts> {
+        let (server, scene) = (Server::shared()?, Scene::new());
+        Some(Hosts { server, scene })
+    }
 
-fn parent(pid: i32) -> Option<i32> {
-    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(1)?.parse().ok()
+    /// `tsm-launch` with fake workers that do `actions`. The agents are a copy in the scene, so that
+    /// [`Scene::assert_nothing_survives`] finds them, their guards and their workers.
+    fn start(&self, options: &str, actions: &str) -> Running {
+        let path = |name: &str| self.scene.path(name).display().to_string();
+        let copy = self.scene.own_launcher().display().to_string();
+        let (ssh, marker) = (self.server.ssh(), path("mark-{rank}"));
+        let mut words = vec!["--run-dir", "run", "--ssh", &ssh];
+        if !options.contains("--remote-launcher") {
+            words.extend(["--remote-launcher", &copy]);
+        }
+        words.extend(options.split_whitespace());
+        words.extend(["--", FAKE, "--touch", &marker]);
+        words.extend(actions.split_whitespace());
+        let mut command = self.scene.command(&words);
+        command.env("TSM_TEST_VARIABLE", "it's here");
+        start(command.env("TMPDIR", "/nowhere"))
+    }
+
+    fn launch(&self, options: &str, actions: &str) -> Outcome {
+        finish(self.start(options, actions))
+    }
+
+    /// Starts one worker on each of two hosts that do `actions` without end; the launcher, and their pids.
+    fn two_at_work(&self, options: &str, actions: &str) -> (Running, Vec<i32>) {
+        let options = format!("--hosts node-a:1,node-b:1 --cpus 1 {options}");
+        let pids = self.scene.path("pid-{rank}").display().to_string();
+        let running = self.start(&options, &format!("--touch {pids} {actions}"));
+        (running, self.scene.wait_for_pids("pid-", 2))
+    }
+
+    /// Workers that run until they are told to end.
+    fn at_work(&self) -> (Running, Vec<i32>) {
+        self.two_at_work("", "--fork --hang")
+    }
+
+    /// Workers that are started again when a host is lost, and end when the file `go` is there. Each
+    /// generation writes its pids.
+    fn restarting(&self, options: &str) -> (Running, Vec<i32>) {
+        let options = format!("--max-restarts 3 --grace 1s {options}");
+        let actions = format!("--wait-for {}", self.scene.path("go").display());
+        let (running, pids) = self.two_at_work(&options, &actions);
+        for rank in 0..2 {
+            fs_err::remove_file(self.scene.path(&format!("pid-{rank}"))).unwrap();
+        }
+        (running, pids)
+    }
 }
 
 fn command(pid: i32) -> String {
@@ -69,39 +92,29 @@ fn ssh_of(launcher: i32, host: &str) -> i32 {
     find_ssh(launcher, host).expect("an ssh")
 }
 
-fn kill(pid: i32) {
-    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
-}
-
-fn assert_nothing_survives(scene: &Scene) {
-    until("every process to end", || {
-        survivors(&scene.path("")).is_empty().then_some(())
-    });
-}
-
 #[test]
 fn two_hosts_run_the_job_in_the_same_folder_with_the_same_environment() {
-    let Some(server) = Server::shared() else {
+    let Some(hosts) = Hosts::new() else {
         return;
     };
-    let scene = Scene::new();
-    let outcome = launch(
-        &scene,
-        &server,
+    let outcome = hosts.launch(
         "--hosts node-a:2,node-b:1 --cpus 4 --env EXTRA=a",
         "--touch here-{rank} --print-env",
     );
     assert_eq!(outcome.code, 0, "{}\n{}", outcome.err, outcome.out);
     for rank in 0..3 {
-        assert!(scene.path(&format!("here-{rank}")).exists());
+        assert!(hosts.scene.path(&format!("here-{rank}")).exists());
         let host = if rank < 2 { "node-a" } else { "node-b" };
-        let log = scene.read(&format!("logs/{host}-{rank}.out"));
+        let log = hosts.scene.read(&format!("logs/{host}-{rank}.out"));
         let has = |line: &str| log.lines().any(|l| l == line);
         let local = rank % 2;
         for line in [
             "TSM_TEST_VARIABLE=it's here",
             "EXTRA=a",
-            &format!("PWD={}", scene.path("").canonicalize().unwrap().display()),
+            &format!(
+                "PWD={}",
+                hosts.scene.path("").canonicalize().unwrap().display()
+            ),
             "WORLD_SIZE=3",
             &format!("RANK={rank}"),
             &format!("LOCAL_RANK={local}"),
@@ -114,36 +127,30 @@ fn two_hosts_run_the_job_in_the_same_folder_with_the_same_environment() {
         assert!(!has("TMPDIR=/nowhere"), "it belongs to the first host");
     }
     assert!(outcome.out.contains("node-b"), "{}", outcome.out);
-    let manifest = scene.json("manifest.json");
+    let manifest = hosts.scene.json("manifest.json");
     assert_eq!(manifest["world_size"], 3);
     assert_eq!(manifest["nodes"][1]["host"], "node-b");
-    assert_nothing_survives(&scene);
+    hosts.scene.assert_nothing_survives();
 }
 
 #[test]
 fn the_exit_code_and_the_report_are_those_of_the_rank_that_failed() {
-    let Some(server) = Server::shared() else {
+    let Some(hosts) = Hosts::new() else {
         return;
     };
-    let scene = Scene::new();
-    let hosts = scene.path("hosts");
-    fs_err::write(&hosts, "# two of them\nnode-a slots=1\nnode-b:1\n").unwrap();
-    let options = format!("--hostfile {} --cpus 1", hosts.display());
-    let outcome = launch(
-        &scene,
-        &server,
-        &options,
-        "--on-rank 1 --say broken --exit 17",
-    );
+    let file = hosts.scene.path("hosts");
+    fs_err::write(&file, "# two of them\nnode-a slots=1\nnode-b:1\n").unwrap();
+    let options = format!("--hostfile {} --cpus 1", file.display());
+    let outcome = hosts.launch(&options, "--on-rank 1 --say broken --exit 17");
     assert_eq!(outcome.code, 17, "{}", outcome.err);
     assert!(
         outcome.err.contains("rank 1 failed first: exit code 17"),
         "{}",
         outcome.err
     );
-    assert_eq!(scene.json("failure.json")["host"], "node-b");
-    assert_eq!(scene.json("failure.json")["stderr"][0], "broken");
-    assert_nothing_survives(&scene);
+    assert_eq!(hosts.scene.json("failure.json")["host"], "node-b");
+    assert_eq!(hosts.scene.json("failure.json")["stderr"][0], "broken");
+    hosts.scene.assert_nothing_survives();
 }
 
 #[test]
@@ -178,69 +185,51 @@ fn what_keeps_ssh_or_the_agent_from_starting_is_said_in_its_own_words() {
             "cannot start 1000 workers: --gpus is 1000",
         ),
     ] {
-        let scene = Scene::new();
-        let outcome = launch(&scene, &server, options, "");
+        let (server, scene) = (Arc::clone(&server), Scene::new());
+        let hosts = Hosts { server, scene };
+        let outcome = hosts.launch(options, "");
         assert_eq!(outcome.code, 69, "{options}\n{}", outcome.err);
         assert!(outcome.err.contains(words), "{options}\n{}", outcome.err);
-        assert!(!scene.path("mark-0").exists(), "{options}");
-        assert_nothing_survives(&scene);
+        assert!(!hosts.scene.path("mark-0").exists(), "{options}");
+        hosts.scene.assert_nothing_survives();
     }
 }
 
 #[test]
 fn a_shell_that_greets_does_no_harm() {
-    let Some(server) = Server::shared() else {
+    let Some(hosts) = Hosts::new() else {
         return;
     };
-    let scene = Scene::new();
-    let outcome = launch(
-        &scene,
-        &server,
+    let outcome = hosts.launch(
         "--hosts greeter:1,node-b:1 --cpus 1",
         "--say at-work --exit 0",
     );
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     assert!(!outcome.err.contains("Last login"), "{}", outcome.err);
     assert!(outcome.err.contains("at-work"), "{}", outcome.err);
-    assert_nothing_survives(&scene);
-}
-
-/// Starts one worker on each of two hosts that run until they are told to end; the launcher, and their pids.
-fn at_work(scene: &Scene, server: &Server, options: &str) -> (Running, Vec<i32>) {
-    let options = format!("--hosts node-a:1,node-b:1 --cpus 1 {options}");
-    let pids = scene.path("pid-{rank}").display().to_string();
-    let running = start_on(
-        scene,
-        server,
-        &options,
-        &format!("--touch {pids} --fork --hang"),
-    );
-    let pids = scene.wait_for_pids("pid-", 2);
-    (running, pids)
+    hosts.scene.assert_nothing_survives();
 }
 
 #[test]
 fn a_killed_ssh_ends_its_agent_and_the_job() {
-    let Some(server) = Server::shared() else {
+    let Some(hosts) = Hosts::new() else {
         return;
     };
-    let scene = Scene::new();
-    let (running, pids) = at_work(&scene, &server, "");
-    kill(ssh_of(running.pid(), "node-b"));
+    let (running, pids) = hosts.at_work();
+    send(ssh_of(running.pid(), "node-b"), Signal::KILL);
     let outcome = finish(running);
     assert_eq!(outcome.code, 76, "{}", outcome.err);
     assert!(outcome.err.contains("node-b is lost"), "{}", outcome.err);
     assert!(!alive(pids[0]), "the launcher waits for its own");
-    assert_nothing_survives(&scene);
+    hosts.scene.assert_nothing_survives();
 }
 
 #[test]
 fn a_killed_server_ends_its_agent_and_the_job() {
-    let Some(server) = Server::shared() else {
+    let Some(hosts) = Hosts::new() else {
         return;
     };
-    let scene = Scene::new();
-    let (running, pids) = at_work(&scene, &server, "");
+    let (running, pids) = hosts.at_work();
     let agent = parent(pids[1]).unwrap();
     assert!(
         command(agent).contains("--host node-b"),
@@ -249,33 +238,31 @@ fn a_killed_server_ends_its_agent_and_the_job() {
     );
     let session = parent(agent).unwrap();
     assert!(command(session).starts_with("sshd"), "{}", command(session));
-    kill(session);
+    send(session, Signal::KILL);
     let outcome = finish(running);
     assert_eq!(outcome.code, 76, "{}", outcome.err);
     assert!(outcome.err.contains("node-b is lost"), "{}", outcome.err);
-    assert_nothing_survives(&scene);
+    hosts.scene.assert_nothing_survives();
 }
 
 #[test]
 fn nothing_survives_a_killed_launcher() {
-    let Some(server) = Server::shared() else {
+    let Some(hosts) = Hosts::new() else {
         return;
     };
-    let scene = Scene::new();
-    let (running, pids) = at_work(&scene, &server, "");
-    kill(running.pid());
+    let (running, pids) = hosts.at_work();
+    send(running.pid(), Signal::KILL);
     assert_eq!(finish(running).code, 137);
-    assert_nothing_survives(&scene);
+    hosts.scene.assert_nothing_survives();
     assert!(pids.iter().all(|&pid| !alive(pid)));
 }
 
 #[test]
 fn a_signal_reaches_the_workers_of_all_hosts() {
-    let Some(server) = Server::shared() else {
+    let Some(hosts) = Hosts::new() else {
         return;
     };
-    let scene = Scene::new();
-    let (running, _) = at_work(&scene, &server, "");
+    let (running, _) = hosts.at_work();
     running.signal(Signal::TERM);
     let outcome = finish(running);
     assert_eq!(outcome.code, 143, "{}", outcome.err);
@@ -284,65 +271,49 @@ fn a_signal_reaches_the_workers_of_all_hosts() {
         "{}",
         outcome.err
     );
-    assert_nothing_survives(&scene);
+    hosts.scene.assert_nothing_survives();
 }
 
 #[test]
 fn a_lost_host_is_tried_again_and_the_job_goes_on_meanwhile() {
-    let Some(server) = Server::shared() else {
+    let Some(hosts) = Hosts::new() else {
         return;
     };
-    let scene = Scene::new();
-    let (go, pids) = (scene.path("go"), scene.path("pid-{rank}"));
-    let actions = format!("--touch {} --wait-for {}", pids.display(), go.display());
-    let options = "--hosts node-a:1,node-b:1 --cpus 1 --nodes 1:2 --max-restarts 3 --grace 1s";
-    let running = start_on(&scene, &server, options, &actions);
-    let first = scene.wait_for_pids("pid-", 2);
-    for rank in 0..2 {
-        fs_err::remove_file(scene.path(&format!("pid-{rank}"))).unwrap();
-    }
+    let (running, first) = hosts.restarting("--nodes 1:2");
     let launcher = running.pid();
     let lost = ssh_of(launcher, "node-b");
-    kill(lost);
-    let again = scene.wait_for_pids("pid-", 1);
+    send(lost, Signal::KILL);
+    let again = hosts.scene.wait_for_pids("pid-", 1);
     assert_ne!(again[0], first[0]);
     // It comes back, and waits until it is needed.
     until("another ssh to the lost host", || {
         find_ssh(launcher, "node-b").filter(|&ssh| ssh != lost)
     });
     until("its agent to join", || {
-        let events = fs_err::read_to_string(scene.run_dir().join("events.jsonl")).ok()?;
+        let events = fs_err::read_to_string(hosts.scene.run_dir().join("events.jsonl")).ok()?;
         let joins = events.lines().filter(|line| line.contains("\"join\""));
         (joins.count() == 3).then_some(())
     });
-    fs_err::write(go, "").unwrap();
+    fs_err::write(hosts.scene.path("go"), "").unwrap();
     let outcome = finish(running);
     assert_eq!(outcome.code, 0, "{}", outcome.err);
-    assert_nothing_survives(&scene);
+    hosts.scene.assert_nothing_survives();
 }
 
 #[test]
 fn a_job_that_needs_all_hosts_waits_for_the_lost_one() {
-    let Some(server) = Server::shared() else {
+    let Some(hosts) = Hosts::new() else {
         return;
     };
-    let scene = Scene::new();
-    let (go, pids) = (scene.path("go"), scene.path("pid-{rank}"));
-    let actions = format!("--touch {} --wait-for {}", pids.display(), go.display());
-    let options = "--hosts node-a:1,node-b:1 --cpus 1 --max-restarts 3 --grace 1s";
-    let running = start_on(&scene, &server, options, &actions);
-    scene.wait_for_pids("pid-", 2);
-    for rank in 0..2 {
-        fs_err::remove_file(scene.path(&format!("pid-{rank}"))).unwrap();
-    }
-    kill(ssh_of(running.pid(), "node-a"));
-    scene.wait_for_pids("pid-", 2);
-    fs_err::write(go, "").unwrap();
+    let (running, _) = hosts.restarting("");
+    send(ssh_of(running.pid(), "node-a"), Signal::KILL);
+    hosts.scene.wait_for_pids("pid-", 2);
+    fs_err::write(hosts.scene.path("go"), "").unwrap();
     let outcome = finish(running);
     assert_eq!(outcome.code, 0, "{}", outcome.err);
-    let generations = &scene.json("manifest.json")["generations"];
+    let generations = &hosts.scene.json("manifest.json")["generations"];
     assert_eq!(generations.as_array().unwrap().len(), 2, "{generations}");
-    assert_nothing_survives(&scene);
+    hosts.scene.assert_nothing_survives();
 }
 
 #[test]
@@ -370,7 +341,7 @@ fn no_more_than_64_connections_are_made_at_once() {
     let outcome = finish(running);
     assert_eq!(outcome.code, 143, "{}", outcome.err);
     assert_eq!(tried(), 64);
-    assert_nothing_survives(&scene);
+    scene.assert_nothing_survives();
 }
 
 #[test]

@@ -15,6 +15,7 @@ use tsm_job::WorkerEnv;
 use tsm_job::all_reduce::{self, AllReduce, Rates};
 use tsm_job::config::{Collectives, DeviceKind, Launch, duration};
 use tsm_job::exit::{self, Coded};
+use tsm_job::message::{AgentLink, WorkerMessage};
 use tsm_torch_ext::cuda;
 
 /// Rounds before the clock counts: NCCL makes its connections in the first.
@@ -94,7 +95,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
 ///
 /// # Errors
 /// A peer that is gone or stuck (exit code PEER), or a wrong sum on this rank (PREFLIGHT).
-pub fn run(args: &Args, env: &WorkerEnv) -> Result<()> {
+pub fn run(args: &Args, env: &WorkerEnv, link: &AgentLink) -> Result<()> {
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
     let device = match (args.device, visible.as_deref()) {
         (Some(On::Cpu), _) | (None, Some("")) => DeviceKind::Cpu,
@@ -110,6 +111,9 @@ pub fn run(args: &Args, env: &WorkerEnv) -> Result<()> {
         ..Launch::default()
     };
     let place = Place::meet(&launch, Path::new("runs"), env)?;
+    link.send(&WorkerMessage::Section {
+        name: "all-reduce".into(),
+    });
     let measured = measure(&place.peers, place.device, args.bytes, args.seconds)?;
     let name = match place.device {
         Device::Cuda(index) => cuda::device(index)?.0,

@@ -331,20 +331,20 @@ pub fn agree(stepper: &Stepper, device: Device, at: &Position, asked: bool) -> R
     let all = stepper
         .peers
         .all_gather(&own, "comparison of the positions")?;
-    let mut any_asked = false;
-    let mut first = None;
-    for (rank, position) in all.iter().enumerate() {
-        let position: Vec<i64> = Vec::try_from(&position.to_device(Device::Cpu))?;
-        any_asked |= position[3] != 0;
-        let (step, zero) = (position[0], *first.get_or_insert(position[0]));
-        let same = position[1..3] == [i64::from(at.epoch), at.clips_in_epoch as i64];
-        if step != zero || !same {
-            let message = format!(
-                "rank {rank} starts from step {step}, rank 0 from step {zero}\n  hint: every rank must run the same config.yaml and the same program"
-            );
-            return Err(Coded::new(exit::DATA, message).into());
-        }
+    let all: Vec<Vec<i64>> = all
+        .iter()
+        .map(|t| Vec::try_from(&t.to_device(Device::Cpu)))
+        .collect::<Result<_, _>>()?;
+    if let Some((rank, other)) = all.iter().enumerate().find(|(_, p)| p[..3] != all[0][..3]) {
+        let place = |p: &[i64]| format!("step {} (epoch {}, clip {} of it)", p[0], p[1] + 1, p[2]);
+        let message = format!(
+            "rank {rank} starts from {}, rank 0 from {}\n  hint: every rank must run the same config.yaml and the same program",
+            place(other),
+            place(&all[0])
+        );
+        return Err(Coded::new(exit::DATA, message).into());
     }
+    let any_asked = all.iter().any(|p| p[3] != 0);
     Ok(any_asked)
 }
 

@@ -7,7 +7,7 @@ use super::problem::{ConfigError, Problem};
 use super::template::Examples;
 use super::tree::{Document, KeyPath, Segment, get, get_mut};
 use serde_json::Value;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 /// Bytes of a file. A complete configuration has about 4 kB.
@@ -23,19 +23,27 @@ impl Config {
     /// # Errors
     /// A [`ConfigError`] that lists every problem at once.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Config, ConfigError> {
-        let refuse = |why: String| {
-            let problem = Problem::new(&KeyPath::default(), why);
+        let refuse = |why: String, hint: &str| {
+            let problem = Problem::new(&KeyPath::default(), why).hint(hint);
             ConfigError::new(path, "", vec![problem])
         };
         let mut text = String::new();
         fs_err::File::open(path)
             .and_then(|file| file.take(LARGEST + 1).read_to_string(&mut text))
-            .map_err(|error| refuse(error.to_string()))?;
+            .map_err(|error| {
+                let hint = match error.kind() {
+                    ErrorKind::NotFound => "check the name; configs/ has one for each recipe",
+                    ErrorKind::IsADirectory => "give a YAML file in it",
+                    ErrorKind::PermissionDenied => "make it readable for this user",
+                    ErrorKind::InvalidData => "a config is a text in YAML; this is something else",
+                    _ => "give a YAML file that can be read",
+                };
+                refuse(error.to_string(), hint)
+            })?;
         if text.len() as u64 > LARGEST {
-            let largest = LARGEST >> 20;
-            return Err(refuse(format!(
-                "larger than {largest} MiB, so it is no configuration"
-            )));
+            let why = format!("larger than {} MiB", LARGEST >> 20);
+            let hint = "a config is a short text in YAML; this is something else";
+            return Err(refuse(why, hint));
         }
         Config::from_yaml(&text, path, overrides)
     }

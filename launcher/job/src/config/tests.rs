@@ -489,7 +489,7 @@ fn durations_are_read_and_written() {
         ("90s", 90_000, "90s"),
         ("120s", 120_000, "2m"),
         ("2h", 7_200_000, "2h"),
-        ("100000h", 360_000_000_000, "100000h"),
+        ("9999h", 35_996_400_000, "9999h"),
         ("0s", 0, "0s"),
     ] {
         let duration = Duration::from_millis(ms);
@@ -504,7 +504,7 @@ fn durations_are_read_and_written() {
         "1d",
         "1.2.3s",
         "1e400h",
-        "100001h",
+        "10000h",
         "99999999999999999999h",
     ] {
         assert!(duration::parse(text).is_err(), "{text}");

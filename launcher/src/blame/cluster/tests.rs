@@ -1,5 +1,5 @@
 use super::*;
-use crate::blame::tests::{on_one_node, rank, said};
+use crate::blame::tests::{rank, said};
 use proptest::prelude::*;
 use tsm_job::exit;
 
@@ -29,7 +29,7 @@ fn cluster<'a>(nodes: &'a [Vec<(Rank, u32)>], uncertainty: Duration) -> Vec<Node
 }
 
 fn found(nodes: &[NodeEnds], hang: Option<&Hang>) -> Fault {
-    first_failure_of_cluster(nodes, hang, |_| String::new()).unwrap()
+    first_failure(nodes, hang, |_| String::new()).unwrap()
 }
 
 fn stopped(order: usize) -> Rank {
@@ -182,14 +182,15 @@ fn late_ranks_are_to_blame_for_a_hang_unless_something_failed_before() {
 }
 
 #[test]
-fn on_one_node_the_kernel_s_order_counts() {
+fn of_one_node_the_order_is_the_kernel_s() {
     let ranks = [rank(2, End::Code(1)), rank(1, End::Code(17)), stopped(3)];
-    let fault = on_one_node(&ranks, |_| String::new()).unwrap();
+    let alone = [ranks.into_iter().zip([2, 1, 3]).collect::<Vec<_>>()];
+    let fault = found(&cluster(&alone, MS), None);
     assert_eq!(fault.culprit, Culprit::Rank(1));
     assert_eq!(fault.reason, "its end came first in the kernel's order");
     let quiet = [vec![(rank(1, End::Code(0)), 1)]];
     assert_eq!(
-        first_failure_of_cluster(&cluster(&quiet, MS), None, |_| String::new()),
+        first_failure(&cluster(&quiet, MS), None, |_| String::new()),
         None
     );
 }

@@ -1,5 +1,5 @@
-use crate::blame::tests::{on_one_node, rank, said};
-use crate::blame::{Culprit, Fault, Lost, NodeEnds, Role, Seen, first_failure_of_cluster, role};
+use crate::blame::tests::{fault, rank, said};
+use crate::blame::{Culprit, Fault, Lost, NodeEnds, Role, Seen, first_failure, role};
 use crate::end::End;
 use crate::report::{Home, Place, Run, failure};
 use crate::supervisor::Rank;
@@ -76,7 +76,7 @@ fn told(nodes: &[&[(Role, u64)]]) -> (String, String) {
             }),
         });
     }
-    let fault = first_failure_of_cluster(&ends, None, |_| String::new()).unwrap();
+    let fault = first_failure(&ends, None, |_| String::new()).unwrap();
     assert_eq!(fault.culprit, Culprit::Rank(0), "{nodes:?}");
     let others = lines(&ends, &fault, &ranks);
     (fault.reason, others)
@@ -372,7 +372,7 @@ fn what_ended_between_the_first_sign_and_the_end_is_after_it() {
         ..in_role(Role::LostPeer)
     };
     let ranks = [first, other];
-    let fault = on_one_node(&ranks, |_| String::new()).unwrap();
+    let fault = fault(&ranks, |_| String::new()).unwrap();
     let end = |(number, rank): (usize, _)| Seen {
         number,
         rank,

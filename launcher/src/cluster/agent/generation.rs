@@ -9,12 +9,14 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 use tsm_job::RunDir;
+use tsm_job::exit::{self, Coded};
 use tsm_job::message::WorkerMessage;
 
 use super::Setup;
 use crate::ahead::Ahead;
 use crate::cluster::message::{NodeReport, Progress, Start, Word};
 use crate::console::lines::Lines;
+use crate::contain::{self, Ability, Containment, Left, Process};
 use crate::cores;
 use crate::doctor::kmsg;
 use crate::logs::{Logs, Shown, Sink, Source, Tail};
@@ -27,8 +29,17 @@ use crate::start::adopt::identity_in_mpi;
 use crate::supervisor::{self, Action, Event, State};
 use crate::watch::{Happening, Watch};
 
-/// How long to read on after the last worker: only a process that left its session still writes.
+/// How long to read on after the last process: only one that is not known as ours still writes.
 const DRAIN: Duration = Duration::from_secs(2);
+/// How long the kernel may take to end what the workers started after SIGKILL, before it is named as stuck.
+const KILL_WAIT: Duration = Duration::from_secs(5);
+/// The same where a worker was stuck for long enough already.
+const KILL_WAIT_MORE: Duration = Duration::from_millis(100);
+/// Processes that are named in a notice.
+const NAMED: usize = 8;
+/// Between two looks for them, at first and later.
+const LOOK: Duration = Duration::from_millis(5);
+const LOOK_LATER: Duration = Duration::from_millis(50);
 /// Workers started before the agent looks at anything else.
 const AT_ONCE: usize = 8;
 
@@ -51,6 +62,7 @@ pub struct Generation {
     workers: Vec<Worker>,
     tails: Vec<Tail>,
     watch: Watch,
+    containment: Containment,
     guard: Guard,
     sources: Vec<Source>,
     logs: Option<Logs>,
@@ -62,6 +74,8 @@ pub struct Generation {
     oom_before: u64,
     /// How far the processes that workers left behind have been ended.
     descendants: Descendants,
+    /// When to look for them again.
+    pub next_look: Duration,
     stuck: Vec<String>,
     began_at: Duration,
     /// The same by the kernel's log.
@@ -72,8 +86,13 @@ pub struct Generation {
 #[derive(Clone, Copy, PartialEq)]
 enum Descendants {
     NotLooked,
-    /// They were asked to end, and are killed then.
-    Asked(Duration),
+    /// They were asked to end, and are killed when the grace is over.
+    Asked {
+        since: Duration,
+    },
+    Killed {
+        since: Duration,
+    },
     Gone,
 }
 
@@ -82,7 +101,12 @@ impl Generation {
     ///
     /// # Errors
     /// What keeps this node from running the job.
-    pub fn prepare(setup: &Setup, start: Start, now: Duration) -> anyhow::Result<Generation> {
+    pub fn prepare(
+        setup: &Setup,
+        ability: &mut Ability,
+        start: Start,
+        now: Duration,
+    ) -> anyhow::Result<Generation> {
         let here = std::env::current_dir().unwrap_or_default();
         let directory = (start.directory != here).then(|| start.directory.clone());
         if let Some(directory) = &directory {
@@ -146,7 +170,15 @@ impl Generation {
         let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
         let removed = REMOVED_VARIABLES.map(String::from).into_iter();
         let remove = removed.chain(identity_in_mpi(names)).collect();
-        process::allow_open_files(FILES + FILES_PER_RANK * num_ranks as u64);
+        let files = FILES + FILES_PER_RANK * num_ranks as u64;
+        if let Err(limit) = process::allow_open_files(files) {
+            let text = format!(
+                "{num_ranks} ranks need {files} open files, and the hard limit is {limit}\n  hint: ulimit -Hn {files}, \
+                nofile in /etc/security/limits.conf, LimitNOFILE= of systemd, docker run --ulimit nofile={files}"
+            );
+            anyhow::bail!(Coded::new(exit::PREFLIGHT, text));
+        }
+        let containment = Containment::open(ability, &start.run_id, start.generation);
         Ok(Generation {
             state: State::new(num_ranks, start.grace, start.saves, start.shielded),
             plans,
@@ -158,7 +190,8 @@ impl Generation {
             workers: Vec::new(),
             tails: Vec::new(),
             watch: Watch::new()?,
-            guard: Guard::start(&setup.shim)?,
+            guard: Guard::start(&setup.shim, &containment)?,
+            containment,
             sources: Vec::new(),
             logs: None,
             progress: BTreeMap::new(),
@@ -167,6 +200,7 @@ impl Generation {
             metrics: BTreeMap::new(),
             oom_before: oom_kills(),
             descendants: Descendants::NotLooked,
+            next_look: now,
             stuck: Vec::new(),
             began_at: now,
             kernel_time: kmsg::now(),
@@ -214,6 +248,7 @@ impl Generation {
             remove: &self.remove,
             cores: &plan.cores,
             shielded: self.start.shielded,
+            containment: &self.containment,
         };
         let log = |stderr: bool| {
             let path = self.dir.log(&self.host, plan.rank, stderr);
@@ -235,7 +270,7 @@ impl Generation {
             |stderr, progress| shows(plan.rank).then(|| Lines::new(plan.rank, stderr, progress));
         let first_shown = self.plans.iter().find(|w| shows(w.rank)).map(|w| w.rank);
         let progress = first_shown == Some(plan.rank) && std::io::stderr().is_terminal();
-        let sink = |file, stderr: bool| Sink::Worker {
+        let sink = |file, stderr: bool| Sink {
             file,
             stderr,
             shown: shown(stderr, progress && stderr),
@@ -254,6 +289,7 @@ impl Generation {
             worker.kill();
             return Err(e);
         }
+        self.containment.add(worker.pid.as_raw_nonzero().get());
         self.workers.push(worker);
         Ok(())
     }
@@ -278,6 +314,10 @@ impl Generation {
         };
         let ranks: Vec<_> = self.plans.iter().map(|plan| plan.env.as_slice()).collect();
         environment::difference(inherited, &ranks, &self.remove)
+    }
+
+    pub fn containment(&self) -> contain::Kind {
+        self.containment.kind()
     }
 
     /// Rank and device of each worker that was started.
@@ -325,9 +365,9 @@ impl Generation {
                 }) => {
                     let progress = self.progress_of(rank);
                     (progress.step, progress.epoch) = (Some(step), Some(epoch));
-                    progress
-                        .work_ms
-                        .extend(work_ms.filter(|ms| ms.is_finite()).map(|ms| ms as f32));
+                    // JSON has no word for what is too large for it.
+                    let work_ms = work_ms.map(|ms| ms as f32).filter(|ms| ms.is_finite());
+                    progress.work_ms.extend(work_ms);
                     Event::Step { rank, step }
                 }
                 Happening::Said(WorkerMessage::Section { name }) => {
@@ -341,7 +381,10 @@ impl Generation {
                     }
                     Event::Section { rank, name }
                 }
-                Happening::Said(WorkerMessage::Failure(record)) => Event::Failing { rank, record },
+                Happening::Said(WorkerMessage::Failure(record)) => {
+                    let record = record.shortened();
+                    Event::Failing { rank, record }
+                }
                 Happening::Said(WorkerMessage::Metric { name, value }) => {
                     // JSON has no word for the others.
                     if value.is_finite() {
@@ -433,56 +476,77 @@ impl Generation {
         self.guard.lease(time);
     }
 
-    /// Ends what the workers started and left behind: SIGTERM, the grace, SIGKILL. Call again after
-    /// a few milliseconds until it says true.
+    /// Ends what the workers started and left behind: SIGTERM, the grace, SIGKILL. Call again at
+    /// [`Self::next_look`] until it says true.
     pub fn end_descendants(
         &mut self,
         now: Duration,
         at_once: bool,
         notice: impl FnOnce(String),
     ) -> bool {
-        let sessions = self.pids();
-        match self.descendants {
+        let since = match self.descendants {
             Descendants::Gone => return true,
             Descendants::NotLooked => {
-                let left = process::session_members(&sessions);
-                let killed = self
-                    .state
-                    .ranks
-                    .iter()
-                    .any(|rank| rank.sent.contains(&libc::SIGKILL));
+                let left = self.containment.processes();
+                let killed = (self.state.ranks.iter()).any(|r| r.sent.contains(&libc::SIGKILL));
                 if !left.is_empty() && !killed && !at_once {
-                    let grace = self.start.grace;
-                    let text = format!(
-                        "processes that the workers left behind: ending {}, grace {}",
-                        left.len(),
-                        tsm_job::config::duration::format(grace)
-                    );
-                    notice(text);
-                    for &pid in &left {
-                        process::signal_member(pid, &sessions, Signal::TERM);
-                    }
-                    self.descendants = Descendants::Asked(now + grace);
+                    let grace = tsm_job::config::duration::format(self.start.grace);
+                    let (number, names) = (left.len(), names(&left));
+                    notice(format!(
+                        "processes that the workers left behind: ending {number} ({names}), grace {grace}"
+                    ));
+                    self.containment.signal(&left, Signal::TERM);
+                    self.descendants = Descendants::Asked { since: now };
+                    self.look_again(now, now);
                     return false;
                 }
+                now
             }
-            Descendants::Asked(deadline) => {
-                let wait = now < deadline && !at_once;
-                if wait && !process::session_members(&sessions).is_empty() {
+            Descendants::Asked { since } if !at_once && now < since + self.start.grace => {
+                if now < self.next_look || !self.containment.processes().is_empty() {
+                    self.look_again(since, now);
                     return false;
                 }
+                now
             }
+            Descendants::Asked { .. } => now,
+            Descendants::Killed { .. } if now < self.next_look => return false,
+            Descendants::Killed { since } => since,
+        };
+        let is_stuck = self.state.ranks.iter().any(|rank| rank.end.is_none());
+        let limit = match self.containment.kill() {
+            Left::Nothing => Duration::ZERO,
+            Left::Perhaps => contain::DOUBT,
+            Left::Some if is_stuck => KILL_WAIT_MORE,
+            Left::Some => KILL_WAIT,
+        };
+        if now < since + limit {
+            self.descendants = Descendants::Killed { since };
+            self.look_again(since, now);
+            return false;
         }
-        process::kill_sessions(&sessions, 50);
         self.descendants = Descendants::Gone;
-        self.stuck = self
-            .workers
-            .iter()
-            .zip(&self.state.ranks)
-            .filter(|(_, rank)| rank.end.is_none())
-            .map(|(worker, _)| worker.stuck_in())
-            .collect();
+        let left = if limit.is_zero() {
+            Vec::new()
+        } else {
+            self.containment.processes()
+        };
+        let describe = |process: &Process| format!("{process}, {}", process::stuck_in(process.pid));
+        self.stuck = left.iter().map(describe).collect();
         true
+    }
+
+    /// Looks cost more where many processes run, so they become rarer.
+    fn look_again(&mut self, since: Duration, now: Duration) {
+        if self.next_look <= now {
+            let pause = now.saturating_sub(since) / 8;
+            self.next_look = now + pause.clamp(LOOK, LOOK_LATER);
+        }
+    }
+
+    /// Kills everything, and waits a little for it.
+    pub fn kill(&self) {
+        self.containment.end(KILL_WAIT_MORE);
     }
 
     /// The reader of the output, to be waited for; see [`drain`].
@@ -512,7 +576,7 @@ impl Generation {
         if !self.stuck.is_empty() {
             warnings.push(format!(
                 "processes that SIGKILL did not end: {}",
-                self.stuck.join(", ")
+                self.stuck.join("; ")
             ));
         }
         let gpus = self.plans.iter().any(|plan| plan.device.starts_with("GPU"));
@@ -533,12 +597,20 @@ impl Generation {
     }
 }
 
+/// The first few, by number and name.
+fn names(processes: &[Process]) -> String {
+    let named = processes.iter().take(NAMED).map(Process::to_string);
+    let more = processes.len().saturating_sub(NAMED);
+    let more = (more > 0).then(|| format!("{more} more"));
+    named.chain(more).collect::<Vec<_>>().join(", ")
+}
+
 /// Reads the rest of the output; waits, so not for the thread of the event loop.
 pub fn drain(logs: Logs) -> Vec<String> {
     let (mut warnings, drained) = logs.finish(DRAIN);
     if !drained {
         warnings.push(
-            "a process that left its session still holds a worker's output open; it was left alone"
+            "a process that is not known as one of this job's holds a worker's output open; it was left alone"
                 .into(),
         );
     }

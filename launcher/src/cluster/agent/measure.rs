@@ -1,11 +1,13 @@
 //! Measuring before a start. It is done on threads: the agent beats on meanwhile, and can be told to leave.
 
+use std::sync::Arc;
 use tokio::task::JoinHandle;
 
 use super::{Agent, Found};
+use crate::cluster::key::Key;
 use crate::cluster::message::Round;
 use crate::cluster::wire::prove_member;
-use crate::doctor::preflight::{OwnNode, Ring, Scale, Task, own_node};
+use crate::doctor::preflight::{GpuTask, OwnNode, Ring, Scale, Task, own_gpus, own_node};
 
 /// The measurement of this node that is under way. What is dropped ends.
 #[derive(Default)]
@@ -13,6 +15,8 @@ pub struct Measuring {
     /// A place whose neighbours are not known yet.
     ring: Option<(Round, Ring)>,
     work: Option<Work>,
+    /// Held as long as somebody waits for what this node measures of itself.
+    _own: Option<Arc<()>>,
 }
 
 /// Waits for a result; without it the thread that has the other end gives up.
@@ -27,8 +31,21 @@ impl Drop for Work {
 impl Agent {
     pub(super) fn measure_node(&mut self, round: Round, scale: Scale) {
         let found = self.reach.0.clone();
+        let gpus = self.gpu_task(Task::new(Vec::new(), 0, &scale), Key::random());
+        let wanted = Arc::new(());
+        let is_wanted = Arc::downgrade(&wanted);
+        self.measuring = Measuring {
+            _own: Some(wanted),
+            ..Measuring::default()
+        };
         let measure = move || {
-            let own = own_node(&scale);
+            let mut own = own_node(&scale);
+            if scale.trainer.is_some() {
+                let cancelled = || is_wanted.strong_count() == 0;
+                let gpus = own_gpus(&gpus, cancelled);
+                own.all_reduce_gb_s = gpus.all_reduce_gb_s;
+                own.findings.extend(gpus.findings);
+            }
             // The agent may have left.
             let _ = found.send(Found::NodeMeasured(round, own));
         };
@@ -36,6 +53,15 @@ impl Agent {
         if let Err(e) = thread.spawn(measure) {
             let own = OwnNode::failed(format!("no thread can be started: {e}"));
             let _ = self.reach.0.send(Found::NodeMeasured(round, own));
+        }
+    }
+
+    fn gpu_task(&self, task: Task, key: Key) -> GpuTask {
+        GpuTask {
+            task,
+            key,
+            devices: self.setup.devices.clone(),
+            launcher: self.setup.shim.clone(),
         }
     }
 
@@ -54,7 +80,15 @@ impl Agent {
         let (Some((_, ring)), Some(key)) = (place, self.setup.key.clone()) else {
             return;
         };
-        let result = ring.start(task, move |nonce| prove_member(&key, nonce, round));
+        let result = match task.trainer {
+            // The first member's launcher listens where its ring did.
+            Some(_) => {
+                drop(ring);
+                let group = format!("{round:?} {:?}", task.members);
+                self.gpu_task(task, key.derive(group.as_bytes())).start()
+            }
+            None => ring.start(task, move |nonce| prove_member(&key, nonce, round)),
+        };
         let found = self.reach.0.clone();
         let wait = async move {
             let ended = Err("the measuring thread ended".into());

@@ -18,6 +18,7 @@ use super::link::{Link, Outbox};
 use super::message::{Beat, FromAgent, Join, NodeReport, Round, ToAgent};
 use crate::addresses::{self, ProbeListener};
 use crate::console::queue::{LIMIT, queue};
+use crate::contain::Ability;
 use crate::doctor::preflight::{Measured, OwnNode};
 use crate::hang::report::Inspection;
 use crate::hang::{self, ras};
@@ -86,6 +87,8 @@ struct Agent {
     /// Debuggers are at work.
     looking: bool,
     reach: (UnboundedSender<Found>, UnboundedReceiver<Found>),
+    /// Whether generations can have control groups.
+    ability: Ability,
     load: crate::machine::Load,
 }
 
@@ -101,6 +104,7 @@ enum Found {
 /// # Errors
 /// When signals cannot be handled.
 pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
+    let ability = Ability::find_out(&setup.shim);
     // The coordinator in the same process hears them itself.
     let mut signals = if setup.local {
         None
@@ -124,6 +128,7 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         draining: None,
         looking: false,
         reach: unbounded_channel(),
+        ability,
         load: crate::machine::Load::new(),
         setup,
     };
@@ -210,7 +215,7 @@ impl Agent {
         let generation = self.generation.as_ref().filter(|_| self.draining.is_none());
         let decided = generation.and_then(|g| match g.state.phase {
             // Looks again for processes that were left behind.
-            Phase::Finished => Some(self.now() + Duration::from_millis(5)),
+            Phase::Finished => Some(g.next_look),
             _ => g.state.deadline(),
         });
         let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease.until);
@@ -240,6 +245,7 @@ impl Agent {
                     generation,
                     looks,
                     ras,
+                    more: false,
                 });
             }
             Wake::Found(Found::NodeMeasured(round, own)) => {
@@ -313,7 +319,7 @@ impl Agent {
                     );
                     return self.cannot_start(generation, &e);
                 }
-                match Generation::prepare(&self.setup, *start, now) {
+                match Generation::prepare(&self.setup, &mut self.ability, *start, now) {
                     Ok(mut generation) => {
                         if !self.setup.local {
                             generation.lease(self.lease.guard(now));
@@ -411,7 +417,8 @@ impl Agent {
                 device,
                 process,
             };
-            let looks = places.into_iter().zip(processes).map(look).collect();
+            let looks = places.into_iter().zip(processes).map(look);
+            let looks = looks.map(super::fit::look).collect();
             let _ = found.send(Found::Inspected(generation, looks, ras));
         });
     }
@@ -421,10 +428,11 @@ impl Agent {
             return;
         };
         let result = generation.start_some(&self.shown);
-        let (number, pids, done) = (
+        let (number, pids, done, containment) = (
             generation.start.generation,
             generation.pids(),
             generation.is_started(),
+            generation.containment(),
         );
         match result {
             Ok(()) if done => {
@@ -439,13 +447,14 @@ impl Agent {
                     pids,
                     at,
                     environment,
+                    containment,
                 });
             }
             Ok(()) => {}
             Err(e) => {
                 // Its workers are killed; they go with it.
                 if let Some(generation) = self.generation.take() {
-                    crate::process::kill_sessions(&generation.pids(), 50);
+                    generation.kill();
                     drop(generation.conclude(Vec::new()));
                 }
                 self.cannot_start(number, &e);

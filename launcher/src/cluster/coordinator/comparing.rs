@@ -14,28 +14,24 @@ use crate::doctor::{self, ClockSample};
 const ALL_THE_SAME: &str = "--preflight off starts all the same";
 
 impl State {
-    /// Tells what differs between the members; false when the job would fail of it.
+    /// Tells what is wrong with the members, and what differs between them; false when the job would fail of it.
     pub(super) fn compare_nodes(&mut self, now: Duration, actions: &mut Vec<Action>) -> bool {
         let joins = self.members.iter().filter_map(|m| self.nodes.get(&m.id));
         let joins: Vec<&Join> = joins.map(|n| &n.join).collect();
-        if joins.len() < 2 {
-            return true;
-        }
-        let mut findings = doctor::across(&joins);
+        let mut findings = doctor::of_nodes(&joins);
+        findings.extend(doctor::across(&joins));
         findings.extend(clocks(&joins));
-        warn(&findings, actions);
-        let Some(finding) = first_error(&findings) else {
+        let Some(error) = self.warn_of(&findings, actions) else {
             return true;
         };
-        let text = format!("{}\n  hint: {}; {ALL_THE_SAME}", finding.text, finding.hint);
-        self.give_up(text, now, actions);
+        self.give_up(format!("{error}; {ALL_THE_SAME}"), now, actions);
         false
     }
 
     /// Tells how a node that joins differs from those that got ranks before it; false when the job would fail with it, and
     /// it was sent away.
     pub(super) fn fits(
-        &self,
+        &mut self,
         id: NodeId,
         join: &Join,
         agent: u32,
@@ -46,19 +42,20 @@ impl State {
         if running.is_empty() {
             return true;
         }
-        let mut findings = doctor::late(&running, join);
+        let host = &join.host;
+        let named = |f: &Finding| Finding {
+            text: format!("{host}: {}", f.text),
+            ..f.clone()
+        };
+        let mut findings: Vec<Finding> = join.facts.findings.iter().map(named).collect();
+        findings.extend(doctor::late(&running, join));
         let all: Vec<&Join> = running.into_iter().chain([join]).collect();
-        let of_node = format!("the clock of {} is ", join.host);
-        findings.extend(
-            clocks(&all)
-                .into_iter()
-                .filter(|f| f.text.starts_with(&of_node)),
-        );
-        warn(&findings, actions);
-        let Some(Finding { text, hint, .. }) = first_error(&findings) else {
+        let of_node = format!("the clock of {host} is ");
+        let clocks = clocks(&all).into_iter();
+        findings.extend(clocks.filter(|f| f.text.starts_with(&of_node)));
+        let Some(Finding { text, hint, .. }) = self.warn_of(&findings, actions) else {
             return true;
         };
-        let host = &join.host;
         actions.push(record(
             "left_out",
             json!({"host": host, "agent": agent, "must": true, "why": text}),
@@ -78,17 +75,15 @@ impl State {
         actions.push(Action::LeftOut(Box::new(Excluded { left_out, now })));
         false
     }
-}
 
-fn warn(findings: &[Finding], actions: &mut Vec<Action>) {
-    for Finding { text, hint, .. } in findings.iter().filter(|f| f.severity == Severity::Warning) {
-        let text = format!("warning: {text}\n  hint: {hint}");
-        actions.push(Action::Notice(text));
+    /// Says the warnings; the first error.
+    fn warn_of(&mut self, findings: &[Finding], actions: &mut Vec<Action>) -> Option<Finding> {
+        let of = |severity| findings.iter().filter(move |f| f.severity == severity);
+        for finding in of(Severity::Warning) {
+            self.warn(finding, actions);
+        }
+        of(Severity::Error).next().cloned()
     }
-}
-
-fn first_error(findings: &[Finding]) -> Option<&Finding> {
-    findings.iter().find(|f| f.severity == Severity::Error)
 }
 
 /// Clocks that are wrong, of nodes that looked at themselves.

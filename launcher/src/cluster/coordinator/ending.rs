@@ -3,10 +3,9 @@
 use serde_json::json;
 use std::time::Duration;
 use tsm_job::exit;
-use tsm_job::message::FailureRecord;
 
 use super::{Action, Cause, Phase, State, record};
-use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure_of_cluster};
+use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 use crate::clock::Utc;
 use crate::cluster::policy;
 use crate::end::End;
@@ -18,8 +17,6 @@ use crate::supervisor::Rank;
 #[derive(Clone, Debug)]
 pub struct Ending {
     pub generation: u32,
-    pub world_size: u32,
-    pub started_at: Duration,
     pub ended_at: Duration,
     /// `succeeded`, `saved`, `stopped`, `failed`, `grown`.
     pub outcome: &'static str,
@@ -40,7 +37,7 @@ pub struct Ending {
 impl State {
     /// Every node is clean or lost: decides what comes next.
     pub(super) fn settle(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let (ranks, places) = self.merge();
+        let (ranks, places) = self.merge(now);
         let ends: Vec<Option<End>> = ranks.iter().map(|rank| rank.end).collect();
         let all = |good: fn(&Rank) -> bool| !ranks.is_empty() && ranks.iter().all(good);
         let done = all(Rank::is_well);
@@ -54,8 +51,6 @@ impl State {
         });
         let mut ending = Ending {
             generation: self.generation,
-            world_size: self.world_size(),
-            started_at: self.started_at,
             ended_at: now,
             outcome: "succeeded",
             code: exit::OK,
@@ -179,8 +174,7 @@ impl State {
             _ => (None, None),
         };
         let nodes = self.node_ends(&ranks);
-        let fault =
-            first_failure_of_cluster(&nodes, hang.as_ref(), |rank| own_words(&places[rank]));
+        let fault = first_failure(&nodes, hang.as_ref(), |rank| own_words(&places[rank]));
         drop(nodes);
         let Some(fault) = fault else {
             ending.code = exit::BUG;
@@ -294,8 +288,8 @@ impl State {
         self.members.iter().map(node).collect()
     }
 
-    /// The ranks of all nodes in order of rank, their times on the coordinator's clock.
-    fn merge(&self) -> (Vec<Rank>, Vec<Place>) {
+    /// The ranks of all nodes in order of rank, their times on the coordinator's clock, where nothing lies ahead.
+    fn merge(&self, now: Duration) -> (Vec<Rank>, Vec<Place>) {
         let mut all: Vec<(Rank, Place)> = Vec::new();
         for member in &self.members {
             let clock = self.known(member.id).map(|n| n.clock);
@@ -308,7 +302,7 @@ impl State {
                 all.push(match known.get(i) {
                     Some((rank, place)) => {
                         let mut rank = rank.clone();
-                        let map = |at| clock.map_or(at, |c| c.map(at));
+                        let map = |at| clock.map_or(at, |c| c.map(at)).min(now);
                         rank.ended_at = map(rank.ended_at);
                         rank.first_at = map(rank.first_at);
                         rank.left = rank.left.map(|(order, at, after)| (order, map(at), after));
@@ -360,20 +354,18 @@ fn exit_code(ranks: &[Rank], fault: &Fault) -> i32 {
         return exit::PEER;
     };
     let rank = &ranks[number];
-    // What it meant to end with; it failed, whatever that is.
-    let announced = |record: &FailureRecord| match record.code {
-        code @ 1..=255 => code,
-        _ => 1,
-    };
-    match (&rank.record, rank.end) {
-        (Some(record), None) => announced(record),
-        (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => {
-            announced(record)
-        }
-        (Some(record), Some(end)) if end.is_success() => announced(record),
+    let code = match (&rank.record, rank.end) {
+        (Some(record), None) => record.code,
+        (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => record.code,
+        (Some(record), Some(end)) if end.is_success() => record.code,
         (_, Some(end)) => end.exit_code(),
         // Every failure has a rank that ended or announced it.
         (None, None) => exit::BUG,
+    };
+    // It failed, whatever it says.
+    match code {
+        1..=255 => code,
+        _ => 1,
     }
 }
 

@@ -7,7 +7,7 @@ use tsm_job::config::duration::format;
 
 use super::{Action, FORM, LOOK, Launched, Node, Phase, State, nodes, record, send};
 use crate::addresses;
-use crate::cluster::message::{Start, ToAgent};
+use crate::cluster::message::{Finding, Start, ToAgent};
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
 use crate::hang::progress::Tracker;
 
@@ -107,10 +107,12 @@ impl State {
         (self.cause, self.inspection) = (None, None);
         self.interrupted.clear();
         self.reports.clear();
+        self.parts.clear();
         self.lost.clear();
         self.gone.clear();
         self.attempt += 1;
         self.progress.clear();
+        self.goes_on_from = self.goes_on_from.max(self.checkpoint_step);
         (self.checkpoint_step, self.steps) = (None, None);
         // Another node answers first: it may be heard for the last time before it learns of its lease, which then
         // ends later than anybody here would think.
@@ -130,6 +132,13 @@ impl State {
             actions.push(send(self.members[0].id, reserve));
         }
         self.try_to_start(now, actions);
+    }
+
+    /// Says it, unless it was said before.
+    pub(super) fn warn(&mut self, finding: &Finding, actions: &mut Vec<Action>) {
+        if self.warned.insert(finding.text.clone()) {
+            actions.push(Action::Notice(format!("warning: {finding}")));
+        }
     }
 
     pub(super) fn reserved(

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::rounds::{Judgement, Measuring, Place, Report};
 use super::{Action, Phase, State, nodes, record};
-use crate::cluster::message::{Finding, FromAgent, Severity};
+use crate::cluster::message::{FromAgent, Severity};
 use crate::cluster::policy::LeftOut;
 use crate::cluster::topology::{Candidate, NodeId};
 
@@ -25,9 +25,14 @@ impl State {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        let Some(scale) = self.settings.measure.clone() else {
+        let Some(mut scale) = self.settings.measure.clone() else {
             return;
         };
+        // Figures of GPUs and of the network alone do not compare.
+        let has_gpus = |id| self.nodes.get(&id).is_some_and(|n| !n.join.gpus.is_empty());
+        if !scale.on_cpus && !self.members.iter().all(|m| has_gpus(m.id)) {
+            scale.trainer = None;
+        }
         let place = |(i, interface): (usize, &String)| {
             let id = self.members[i].id;
             let node = self.nodes.get(&id)?;
@@ -35,14 +40,12 @@ impl State {
                 0 => Some(master),
                 _ => address_on(&node.join.addresses, interface, master),
             };
-            let (host, seen) = (node.join.host.clone(), node.join.facts.findings.clone());
-            let own = self.measured.get(&id).cloned();
+            let (host, own) = (node.join.host.clone(), self.measured.get(&id).cloned());
             Some(Place {
                 id,
                 host,
                 address,
                 own,
-                seen,
             })
         };
         let places: Vec<Place> = interfaces.iter().enumerate().filter_map(place).collect();
@@ -112,7 +115,7 @@ impl State {
         let left = candidates.iter().filter(|c| !is_bad(c)).count();
         let needed = self.settings.min_nodes as usize;
         let go_on = left >= needed;
-        Self::tell(report, actions);
+        self.tell(report, actions);
         // Where the job cannot go on without it, that is said instead.
         if go_on {
             for (left_out, (_, finding)) in out.into_iter().zip(&bad) {
@@ -124,7 +127,7 @@ impl State {
             if !go_on {
                 let all: Vec<&str> = bad.iter().map(|(_, f)| f.text.as_str()).collect();
                 let (all, left) = (all.join("; "), nodes(left));
-                let text = format!("{all}: {left} without it, of {needed} that are needed");
+                let text = format!("{all}; {left} left, {needed} are needed");
                 return self.refuse(&text, &finding.hint, now, actions);
             }
         } else if let Some(finding) = errors.first() {
@@ -147,7 +150,7 @@ impl State {
     }
 
     /// Shows and writes down what was found.
-    fn tell(report: Report, actions: &mut Vec<Action>) {
+    fn tell(&mut self, report: Report, actions: &mut Vec<Action>) {
         let of = |severity| {
             report
                 .findings
@@ -161,9 +164,8 @@ impl State {
                 "preflight: {fine} ({seconds:.1} s)"
             )));
         }
-        for Finding { text, hint, .. } in of(Severity::Warning) {
-            let text = format!("warning: {text}\n  hint: {hint}");
-            actions.push(Action::Notice(text));
+        for finding in of(Severity::Warning) {
+            self.warn(finding, actions);
         }
         actions.push(record("preflight", to_value(&report).unwrap_or_default()));
         actions.push(Action::Measured(Box::new(report)));
@@ -177,7 +179,11 @@ impl State {
 
 /// A node's address on `interface`, of the family of `master` and as near to it as there is. An interface that only
 /// loopback addresses are on is not listed: then any address will do.
-fn address_on(addresses: &[(IpAddr, String)], interface: &str, master: IpAddr) -> Option<IpAddr> {
+pub(super) fn address_on(
+    addresses: &[(IpAddr, String)],
+    interface: &str,
+    master: IpAddr,
+) -> Option<IpAddr> {
     if master.is_loopback() {
         return Some(master);
     }

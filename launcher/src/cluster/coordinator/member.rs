@@ -50,7 +50,8 @@ impl Clock {
     /// Takes in a message that was sent at `at` over a path with round trip `rtt`, and came in at `now`.
     /// The shortest round trip tells the most: then the message has travelled for half of it, give or take that half.
     pub fn learn(&mut self, at: AgentTime, rtt: Option<Duration>, now: Duration) {
-        let travelled = rtt.map(|r| r / 2);
+        // Nothing travels for longer than there is somebody to come to.
+        let travelled = rtt.filter(|r| *r <= now).map(|r| r / 2);
         let better = match (self.error, travelled) {
             (None, _) => true,
             (Some(old), Some(new)) => new < old,

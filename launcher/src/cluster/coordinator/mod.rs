@@ -29,7 +29,7 @@ pub use member::{Clock, Node};
 pub use rounds::Report;
 
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -43,7 +43,10 @@ use crate::console::lines::Batch;
 use crate::doctor::preflight::{OwnNode, Scale};
 use crate::hang::progress::{Limits, Tracker};
 use crate::manifest::environment::Change;
+use crate::report::Place;
+use crate::signals::FORWARDED;
 use crate::status::Restart;
+use crate::supervisor::Rank;
 
 /// An agent that reserves a port and probes has done so within this time.
 const FORM: Duration = Duration::from_secs(10);
@@ -261,6 +264,8 @@ pub struct State {
     /// Before the next start.
     pause: Duration,
     reports: BTreeMap<NodeId, NodeReport>,
+    /// The first ranks of reports that come in several messages.
+    parts: BTreeMap<NodeId, Vec<(Rank, Place)>>,
     lost: Vec<LostNode>,
     /// Until when the ranks of lost nodes may still run.
     fence: Duration,
@@ -279,6 +284,8 @@ pub struct State {
     /// The spares are measured too, to tell who is to blame; once in a generation.
     is_wide: bool,
     was_wide: bool,
+    /// Warnings that were said.
+    warned: BTreeSet<String>,
     pub restarts: Vec<Restart>,
     progress: BTreeMap<u32, view::Rank>,
     metrics: BTreeMap<String, f64>,
@@ -288,6 +295,8 @@ pub struct State {
     refusal: Option<(i32, String)>,
     /// Rank 0's step at its last checkpoint in this generation.
     checkpoint_step: Option<u64>,
+    /// The newest checkpoint of the generations before, until this one has shown that it goes on from there.
+    goes_on_from: Option<u64>,
     /// First and last step of this generation.
     steps: Option<(u64, u64)>,
     /// Answers about what hanging ranks do, and how many are still to come.
@@ -334,6 +343,7 @@ impl State {
             interrupted: Vec::new(),
             pause: Duration::ZERO,
             reports: BTreeMap::new(),
+            parts: BTreeMap::new(),
             lost: Vec::new(),
             fence: Duration::ZERO,
             reach: BTreeMap::new(),
@@ -344,12 +354,14 @@ impl State {
             measured: BTreeMap::new(),
             is_wide: false,
             was_wide: false,
+            warned: BTreeSet::new(),
             restarts: Vec::new(),
             progress: BTreeMap::new(),
             metrics: BTreeMap::new(),
             last: false,
             refusal: None,
             checkpoint_step: None,
+            goes_on_from: None,
             steps: None,
             inspection: None,
             stalled: None,
@@ -447,7 +459,7 @@ impl State {
                 actions.push(send(id, ToAgent::Ack { seq: beat.seq }));
                 self.beat(id, beat, now, actions);
             }
-            FromAgent::Signal { signal } => {
+            FromAgent::Signal { signal } if FORWARDED.contains(&signal) => {
                 let host = self.nodes[&id].join.host.clone();
                 self.signal(signal, &format!(" on {host}"), now, actions);
             }
@@ -458,14 +470,14 @@ impl State {
                 attempt,
                 master_port,
                 probe_port,
-            } if self.current(generation) && attempt == self.attempt => {
+            } if self.forms(generation) && attempt == self.attempt => {
                 self.reserved(id, master_port, probe_port, actions);
             }
             FromAgent::Reached {
                 generation,
                 attempt,
                 by,
-            } if self.current(generation) && attempt == self.attempt => self.reached(id, by),
+            } if self.forms(generation) && attempt == self.attempt => self.reached(id, by),
             FromAgent::NodeMeasured { .. }
             | FromAgent::RingOpen { .. }
             | FromAgent::Measured { .. } => self.measurement(id, message, actions),
@@ -474,17 +486,20 @@ impl State {
                 pids,
                 at,
                 environment,
-            } if self.current(generation) => {
-                self.started(id, &pids, at, environment, actions);
+                containment,
+            } if self.runs(generation) => {
+                self.started(id, &pids, at, environment, containment, actions);
             }
-            FromAgent::Word { generation, word } if self.current(generation) => {
+            FromAgent::Word { generation, word }
+                if self.runs(generation) && self.members.first().is_some_and(|m| m.id == id) =>
+            {
                 actions.push(Action::Told(word));
             }
             FromAgent::CannotStart {
                 generation,
                 code,
                 message,
-            } if self.current(generation) => {
+            } if self.forms(generation) || self.runs(generation) => {
                 self.cannot_start(id, code, &message, now, actions);
             }
             FromAgent::Failing {
@@ -492,15 +507,19 @@ impl State {
                 local_rank,
                 end,
                 at: _,
-            } if self.current(generation) => {
+            } if self.runs(generation) => {
                 self.failing(id, local_rank, end, now, actions);
             }
             FromAgent::Inspected {
                 generation,
                 looks,
                 ras,
-            } if self.current(generation) => self.inspected(id, looks, ras),
-            FromAgent::Clean { generation, report } if self.current(generation) => {
+                more,
+            } if self.runs(generation) => self.inspected(id, looks, ras, more),
+            FromAgent::Ranks { generation, ranks } if self.runs(generation) => {
+                self.ranks(id, ranks);
+            }
+            FromAgent::Clean { generation, report } if self.runs(generation) => {
                 self.clean(id, *report, now, actions);
             }
             // Of an older generation, or a second greeting.
@@ -508,13 +527,14 @@ impl State {
         }
     }
 
-    /// Whether a message belongs to the generation that runs.
-    fn current(&self, generation: u32) -> bool {
-        generation == self.generation
-            && matches!(
-                self.phase,
-                Phase::Form { .. } | Phase::Run | Phase::Stop { .. }
-            )
+    /// Whether a message belongs to the generation that is being formed.
+    fn forms(&self, generation: u32) -> bool {
+        generation == self.generation && matches!(self.phase, Phase::Form { .. })
+    }
+
+    /// Whether a message belongs to the generation that runs, or is being stopped.
+    fn runs(&self, generation: u32) -> bool {
+        generation == self.generation && matches!(self.phase, Phase::Run | Phase::Stop { .. })
     }
 
     /// A node that is connected, or was when this generation started.

@@ -1,30 +1,41 @@
 //! From phase to phase.
 
 use serde_json::json;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use tsm_job::config::duration::format;
 use tsm_job::exit;
 
 use super::left_out::words;
+use super::running::refusal;
 use super::{
     Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, State, nodes,
     record, send,
 };
-use crate::cluster::message::{Join, ToAgent};
+use crate::cluster::message::{Finding, Join, Severity, ToAgent};
 use crate::cluster::topology::NodeId;
 use crate::end::signal_name;
 use crate::supervisor::count;
+
+/// Of one node.
+const MAX_WORKERS: usize = 4096;
+
+/// A name that can be shown, whoever gave it.
+fn tidy(host: &str) -> String {
+    host.chars().filter(|c| !c.is_control()).take(255).collect()
+}
 
 impl State {
     pub(super) fn join(
         &mut self,
         id: NodeId,
         local: bool,
-        join: Join,
+        mut join: Join,
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        let host = join.host.clone();
+        let host = tidy(&join.host);
+        join.host.clone_from(&host);
         let mut refuse = |message: String| {
             actions.push(Action::Notice(format!("{host} was sent away: {message}")));
             let message = Some(message);
@@ -52,16 +63,30 @@ impl State {
                 "{host} was started with another config or program than the first node: give the same command on every node"
             ));
         }
+        if !(1..=MAX_WORKERS).contains(&join.devices.len()) {
+            let workers = count(join.devices.len(), "worker");
+            return refuse(format!(
+                "{host} has room for {workers}: it has to be 1 to {MAX_WORKERS}"
+            ));
+        }
         let agent = self.free_agent_number(&host);
         let out = self.why_out(&host, agent, now).cloned();
         if let Some(out) = out.as_ref().filter(|out| out.must) {
             return refuse(format!("{host} is left out: {}", out.why));
         }
+        let found = join.facts.findings.iter();
+        let found: Vec<&Finding> = found.filter(|f| f.severity > Severity::Ok).collect();
+        if let Some(error) = found.iter().find(|f| f.severity == Severity::Error) {
+            let why = error.to_string() + "; --preflight off starts all the same";
+            let message = Some(format!("{host} cannot run the job: {why}"));
+            let code = exit::PREFLIGHT;
+            actions.push(send(id, ToAgent::Exit { code, message }));
+            return self.unfit(id, &host, code, &why, now, actions);
+        }
         if !self.fits(id, &join, agent, now, actions) {
             return;
         }
-        let fields =
-            json!({"node": id, "host": join.host, "pid": join.pid, "devices": join.devices});
+        let fields = json!({"node": id, "host": join.host, "pid": join.pid, "devices": join.devices, "found": found});
         actions.push(record("join", fields));
         actions.push(send(
             id,
@@ -134,6 +159,7 @@ impl State {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
+        let (code, host) = (refusal(code), tidy(host));
         actions.push(record(
             "unfit",
             json!({"host": host, "code": code, "message": message}),
@@ -521,6 +547,18 @@ impl State {
             )));
         }
         self.advance(now, actions);
+    }
+
+    /// The host that has this address, where it has joined. `peer` may have a port.
+    pub fn host_at(&self, peer: &str) -> Option<&str> {
+        let ip = match peer.parse::<SocketAddr>() {
+            Ok(address) => address.ip(),
+            Err(_) => peer.parse::<IpAddr>().ok()?,
+        };
+        let ip = ip.to_canonical();
+        let has = |node: &&Node| node.join.addresses.iter().any(|(own, _)| *own == ip);
+        let mut here = self.nodes.values().chain(self.gone.values()).filter(has);
+        here.next().map(|node| node.join.host.as_str())
     }
 
     pub(super) fn host(&self, id: NodeId) -> &str {

@@ -6,12 +6,13 @@
 //! ```
 
 use serde::Serialize;
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use tsm_job::config::duration::format;
 
-use super::{Action, nodes, send};
+use super::{Action, nodes, record, send};
 use crate::cluster::message::{Finding, Round, Severity, ToAgent};
 use crate::cluster::policy::LeftOut;
 use crate::cluster::topology::NodeId;
@@ -31,8 +32,6 @@ pub struct Place {
     pub address: Option<IpAddr>,
     /// What it measured of itself, where that is known already.
     pub own: Option<OwnNode>,
-    /// What was seen without measuring.
-    pub seen: Vec<Finding>,
 }
 
 /// What a node of the current round has answered.
@@ -86,6 +85,7 @@ pub struct NodeFigures {
     pub host: String,
     pub memory_gbyte_s: Option<f64>,
     pub loopback_gbit_s: Option<f64>,
+    pub all_reduce_gb_s: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -136,7 +136,7 @@ impl Measuring {
             groups: Vec::new(),
             done: Vec::new(),
             began: now,
-            deadline: now + scale.wait + MARGIN,
+            deadline: now + scale.patience() + MARGIN,
             places,
             scale,
         }
@@ -240,9 +240,10 @@ impl Measuring {
                 return true;
             }
             self.round.number += 1;
-            self.deadline = now + self.scale.wait + MARGIN;
+            self.deadline = now + self.scale.patience() + MARGIN;
             self.waiting = groups.len();
             self.answers.fill(Answer::None);
+            actions.push(self.record(&groups));
             for &member in groups.iter().flatten() {
                 let (round, id) = (self.round, self.places[member].id);
                 actions.push(send(id, ToAgent::OpenRing { round }));
@@ -255,8 +256,20 @@ impl Measuring {
         }
     }
 
+    /// A round that begins.
+    fn record(&self, groups: &[Vec<usize>]) -> Action {
+        let hosts = |group: &Vec<usize>| -> Vec<&str> {
+            let host = |&member: &usize| self.places[member].host.as_str();
+            group.iter().map(host).collect()
+        };
+        let groups: Vec<Vec<&str>> = groups.iter().map(hosts).collect();
+        let (generation, number) = (self.round.generation, self.round.number);
+        let fields = json!({"generation": generation, "number": number, "groups": groups});
+        record("preflight_round", fields)
+    }
+
     fn conclude_round(&mut self) {
-        let wait = format(self.scale.wait + MARGIN);
+        let wait = format(self.scale.patience() + MARGIN);
         for place in self.places.iter_mut().filter(|p| p.own.is_none()) {
             place.own = Some(OwnNode::failed(format!(
                 "it did not measure itself within {wait}"
@@ -290,8 +303,7 @@ impl Measuring {
         let mut findings = Vec::new();
         for (place, verdict) in self.places.iter().zip(&network) {
             let own = place.own.clone().unwrap_or_default();
-            let said = own.findings.iter().chain(&place.seen);
-            let said = said.map(|finding| Finding {
+            let said = own.findings.iter().map(|finding| Finding {
                 text: format!("{}: {}", place.host, finding.text),
                 ..finding.clone()
             });
@@ -326,23 +338,32 @@ impl Measuring {
         judgement
     }
 
-    /// What the nodes measured of themselves, in a line for each.
+    /// What the nodes measured of themselves, in a line for each kind.
     fn figures(&self) -> Vec<Finding> {
-        let own = || self.places.iter().filter_map(|p| p.own.as_ref());
-        let memory: Vec<f64> = own().filter_map(|o| o.memory_gbyte_s).collect();
-        let loopback: Vec<f64> = own().filter_map(|o| o.loopback_gbit_s).collect();
-        let line = |area: &str, figures: Vec<f64>, text: &dyn Fn(&str, &str) -> String| {
-            let on = nodes(figures.len());
-            let all = range(figures.iter().copied());
-            (!figures.is_empty()).then(|| Finding::ok(area, text(&all, &on)))
+        let all = |get: fn(&OwnNode) -> Option<f64>| -> Vec<f64> {
+            let own = self.places.iter().filter_map(|p| p.own.as_ref());
+            own.filter_map(get).collect()
         };
-        let memory = line("memory", memory, &|all, on| {
-            format!("memory copies {all} GB/s on {on}")
-        });
-        let loopback = line("network", loopback, &|all, on| {
-            format!("loopback: {all} Gbit/s on {on}")
-        });
-        memory.into_iter().chain(loopback).collect()
+        let memory = all(|own| own.memory_gbyte_s);
+        let loopback = all(|own| own.loopback_gbit_s);
+        let mut found = Vec::new();
+        if !memory.is_empty() {
+            let (figures, on) = (range(memory.iter().copied()), nodes(memory.len()));
+            let text = format!("memory copies {figures} GB/s on {on}");
+            found.push(Finding::ok("memory", text));
+        }
+        if !loopback.is_empty() {
+            let figures = range(loopback.into_iter());
+            let text = format!("loopback {figures} Gbit/s");
+            found.push(Finding::ok("network", text));
+        }
+        let together = all(|own| own.all_reduce_gb_s);
+        if !together.is_empty() {
+            let (figures, on) = (range(together.iter().copied()), nodes(together.len()));
+            let text = format!("all-reduce within a node {figures} GB/s bus bandwidth on {on}");
+            found.push(Finding::ok("all-reduce", text));
+        }
+        found
     }
 
     fn groups_of(&self, hosts: &[String]) -> Vec<Vec<GroupFigures>> {
@@ -351,7 +372,9 @@ impl Measuring {
             GroupFigures {
                 hosts: outcome.members.iter().map(|&m| hosts[m].clone()).collect(),
                 gbit_s: measured.map(|m| m.gbit_s),
-                round_trip_us: measured.map(|m| m.round_trip.as_secs_f64() * 1e6),
+                round_trip_us: measured
+                    .filter(|m| !m.round_trip.is_zero())
+                    .map(|m| m.round_trip.as_secs_f64() * 1e6),
                 failure: outcome.failure().map(String::from),
             }
         };
@@ -367,6 +390,7 @@ impl From<&Place> for NodeFigures {
             host: place.host.clone(),
             memory_gbyte_s: own.and_then(|o| o.memory_gbyte_s),
             loopback_gbit_s: own.and_then(|o| o.loopback_gbit_s),
+            all_reduce_gb_s: own.and_then(|o| o.all_reduce_gb_s),
         }
     }
 }

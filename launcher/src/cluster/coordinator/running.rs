@@ -3,16 +3,23 @@
 use serde_json::json;
 use std::time::Duration;
 use tsm_job::config::duration::format;
+use tsm_job::exit;
 
 use super::{Action, Cause, INSPECT, Inspection, LOOK, Phase, State, record};
 use crate::cluster::message::{Beat, NodeReport, ToAgent};
 use crate::cluster::topology::{Member, NodeId};
+use crate::contain;
 use crate::end::End;
 use crate::hang::progress::Event as Pace;
 use crate::hang::ras::Answer;
 use crate::hang::report::{Inspection as Look, report};
 use crate::manifest::environment::Change;
-use crate::supervisor::count;
+use crate::report::Place;
+use crate::supervisor::{Rank, count};
+
+/// Names of metrics that are taken in, and the bytes of each.
+const MAX_METRICS: usize = 1000;
+const MAX_NAME: usize = 128;
 
 impl State {
     pub(super) fn started(
@@ -21,6 +28,7 @@ impl State {
         pids: &[i32],
         at: Duration,
         environment: Vec<Change>,
+        containment: contain::Kind,
         actions: &mut Vec<Action>,
     ) {
         let Some(member) = self.member(id).cloned() else {
@@ -29,11 +37,11 @@ impl State {
         let Some(node) = self.nodes.get_mut(&id) else {
             return;
         };
-        node.pids = pids.to_vec();
+        node.pids = pids[..pids.len().min(member.ranks.len())].to_vec();
         let (host, at) = (node.join.host.clone(), node.clock.map(at));
         for (rank, pid) in member.ranks.zip(pids) {
             let fields = json!({"generation": self.generation, "rank": rank, "pid": pid, "host": host,
-                "at_ms": at.as_secs_f64() * 1e3});
+                "at_ms": at.as_secs_f64() * 1e3, "containment": containment});
             actions.push(record("spawn", fields));
         }
         if !environment.is_empty() {
@@ -52,7 +60,7 @@ impl State {
         if self.member(id).is_none() {
             return;
         }
-        let host = self.host(id).to_string();
+        let (host, code) = (self.host(id).to_string(), refusal(code));
         let text = format!("the workers on {host} cannot be started: {message}");
         actions.push(Action::Notice(text.clone()));
         if let Phase::Form { .. } = self.phase {
@@ -113,16 +121,32 @@ impl State {
         self.stop(Cause::Failure, libc::SIGTERM, now, actions);
     }
 
+    /// Part of a report that is too long for one message.
+    pub(super) fn ranks(&mut self, id: NodeId, mut ranks: Vec<(Rank, Place)>) {
+        if let Some(member) = self.member(id).cloned() {
+            let part = self.parts.entry(id).or_default();
+            ranks.truncate(member.ranks.len().saturating_sub(part.len()));
+            part.append(&mut ranks);
+        }
+    }
+
     pub(super) fn clean(
         &mut self,
         id: NodeId,
-        report: NodeReport,
+        mut report: NodeReport,
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
         let Some(member) = self.member(id).cloned() else {
             return;
         };
+        if self.reports.contains_key(&id) {
+            return;
+        }
+        let mut ranks = self.parts.remove(&id).unwrap_or_default();
+        ranks.append(&mut report.ranks);
+        ranks.truncate(member.ranks.len());
+        report.ranks = ranks;
         let host = self.host(id).to_string();
         for (number, (rank, _)) in member.ranks.clone().zip(&report.ranks) {
             let fields = json!({"generation": self.generation, "rank": number, "host": host,
@@ -185,12 +209,33 @@ impl State {
                 rank.section.as_deref(),
                 now,
             );
+            if let Some(step) = progress.step {
+                self.compare_with_checkpoint(step, actions);
+            }
             if progress.checkpoint.is_some() {
                 self.checkpoint_step = progress.checkpoint;
                 self.grow(now, actions);
             }
         }
-        self.metrics.extend(beat.metrics);
+        for (name, value) in beat.metrics {
+            let is_new = !self.metrics.contains_key(&name);
+            if !is_new || (self.metrics.len() < MAX_METRICS && name.len() <= MAX_NAME) {
+                self.metrics.insert(name, value);
+            }
+        }
+    }
+
+    /// Says so where a new start did not find what an earlier one has saved.
+    fn compare_with_checkpoint(&mut self, step: u64, actions: &mut Vec<Action>) {
+        let saved = self.goes_on_from.take();
+        let Some(saved) = saved.filter(|&saved| step <= saved && self.settings.job.saves) else {
+            return;
+        };
+        let dir = self.settings.job.run_dir.display();
+        actions.push(record("went_back", json!({"step": step, "saved": saved})));
+        actions.push(Action::Notice(format!(
+            "warning: this start is at step {step}, though step {saved} was saved: no rank has found a usable checkpoint of it in {dir}\n  hint: it may be on the disk of a node that is lost; use a run folder that all nodes share"
+        )));
     }
 
     /// Takes in a waiting node, now that little is lost by a new start.
@@ -276,10 +321,25 @@ impl State {
         });
     }
 
-    pub(super) fn inspected(&mut self, id: NodeId, looks: Vec<Look>, ras: Option<Answer>) {
-        if let Some(inspection) = &mut self.inspection {
-            inspection.waiting.retain(|&node| node != id);
+    pub(super) fn inspected(
+        &mut self,
+        id: NodeId,
+        mut looks: Vec<Look>,
+        ras: Option<Answer>,
+        more: bool,
+    ) {
+        let ranks = self.member(id).map_or(0..0, |m| m.ranks.clone());
+        if let Some(inspection) = &mut self.inspection
+            && inspection.waiting.contains(&id)
+        {
+            let known = |rank: u32| inspection.looks.iter().any(|look| look.rank == rank);
+            looks.retain(|look| ranks.contains(&look.rank) && !known(look.rank));
+            looks.truncate(ranks.len());
             inspection.looks.extend(looks);
+            if more {
+                return;
+            }
+            inspection.waiting.retain(|&node| node != id);
             let knows = |answer: &Answer| answer.status.nccl.is_some();
             if inspection.ras.is_none() || ras.as_ref().is_some_and(knows) {
                 inspection.ras = ras.or(inspection.ras.take());
@@ -289,6 +349,14 @@ impl State {
                 inspection.deadline = Duration::ZERO;
             }
         }
+    }
+}
+
+/// The exit code for a node that cannot run the job, which is no success whatever the node says.
+pub(super) fn refusal(code: i32) -> i32 {
+    match code {
+        1..=255 => code,
+        _ => exit::PREFLIGHT,
     }
 }
 

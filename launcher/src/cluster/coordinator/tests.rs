@@ -1,5 +1,8 @@
 //! Every decision, with scripted agents. What happens in all orders is left to [`crate::cluster::simulation`].
 
+mod gpus;
+mod hostile;
+mod measuring;
 mod properties;
 
 use std::collections::BTreeSet;
@@ -826,6 +829,30 @@ fn the_coordinator_does_not_finish_while_ranks_of_a_lost_node_may_run() {
 }
 
 #[test]
+fn a_start_that_does_not_go_on_from_the_last_checkpoint_is_told() {
+    let said = "warning: this start is at step 1, though step 7 was saved: ";
+    for (first, lost) in [(8, false), (1, true)] {
+        let mut scene = Scene::running(restarting(2, 2), 3);
+        scene.step(7, Some(7));
+        for generation in 1..3 {
+            // The second time before any step.
+            scene.lose(generation + 1);
+            let mut others = scene.state.members.clone();
+            others.retain(|m| scene.alive.contains(&m.id));
+            others.iter().for_each(|m| scene.all_stopped(m.id));
+            scene.join(generation + 10);
+            scene.pass(S(30));
+            assert_eq!(scene.state.phase, Phase::Run);
+        }
+        assert!(!scene.notices().contains("warning: this start"));
+        scene.step(first, None);
+        scene.step(first + 1, None);
+        let told = scene.notices().matches(said).count();
+        assert_eq!(told, usize::from(lost), "{}", scene.notices());
+    }
+}
+
+#[test]
 fn an_elastic_job_goes_on_with_fewer_nodes_and_grows_at_a_checkpoint() {
     let mut scene = Scene::running(restarting(1, 2), 2);
     scene.step(9, Some(9));
@@ -988,6 +1015,7 @@ fn a_hang_is_looked_at_and_stopped() {
             generation: 0,
             looks: Vec::new(),
             ras,
+            more: false,
         };
         scene.says(id, inspected);
     }

@@ -30,6 +30,16 @@ fn a_line_is_read_as_it_was_written() {
 }
 
 #[test]
+fn a_derived_key_is_another_one_and_always_the_same() {
+    let key = parse(LINE.as_bytes()).unwrap();
+    let derived = |purpose: &[u8]| key.derive(purpose).to_line();
+    assert_eq!(derived(b"a"), derived(b"a"));
+    assert_ne!(derived(b"a"), derived(b"b"));
+    assert_ne!(derived(b"a"), LINE);
+    assert_ne!(derived(b"a"), Key::random().derive(b"a").to_line());
+}
+
+#[test]
 fn what_is_no_key_is_refused_without_being_shown() {
     let digits = LINE.trim_end();
     let bad = [

@@ -266,6 +266,7 @@ impl Agent {
                     pids: vec![1; num_ranks],
                     at: now,
                     environment: Vec::new(),
+                    containment: Default::default(),
                 };
                 say(started, effects);
                 self.generation = Some(Generation {
@@ -297,6 +298,7 @@ impl Agent {
                     generation,
                     looks,
                     ras,
+                    more: false,
                 };
                 say(inspected, effects);
             }

@@ -83,12 +83,6 @@ where
 }
 
 impl Connection {
-    /// What errors call the other side from now on: first its address, then the host that it says it is.
-    pub fn name_peer(&mut self, name: &str) {
-        self.sender.peer = name.to_string();
-        self.receiver.peer = name.to_string();
-    }
-
     pub fn peer(&self) -> &str {
         &self.receiver.peer
     }
@@ -238,6 +232,11 @@ impl Receiver {
 
     pub fn peer(&self) -> &str {
         &self.peer
+    }
+
+    /// What errors call the other side from now on, instead of its address.
+    pub fn name_peer(&mut self, name: &str) {
+        self.peer = name.to_string();
     }
 
     /// Memory that is held for what arrives.

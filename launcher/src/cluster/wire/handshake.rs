@@ -9,6 +9,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tsm_job::config::duration;
 use tsm_job::exit::{self, Coded};
 
+use super::connection::Fault;
 use super::frame::{MAX_FROM_AGENT, MAX_TO_AGENT, Opener, Sealer};
 use crate::cluster::key::{self, Key};
 
@@ -86,6 +87,9 @@ pub enum Why {
     TooSlow(Duration),
     #[error("closed the connection before it proved that it has the key")]
     Closed,
+    /// It has the key, and what it sent first was no greeting.
+    #[error("{0}\n  hint: use the same tsm-launch on all nodes")]
+    Misspoke(Fault),
     /// From [`crate::cluster::tls`].
     #[error("{0}")]
     Tls(String),
@@ -94,7 +98,7 @@ pub enum Why {
 }
 
 impl Refusal {
-    pub(super) fn new(peer: &str, why: Why) -> Refusal {
+    pub(in crate::cluster) fn new(peer: &str, why: Why) -> Refusal {
         let peer = peer.to_string();
         Refusal { peer, why }
     }

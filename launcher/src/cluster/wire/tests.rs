@@ -62,7 +62,7 @@ async fn messages_go_both_ways_in_order_and_end_with_a_good_bye() {
 #[tokio::test]
 async fn an_end_without_a_good_bye_is_an_error() {
     let (mut coordinator, mut agent) = pair(&Key::random()).await;
-    coordinator.name_peer("gpu-03");
+    coordinator.receiver.name_peer("gpu-03");
     agent.sender.send(&1).await.unwrap();
     drop(agent);
     assert_eq!(coordinator.receiver.recv().await.unwrap(), Some(1));
@@ -456,7 +456,7 @@ async fn a_message_that_is_too_long_is_not_sent_and_the_next_one_is() {
 #[tokio::test]
 async fn a_message_that_is_not_known_names_who_sent_it() {
     let (mut coordinator, mut agent) = pair(&Key::random()).await;
-    coordinator.name_peer("gpu-03 (10.0.0.3)");
+    coordinator.receiver.name_peer("gpu-03 (10.0.0.3)");
     let unknown = serde_json::json!({"kind": "dance", "text": "x".repeat(200)});
     agent.sender.send(&unknown).await.unwrap();
     agent.sender.send(&7).await.unwrap();
@@ -551,7 +551,7 @@ fn loopback() -> SocketAddr {
 #[tokio::test]
 async fn a_thousand_agents_dial_at_once() {
     const NUM_AGENTS: usize = 1024;
-    crate::process::allow_open_files(2 * NUM_AGENTS as u64 + 500);
+    crate::process::allow_open_files(2 * NUM_AGENTS as u64 + 500).unwrap();
     let key = Key::random();
     let listener = listen(loopback()).unwrap();
     let address = listener.local_addr().unwrap();

@@ -3,13 +3,16 @@
 //! ```text
 //! memory    how fast a node copies, and whether the copy is equal
 //! ring      a sum over the members of a group, over TCP, compared bit for bit
+//! gpus      the same over their GPUs, through NCCL
 //! schedule  who is measured with whom, and who is to blame (pure)
 //! ```
 
+mod gpus;
 mod memory;
 mod ring;
 mod schedule;
 
+pub use gpus::{GPU_WAIT, GpuTask, all_reduce, own_gpus};
 pub use memory::memory;
 pub use ring::{Measured, Ring, Task};
 pub use schedule::{
@@ -18,8 +21,10 @@ pub use schedule::{
 
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
+use tokio::sync::oneshot::Receiver;
 use tsm_job::config::duration;
 
 use super::count;
@@ -30,6 +35,9 @@ use crate::cores;
 pub const BYTES: usize = 64 << 20;
 /// A measurement goes on for about so long.
 pub const BUDGET: Duration = Duration::from_secs(2);
+/// At most for the loopback interface, which is quick, and tells less.
+const LOOPBACK_BYTES: usize = 8 << 20;
+const LOOPBACK_BUDGET: Duration = Duration::from_millis(500);
 /// A group that is not done by then has failed; a gigabit network needs 2 s for a round.
 pub const WAIT: Duration = Duration::from_secs(30);
 
@@ -40,6 +48,22 @@ pub struct Scale {
     pub bytes: usize,
     pub budget: Duration,
     pub wait: Duration,
+    /// The job's workers, where they are `tsm-trainer`: it measures nodes that have GPUs.
+    #[serde(default)]
+    pub trainer: Option<PathBuf>,
+    /// It measures nodes without GPUs too, as tests want it.
+    #[serde(default)]
+    pub on_cpus: bool,
+}
+
+impl Scale {
+    /// By when a node, or a group of them, has to be done.
+    pub fn patience(&self) -> Duration {
+        match self.trainer {
+            Some(_) => self.wait + GPU_WAIT,
+            None => self.wait,
+        }
+    }
 }
 
 impl Default for Scale {
@@ -48,6 +72,8 @@ impl Default for Scale {
             bytes: BYTES,
             budget: BUDGET,
             wait: WAIT,
+            trainer: None,
+            on_cpus: false,
         }
     }
 }
@@ -55,16 +81,22 @@ impl Default for Scale {
 impl FromStr for Scale {
     type Err = String;
 
-    /// `1048576,200ms,5s`: bytes, budget, wait.
+    /// `1048576,200ms,5s`: bytes, budget, wait; and `,cpus` to measure CPUs as GPUs are.
     fn from_str(text: &str) -> Result<Scale, String> {
         let refuse = || format!("`{text}` is not BYTES,BUDGET,WAIT, such as 1048576,200ms,5s");
-        let [bytes, budget, wait] = text.split(',').collect::<Vec<_>>()[..] else {
+        let (numbers, on_cpus) = match text.strip_suffix(",cpus") {
+            Some(numbers) => (numbers, true),
+            None => (text, false),
+        };
+        let [bytes, budget, wait] = numbers.split(',').collect::<Vec<_>>()[..] else {
             return Err(refuse());
         };
         Ok(Scale {
             bytes: bytes.parse().map_err(|_| refuse())?,
             budget: duration::parse(budget).map_err(|_| refuse())?,
             wait: duration::parse(wait).map_err(|_| refuse())?,
+            trainer: None,
+            on_cpus,
         })
     }
 }
@@ -76,6 +108,9 @@ pub struct OwnNode {
     pub memory_gbyte_s: Option<f64>,
     /// Through the loopback interface.
     pub loopback_gbit_s: Option<f64>,
+    /// Bus bandwidth of an all-reduce over its GPUs, in GB/s.
+    #[serde(default)]
+    pub all_reduce_gb_s: Option<f64>,
     pub findings: Vec<Finding>,
 }
 
@@ -125,6 +160,7 @@ pub fn own_node(scale: &Scale) -> OwnNode {
     OwnNode {
         memory_gbyte_s: memory.ok(),
         loopback_gbit_s: loopback.ok().map(|measured| measured.gbit_s),
+        all_reduce_gb_s: None,
         findings: vec![of_memory, of_network],
     }
 }
@@ -134,7 +170,13 @@ fn loopback(scale: &Scale) -> Result<Measured, String> {
     let [first, second] = rings.map(|ring| ring.map_err(|e| e.to_string()));
     let (first, second) = (first?, second?);
     let at = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
-    let task = Task::new(vec![at(first.port), at(second.port)], 0, scale);
+    let scale = Scale {
+        bytes: scale.bytes.min(LOOPBACK_BYTES),
+        budget: scale.budget.min(LOOPBACK_BUDGET),
+        trainer: None,
+        ..scale.clone()
+    };
+    let task = Task::new(vec![at(first.port), at(second.port)], 0, &scale);
     // Both are here: any answer will do.
     let prove = |nonce: [u8; 16]| [nonce[15]; 32];
     let other = second.start(
@@ -145,13 +187,11 @@ fn loopback(scale: &Scale) -> Result<Measured, String> {
         prove,
     );
     let own = first.start(task, prove);
-    let ended = |e| format!("the thread ended: {e}");
-    let measured = own.blocking_recv().map_err(ended)??;
-    let other = other.blocking_recv().map_err(ended)??;
-    Ok(Measured {
-        wrong: measured.wrong.or(other.wrong),
-        ..measured
-    })
+    let answer = |result: Receiver<_>| {
+        let ended = |e| Err(format!("the thread ended: {e}"));
+        result.blocking_recv().unwrap_or_else(ended)
+    };
+    Outcome::new(vec![0, 1], vec![answer(own), answer(other)]).result
 }
 
 #[cfg(test)]

@@ -3,11 +3,12 @@
 //! Member i sends to member i + 1 and hears from member i - 1. The numbers are integers that wrap around: their
 //! sum is the same in any order, and no wrong bit gets lost in rounding. Every member compares it with what it must be.
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::ops::Range;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -15,13 +16,15 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::Scale;
+use super::{GPU_WAIT, Scale};
 use crate::addresses::listen_on_all;
 
 /// Laps of a byte whose quickest is the round trip.
 const LAPS: u32 = 16;
-const LEFT: &str = "a neighbour left";
-const LATE: &str = "not done within";
+pub(super) const LEFT: &str = "a neighbour left";
+pub(super) const LATE: &str = "not done within";
+/// The neighbours are found within this time, or half of what there is.
+const MEET: Duration = Duration::from_secs(10);
 /// A stranger who connects and says nothing is sent away.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -38,6 +41,9 @@ pub struct Task {
     pub budget: Duration,
     /// All must be done by then.
     pub wait: Duration,
+    /// What measures it in the place of a ring, see [`super::GpuTask`].
+    #[serde(default)]
+    pub trainer: Option<PathBuf>,
 }
 
 impl Task {
@@ -47,7 +53,11 @@ impl Task {
             me,
             bytes: scale.bytes,
             budget: scale.budget,
-            wait: scale.wait,
+            wait: match scale.trainer {
+                Some(_) => GPU_WAIT,
+                None => scale.wait,
+            },
+            trainer: scale.trainer.clone(),
         }
     }
 }
@@ -59,6 +69,7 @@ pub struct Measured {
     pub seconds: f64,
     /// What this member sent (and received) in it; of one TCP connection.
     pub gbit_s: f64,
+    /// Zero where it was not measured.
     pub round_trip: Duration,
     /// How the sum differs from what it must be.
     pub wrong: Option<String>,
@@ -66,8 +77,12 @@ pub struct Measured {
 
 impl fmt::Display for Measured {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2} Gbit/s", self.gbit_s)?;
+        if self.round_trip.is_zero() {
+            return Ok(());
+        }
         let micros = self.round_trip.as_secs_f64() * 1e6;
-        write!(f, "{:.2} Gbit/s, round trip {micros:.0} µs", self.gbit_s)
+        write!(f, ", round trip {micros:.0} µs")
     }
 }
 
@@ -136,13 +151,19 @@ async fn run(
     );
     let next = task.members[(task.me + 1) % num];
     let listener = TcpListener::from_std(listener)?;
+    let meet = MEET.min(task.wait / 2);
     let (to, from) = tokio::try_join!(
         async {
-            dial(next, prove)
-                .await
-                .with_context(|| format!("cannot connect to {next}"))
+            let dialled = timeout(meet, dial(next, prove)).await;
+            let late = || Err(anyhow!("no answer within {meet:?}"));
+            let dialled = dialled.unwrap_or_else(|_| late());
+            dialled.with_context(|| format!("cannot connect to {next}"))
         },
-        accept(&listener, prove),
+        async {
+            // A little longer: who cannot connect knows more.
+            let accepted = timeout(meet * 5 / 4, accept(&listener, prove)).await;
+            accepted.unwrap_or_else(|_| bail!("{LEFT}: it did not connect"))
+        },
     )?;
     let mut ring = Links {
         num,

@@ -243,7 +243,6 @@ fn a_straggler_is_told_through_the_tracker() {
         "rank 3 (gpu-07) is slow, 1.25 times: 251 ms of own work a step, the median of the others is 200 ms, over 32 steps"
     );
     assert!(tracker.is_slow(3) && !tracker.is_slow(0));
-    assert_eq!(tracker.work_ms(3), Some(251.0));
 }
 
 #[test]

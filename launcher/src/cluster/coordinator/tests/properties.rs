@@ -3,6 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::cluster::message::Round;
+use crate::doctor::preflight::Measured;
 
 /// Longer than all waits of one start together: gathering, forming, two graces, a report, leaving.
 const START: Duration = Duration::from_secs(60 + 10 + 2 * 5 + 15 + 3 + 20);
@@ -22,6 +24,10 @@ enum Step {
     Failing(NodeId, u32, Option<End>),
     Clean(NodeId, Vec<Option<End>>),
     Inspected(NodeId),
+    /// In the round with this number: itself, a port, or with others.
+    NodeMeasured(NodeId, bool),
+    RingOpen(NodeId, u32, bool),
+    Measured(NodeId, u32, Option<u8>),
     /// A word of another generation.
     Stale(NodeId),
     /// So many milliseconds, with or without the beats of everybody.
@@ -60,6 +66,9 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (node(), prop::collection::vec(prop::option::weighted(0.9, end()), 0..4))
             .prop_map(|(n, e)| Step::Clean(n, e)),
         1 => node().prop_map(Step::Inspected),
+        2 => (node(), any::<bool>()).prop_map(|(n, b)| Step::NodeMeasured(n, b)),
+        2 => (node(), 0u32..4, any::<bool>()).prop_map(|(n, r, b)| Step::RingOpen(n, r, b)),
+        2 => (node(), 0u32..4, prop::option::of(1u8..30)).prop_map(|(n, r, g)| Step::Measured(n, r, g)),
         1 => node().prop_map(Step::Stale),
         6 => (prop_oneof![0u64..3000, 0u64..900_000], prop::bool::weighted(0.8))
             .prop_map(|(ms, beats)| Step::Pass(ms, beats)),
@@ -72,17 +81,22 @@ fn any_settings() -> impl Strategy<Value = Settings> {
         1u32..4,
         0u32..3,
         0u32..4,
-        any::<[bool; 3]>(),
+        any::<[bool; 4]>(),
         prop::option::of(0u64..600),
     );
-    parts.prop_map(|(min, more, restarts, [open, saves, hangs], save_at)| {
-        let mut settings = settings(min, min + more);
-        settings.policy.max_restarts = restarts;
-        (settings.open, settings.job.saves) = (open, saves);
-        settings.hang.hang_timeout = hangs.then(|| S(30));
-        settings.save_at = save_at.map(S);
-        settings
-    })
+    parts.prop_map(
+        |(min, more, restarts, [open, saves, hangs, full], save_at)| {
+            let mut settings = match full {
+                true => measuring::measuring(min, min + more),
+                false => settings(min, min + more),
+            };
+            settings.policy.max_restarts = restarts;
+            (settings.open, settings.job.saves) = (open, saves);
+            settings.hang.hang_timeout = hangs.then(|| S(30));
+            settings.save_at = save_at.map(S);
+            settings
+        },
+    )
 }
 
 impl Scene {
@@ -98,6 +112,14 @@ impl Scene {
         }
         let _ = state.snapshot(now);
         Ok(())
+    }
+
+    fn round(&self, number: u32) -> Round {
+        Round {
+            generation: self.state.generation,
+            attempt: self.state.attempt,
+            number,
+        }
     }
 
     fn take(&mut self, step: Step) {
@@ -159,6 +181,7 @@ impl Scene {
                     pids: vec![1, 2, 3],
                     at: Duration::MAX,
                     environment: Vec::new(),
+                    containment: Default::default(),
                 },
             ),
             Step::CannotStart(id) => self.says(
@@ -187,8 +210,33 @@ impl Scene {
                         generation,
                         looks,
                         ras,
+                        more: false,
                     },
                 );
+            }
+            Step::NodeMeasured(id, well) => {
+                let own = match well {
+                    true => OwnNode::default(),
+                    false => OwnNode::failed("broken"),
+                };
+                let round = self.round(0);
+                self.says(id, FromAgent::NodeMeasured { round, own });
+            }
+            Step::RingOpen(id, number, well) => {
+                let port = well.then_some(id as u16).ok_or("none".to_string());
+                let round = self.round(number);
+                self.says(id, FromAgent::RingOpen { round, port });
+            }
+            Step::Measured(id, number, gbit_s) => {
+                let measured = |gbit_s: u8| Measured {
+                    seconds: 1.0,
+                    gbit_s: gbit_s.into(),
+                    round_trip: MS(1),
+                    wrong: (gbit_s == 13).then(|| "wrong".into()),
+                };
+                let result = gbit_s.map(measured).ok_or("no route".to_string());
+                let round = self.round(number);
+                self.says(id, FromAgent::Measured { round, result });
             }
             Step::Stale(id) => {
                 let (generation, at) = (generation.wrapping_sub(1), self.now);

@@ -1,5 +1,7 @@
-//! Starts `tsm-launch` with fake workers in a folder of its own.
+//! Starts `tsm-launch` with fake workers in a folder of its own. Every test program of this crate has it.
 
+use rustix::process::{Pid, Signal, kill_process};
+use std::ops::Range;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -89,6 +91,30 @@ impl Scene {
         start(&mut self.command(&words))
     }
 
+    /// Runs `script` by `sh` in each worker, with the fake worker as `$0`, to the end.
+    pub fn shell(&self, options: &str, script: &str) -> Outcome {
+        let mut words = vec!["--run-dir", "run"];
+        words.extend(options.split_whitespace());
+        words.extend(["--", "sh", "-c", script, FAKE]);
+        finish(start(&mut self.command(&words)))
+    }
+
+    /// A copy of `tsm-launch` in this folder, so that [`survivors`] finds what it starts.
+    pub fn own_launcher(&self) -> PathBuf {
+        let copy = self.path("tsm-launch");
+        if !copy.exists() {
+            fs_err::copy(env!("CARGO_BIN_EXE_tsm-launch"), &copy).expect("a copy");
+        }
+        copy
+    }
+
+    /// Waits until no process is left that has this folder among its arguments.
+    pub fn assert_nothing_survives(&self) {
+        until("every process to end", || {
+            survivors(&self.path("")).is_empty().then_some(())
+        });
+    }
+
     pub fn read(&self, name: &str) -> String {
         let path = self.run_dir().join(name);
         fs_err::read_to_string(path).unwrap_or_else(|e| panic!("{e}"))
@@ -107,14 +133,17 @@ impl Scene {
 
     /// Waits until `ranks` workers have made the file `<name><rank>` here; their pids.
     pub fn wait_for_pids(&self, name: &str, ranks: u32) -> Vec<i32> {
+        self.wait_for_pids_of(name, 0..ranks)
+    }
+
+    /// As [`Self::wait_for_pids`], for some ranks.
+    pub fn wait_for_pids_of(&self, name: &str, ranks: Range<u32>) -> Vec<i32> {
         let read = |rank| {
-            fs_err::read_to_string(self.path(&format!("{name}{rank}")))
-                .ok()?
-                .parse()
-                .ok()
+            let path = self.path(&format!("{name}{rank}"));
+            fs_err::read_to_string(path).ok()?.parse().ok()
         };
-        until("the workers to start", || {
-            (0..ranks).map(read).collect::<Option<Vec<i32>>>()
+        until(&format!("{name}{ranks:?}"), || {
+            ranks.clone().map(read).collect::<Option<Vec<i32>>>()
         })
     }
 }
@@ -130,9 +159,8 @@ impl Running {
         self.child.as_ref().expect("running").id() as i32
     }
 
-    pub fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_raw(self.pid()).expect("a pid");
-        rustix::process::kill_process(pid, signal).expect("the launcher runs");
+    pub fn signal(&self, signal: Signal) {
+        send(self.pid(), signal);
     }
 }
 
@@ -195,6 +223,18 @@ pub fn alive(pid: i32) -> bool {
         .rsplit_once(')')
         .and_then(|(_, rest)| rest.trim_start().chars().next());
     matches!(state, Some(state) if !"ZX".contains(state))
+}
+
+pub fn send(pid: i32, signal: Signal) {
+    let pid = Pid::from_raw(pid).expect("a pid");
+    kill_process(pid, signal).expect("it runs");
+}
+
+/// The process that started this one; `None`: it is gone.
+pub fn parent(pid: i32) -> Option<i32> {
+    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// Processes that were started with `marker` (a path of one test) among their arguments.

@@ -1,0 +1,341 @@
+//! The processes of a generation by what they carry: a worker's session, the generation's mark in their environment,
+//! or a parent that is one of them.
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::time::{ClockId, clock_gettime};
+
+use std::cell::Cell;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use super::{MARK, Process};
+
+/// The flag of a thread of the kernel, which is listed as a process.
+const PF_KTHREAD: u64 = 0x0020_0000;
+
+/// Clock ticks in which the kernel tells times, per second; part of its interface on every machine that is built today.
+const TICKS: u64 = 100;
+
+/// How long reading all environments may take.
+const READ: Duration = Duration::from_secs(1);
+
+/// How the processes of a generation are known.
+pub struct Carriers {
+    /// Random; no secret.
+    pub mark: String,
+    /// In the kernel's clock ticks since it started: what is older is not looked at.
+    pub since: u64,
+    pub sessions: Vec<i32>,
+    /// An environment could not be read in time: they are not looked at any more.
+    is_hung: Cell<bool>,
+}
+
+/// What one look has seen.
+#[derive(Debug, Default, PartialEq)]
+pub struct Look {
+    pub found: Vec<Process>,
+    /// Every process could be told.
+    pub is_sure: bool,
+}
+
+impl Carriers {
+    pub fn new() -> Carriers {
+        let mut bytes = [0u8; 8];
+        getrandom::fill(&mut bytes).expect("the kernel gives random numbers");
+        let now = clock_gettime(ClockId::Boottime);
+        let since = now.tv_sec as u64 * TICKS + now.tv_nsec as u64 * TICKS / 1_000_000_000;
+        Carriers::known(bytes.iter().map(|b| format!("{b:02x}")).collect(), since)
+    }
+
+    pub fn known(mark: String, since: u64) -> Carriers {
+        Carriers {
+            mark,
+            since,
+            sessions: Vec::new(),
+            is_hung: Cell::new(false),
+        }
+    }
+
+    pub fn look(&self) -> Look {
+        self.look_through(environment, READ)
+    }
+
+    /// An environment lies in the memory of its process, which may be locked as long as a file system hangs: it is
+    /// read on a thread that is then left behind.
+    fn look_through<R>(&self, environment: R, patience: Duration) -> Look
+    where
+        R: Fn(i32) -> Environment + Send + 'static,
+    {
+        let (mark, sessions) = (self.mark.clone(), self.sessions.clone());
+        let own = Carriers {
+            sessions,
+            ..Carriers::known(mark, self.since)
+        };
+        let (done, result) = channel();
+        let look = move || done.send(own.look_at_all(environment));
+        if !self.is_hung.get() && std::thread::Builder::new().spawn(look).is_ok() {
+            if let Ok(look) = result.recv_timeout(patience) {
+                return look;
+            }
+            self.is_hung.set(true);
+        }
+        self.look_at_all(|_| Environment::Of(Vec::new()))
+    }
+
+    fn look_at_all(&self, environment: impl Fn(i32) -> Environment) -> Look {
+        let Ok(entries) = fs_err::read_dir("/proc") else {
+            return Look::default();
+        };
+        let pids = entries
+            .flatten()
+            .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+        let all = pids.filter_map(|pid| Some((pid, Stat::read(pid)?)));
+        self.pick(all.collect(), environment)
+    }
+
+    /// Those of `all` that belong to the generation. Pure; `environment` reads that of a process.
+    fn pick(&self, all: Vec<(i32, Stat)>, environment: impl Fn(i32) -> Environment) -> Look {
+        let candidate = |stat: &Stat| {
+            stat.is_alive() && stat.since >= self.since && stat.flags & PF_KTHREAD == 0
+        };
+        let mut others: Vec<Process> = all
+            .into_iter()
+            .filter(|(_, stat)| candidate(stat))
+            .map(|(pid, stat)| Process { pid, stat })
+            .collect();
+        let mut found: Vec<Process> = others
+            .extract_if(.., |p| self.sessions.contains(&p.stat.session))
+            .collect();
+        let mut unknown = Vec::new();
+        for process in others {
+            match environment(process.pid) {
+                Environment::Of(bytes) if has_mark(&bytes, &self.mark) => found.push(process),
+                Environment::Of(_) => unknown.push((process, true)),
+                Environment::NotYet => unknown.push((process, false)),
+            }
+        }
+        let mut next = 0;
+        while let Some(parent) = found.get(next).map(|process| process.pid) {
+            let children = unknown.extract_if(.., |(process, _)| process.stat.parent == parent);
+            let children: Vec<Process> = children.map(|(process, _)| process).collect();
+            found.extend(children);
+            next += 1;
+        }
+        Look {
+            found,
+            is_sure: unknown.iter().all(|(_, known)| *known),
+        }
+    }
+}
+
+/// Signals each that is still the process that was found.
+pub fn signal(processes: &[Process], signal: Signal) {
+    for Process { pid, stat } in processes {
+        let Some(Ok(pidfd)) = Pid::from_raw(*pid).map(|pid| pidfd_open(pid, PidfdFlags::empty()))
+        else {
+            continue;
+        };
+        // The number may have been used again since.
+        if Stat::read(*pid).is_some_and(|now| now.since == stat.since) {
+            let _ = pidfd_send_signal(&pidfd, signal);
+        }
+    }
+}
+
+enum Environment {
+    /// Empty where it may not be read.
+    Of(Vec<u8>),
+    /// It executes a program just now.
+    NotYet,
+}
+
+fn environment(pid: i32) -> Environment {
+    match fs_err::read(format!("/proc/{pid}/environ")) {
+        Ok(bytes) if bytes.is_empty() => match fs_err::read(format!("/proc/{pid}/cmdline")) {
+            Ok(line) if line.is_empty() => Environment::NotYet,
+            _ => Environment::Of(bytes),
+        },
+        Ok(bytes) => Environment::Of(bytes),
+        Err(_) => Environment::Of(Vec::new()),
+    }
+}
+
+/// Whether an environment, as the kernel shows it, has `mark` in the list of marks.
+fn has_mark(environment: &[u8], mark: &str) -> bool {
+    let mut entries = environment.split(|&b| b == 0);
+    entries.any(|entry| {
+        let list = entry.strip_prefix(MARK.as_bytes());
+        list.and_then(|list| list.strip_prefix(b"="))
+            .is_some_and(|list| list.split(|&b| b == b':').any(|m| m == mark.as_bytes()))
+    })
+}
+
+/// The part of `/proc/<pid>/stat` that matters here.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stat {
+    pub name: String,
+    pub state: char,
+    pub parent: i32,
+    pub session: i32,
+    flags: u64,
+    /// When it was started, in clock ticks.
+    pub since: u64,
+}
+
+impl Stat {
+    pub fn read(pid: i32) -> Option<Stat> {
+        let text = fs_err::read(format!("/proc/{pid}/stat")).ok()?;
+        Stat::parse(&String::from_utf8_lossy(&text))
+    }
+
+    /// A zombie does not live.
+    pub fn is_alive(&self) -> bool {
+        !matches!(self.state, 'Z' | 'X')
+    }
+
+    /// The name of a program may hold spaces and brackets, so fields count from the last `)`.
+    fn parse(text: &str) -> Option<Stat> {
+        let (start, rest) = text.rsplit_once(')')?;
+        let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+        Some(Stat {
+            name: start.split_once('(')?.1.into(),
+            state: fields.first()?.chars().next()?,
+            parent: fields.get(1)?.parse().ok()?,
+            session: fields.get(3)?.parse().ok()?,
+            flags: fields.get(6)?.parse().ok()?,
+            since: fields.get(19)?.parse().ok()?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_survives_any_program_name() {
+        let numbers = "1 40 39 0 -1 4194560 0 0 0 0 0 0 0 0 20 0 1 0 77 9 9";
+        let stat = Stat::parse(&format!("42 (a) b (c)) S {numbers}")).unwrap();
+        assert_eq!((stat.state, stat.parent, stat.session), ('S', 1, 39));
+        assert_eq!((stat.since, stat.name.as_str()), (77, "a) b (c)"));
+        assert!(Stat::parse("42 (a").is_none());
+        assert!(Stat::parse("42 (a) S 1 40 39").is_none());
+    }
+
+    #[test]
+    fn a_mark_is_one_word_of_one_variable() {
+        let has = |text: &str| has_mark(text.replace(' ', "\0").as_bytes(), "f1");
+        assert!(has("A=1 TSM_CONTAINMENT=f1 B=2"));
+        assert!(has("TSM_CONTAINMENT=0a:f1:22"));
+        for other in ["", "TSM_CONTAINMENT=f12", "XTSM_CONTAINMENT=f1", "A=f1"] {
+            assert!(!has(other), "{other}");
+        }
+    }
+
+    fn stat(parent: i32, session: i32) -> Stat {
+        let name = "x".into();
+        Stat {
+            name,
+            state: 'S',
+            parent,
+            session,
+            flags: 0,
+            since: 100,
+        }
+    }
+
+    #[test]
+    fn session_mark_and_parent_tell_and_nothing_else() {
+        let carriers = Carriers {
+            sessions: vec![10],
+            ..Carriers::known("f1".into(), 100)
+        };
+        let zombie = Stat {
+            state: 'Z',
+            ..stat(1, 10)
+        };
+        let old = Stat {
+            since: 99,
+            ..stat(1, 10)
+        };
+        let kernel = Stat {
+            flags: PF_KTHREAD,
+            ..stat(2, 0)
+        };
+        let all = vec![
+            // A grandchild of one with the mark comes before its parent.
+            (9, stat(31, 31)),
+            (10, zombie),
+            (11, stat(10, 10)),
+            (12, old),
+            (13, kernel),
+            (30, stat(1, 30)),
+            (31, stat(30, 31)),
+            (40, stat(1, 40)),
+            (41, stat(40, 40)),
+        ];
+        let environment = |pid: i32| match pid {
+            30 => Environment::Of(b"TSM_CONTAINMENT=f1\0".into()),
+            9 => Environment::NotYet,
+            13 => panic!("not a process"),
+            _ => Environment::Of(b"TSM_CONTAINMENT=f2\0".into()),
+        };
+        let look = carriers.pick(all.clone(), environment);
+        let mut pids: Vec<i32> = look.found.iter().map(|p| p.pid).collect();
+        pids.sort_unstable();
+        assert_eq!((pids, look.is_sure), (vec![9, 11, 30, 31], true));
+        let unsure = |pid: i32| match pid {
+            41 => Environment::NotYet,
+            _ => Environment::Of(Vec::new()),
+        };
+        let look = carriers.pick(all, unsure);
+        assert_eq!((look.found.len(), look.is_sure), (1, false));
+    }
+
+    #[test]
+    fn a_process_whose_memory_is_locked_holds_up_nothing() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        let pid = child.id() as i32;
+        let (_open, locked) = channel::<()>();
+        let locked = std::sync::Mutex::new(locked);
+        let hangs = move |_: i32| {
+            let _ = locked.lock().unwrap().recv();
+            Environment::NotYet
+        };
+        // Something is young enough to be looked at, and one process is known by its session.
+        let carriers = Carriers {
+            sessions: vec![Stat::read(pid).unwrap().session],
+            ..Carriers::known("f1".into(), 0)
+        };
+        let look = carriers.look_through(hangs, Duration::from_millis(10));
+        let again = carriers.look_through(|_| panic!("not again"), READ);
+        let _ = child.kill();
+        let _ = child.wait();
+        for look in [look, again] {
+            assert!(look.is_sure && look.found.iter().any(|p| p.pid == pid));
+        }
+    }
+
+    #[test]
+    fn a_process_that_starts_now_is_not_too_old() {
+        let carriers = Carriers::new();
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .env(MARK, format!("0:{}", carriers.mark))
+            .spawn()
+            .unwrap();
+        let pid = child.id() as i32;
+        let mut look = carriers.look();
+        while look.found.is_empty() && !look.is_sure {
+            look = carriers.look();
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+        assert!(look.found.iter().any(|p| p.pid == pid), "{look:?}");
+        let me = std::process::id() as i32;
+        assert!(look.found.iter().all(|p| p.pid != me));
+    }
+}

@@ -1,0 +1,61 @@
+//! What a job would be, without one.
+
+use anyhow::Context as _;
+use std::io::Write;
+use std::path::PathBuf;
+use tsm_job::exit;
+
+use super::prepared::run_id;
+use crate::cli::Args;
+use crate::plan::{self, Devices, Seat, Shape};
+use crate::target::{Resume, Target};
+use crate::{clock, cores, folder, manifest};
+
+pub(super) fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> anyhow::Result<i32> {
+    target.settle(devices);
+    let dir = run_dir(args, &target)?;
+    let cores = if args.no_affinity {
+        Vec::new()
+    } else {
+        cores::allowed()
+    };
+    let mut seat = Seat::alone(devices.len() * args.num_nodes().max as usize);
+    seat.max_restarts = args.max_restarts;
+    let shape = Shape {
+        devices,
+        seat,
+        run_id: &run_id(&dir),
+        run_dir: &dir,
+        host: &manifest::host(),
+        master_port: None,
+        ras_port: None,
+        resume_from: target.resume.as_ref().map(Resume::path),
+        cores: &cores,
+        parallelism: std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    let inherited = |name: &str| std::env::var_os(name).is_some();
+    let command = target.command(&tsm_job::RunDir::new(&dir).config());
+    show(&plan::describe(
+        &shape,
+        &plan::workers(&shape, inherited),
+        &command,
+    ))
+}
+
+/// Where a dry run would have its folder.
+pub(super) fn run_dir(args: &Args, target: &Target) -> std::io::Result<PathBuf> {
+    let (root, name) = target.place();
+    match (&args.run_dir, &target.resume) {
+        (Some(dir), _) | (None, Some(Resume::Run(dir))) => std::path::absolute(dir),
+        (None, _) => {
+            std::path::absolute(folder::name(&root, &name, &clock::Utc::now().compact(), 1))
+        }
+    }
+}
+
+pub(super) fn show(text: &str) -> anyhow::Result<i32> {
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .context("cannot print the plan")?;
+    Ok(exit::OK)
+}
