@@ -140,7 +140,8 @@ impl Failure {
     /// One line for all ranks that ended alike.
     fn fmt_others(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let one_host = self.others.iter().all(|other| other.host == self.host);
-        let mut groups: Vec<((String, &str, bool), Vec<&Other>)> = Vec::new();
+        type Alike<'a> = (String, &'a str, bool);
+        let mut groups: Vec<(Alike, Vec<&Other>)> = Vec::new();
         for other in &self.others {
             let host = if one_host || is_usual(other.role) {
                 ""
