@@ -15,7 +15,7 @@ use tsm_job::exit;
 use crate::clock::Utc;
 use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, Settings, State};
 use crate::cluster::link::{Heard, Hub};
-use crate::cluster::message::{FromAgent, Join, Word};
+use crate::cluster::message::{About, FromAgent, Join};
 use crate::cluster::topology::NodeId;
 use crate::cluster::wire::Refusal;
 use crate::console::lines::Batch;
@@ -356,14 +356,14 @@ impl Running {
     }
 
     /// What the workers say of themselves.
-    fn told(&mut self, word: Word) {
+    fn told(&mut self, word: About) {
         let manifest = &mut self.session.manifest;
         match word {
-            Word::Versions(versions) => {
+            About::Versions(versions) => {
                 let room = MAX_VERSIONS.saturating_sub(manifest.versions.len());
                 manifest.versions.extend(versions.into_iter().take(room));
             }
-            Word::Resumed { path, step } => {
+            About::Resumed { path, step } => {
                 let path = path.to_string_lossy().into_owned();
                 manifest.generations.resumed(path, step);
             }

@@ -10,9 +10,8 @@ pub fn cut(text: &str, max: usize) -> String {
     let half = max.saturating_sub(40) / 2;
     let is_boundary = |at: &usize| text.is_char_boundary(*at);
     let head = (0..=half).rev().find(is_boundary).unwrap_or(0);
-    let tail = (text.len() - half..text.len())
-        .find(is_boundary)
-        .unwrap_or(text.len());
+    let tail = (text.len() - half..text.len()).find(is_boundary);
+    let tail = tail.unwrap_or(text.len());
     let left_out = tail - head;
     format!(
         "{}[{left_out} bytes left out]{}",

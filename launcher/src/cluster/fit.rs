@@ -6,6 +6,8 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use tsm_job::exit::{self, Coded};
 use tsm_job::text::cut;
 
@@ -116,9 +118,16 @@ pub fn job(job: &Job) -> Result<(), Coded> {
             return refuse(format!("the name of {} is not UTF-8", path.display()), hint);
         }
     }
+    // As in [`super::message::Start`], with what is around it.
+    let word = |word: &OsString| match word.to_str() {
+        Some(text) => len(&text) + 16,
+        None => len(&word.as_bytes()) + 16,
+    };
+    let base = job.base_env.iter().flatten();
+    let base: usize = base.map(|(name, value)| word(name) + word(value)).sum();
     let parts = [
-        ("the environment", len(&(&job.base_env, &job.env))),
-        ("the command line", len(&job.command)),
+        ("the environment", base + len(&job.env)),
+        ("the command line", job.command.iter().map(word).sum()),
         ("the config", len(&job.config)),
     ];
     let whole: usize = parts.iter().map(|(_, len)| len).sum();
@@ -255,8 +264,8 @@ fn outputs(batch: Batch, max: usize) -> Vec<FromAgent> {
         return Vec::new();
     };
     match batch.halves() {
-        Ok((one, other)) => [outputs(one, max), outputs(other, max)].concat(),
-        Err(line) => vec![shorter(FromAgent::Output { batch: line }, max)],
+        (one, Some(other)) => [outputs(one, max), outputs(other, max)].concat(),
+        (batch, None) => vec![shorter(FromAgent::Output { batch }, max)],
     }
 }
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::IpAddr;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -75,7 +76,7 @@ pub enum FromAgent {
         containment: contain::Kind,
     },
     /// What rank 0 says of itself; from the first node only.
-    Word { generation: u32, word: Word },
+    About { generation: u32, word: About },
     /// The ranks of this node cannot be started; none is left.
     CannotStart {
         generation: u32,
@@ -190,7 +191,7 @@ pub enum ToAgent {
 /// What a worker says of itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Word {
+pub enum About {
     /// See [`tsm_job::message::WorkerMessage::Versions`].
     Versions(BTreeMap<String, String>),
     /// See [`tsm_job::message::WorkerMessage::Resumed`].
@@ -307,10 +308,12 @@ pub struct Start {
     pub run_dir: PathBuf,
     /// Name and text of the config file in the run folder, where there is one.
     pub config: Option<(String, String)>,
+    #[serde(with = "words")]
     pub command: Vec<OsString>,
     /// Where to run it.
     pub directory: PathBuf,
     /// The environment to start from, for an agent that has none of the job's own.
+    #[serde(with = "variables")]
     pub base_env: Option<Vec<(OsString, OsString)>>,
     /// On top of it, from the command line.
     pub env: Vec<(String, String)>,
@@ -351,4 +354,99 @@ pub struct NodeReport {
     /// Lines of the kernel's log about GPUs (`Xid`) since the start of the generation.
     pub xids: Vec<String>,
     pub warnings: Vec<String>,
+}
+
+/// Words of the system are nearly always UTF-8. As the bytes that serde makes of them, an environment of a megabyte would
+/// be several, and take an agent longer to read than its lease lasts.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Word {
+    Text(String),
+    Bytes(Vec<u8>),
+}
+
+impl From<&OsString> for Word {
+    fn from(word: &OsString) -> Word {
+        match word.to_str() {
+            Some(text) => Word::Text(text.into()),
+            None => Word::Bytes(word.as_bytes().into()),
+        }
+    }
+}
+
+impl From<Word> for OsString {
+    fn from(word: Word) -> OsString {
+        match word {
+            Word::Text(text) => text.into(),
+            Word::Bytes(bytes) => OsString::from_vec(bytes),
+        }
+    }
+}
+
+mod words {
+    use super::{OsString, Word};
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(words: &[OsString], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(words.iter().map(Word::from))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<OsString>, D::Error> {
+        let words = Vec::<Word>::deserialize(from)?;
+        Ok(words.into_iter().map(OsString::from).collect())
+    }
+}
+
+mod variables {
+    use super::{OsString, Word};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    type Variables = Option<Vec<(OsString, OsString)>>;
+
+    pub fn serialize<S: Serializer>(variables: &Variables, to: S) -> Result<S::Ok, S::Error> {
+        let words = |(name, value): &(OsString, OsString)| (Word::from(name), Word::from(value));
+        let all = variables.as_ref();
+        let all: Option<Vec<(Word, Word)>> = all.map(|all| all.iter().map(words).collect());
+        all.serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Variables, D::Error> {
+        let all = Option::<Vec<(Word, Word)>>::deserialize(from)?;
+        let words = |(name, value): (Word, Word)| (name.into(), value.into());
+        Ok(all.map(|all| all.into_iter().map(words).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Job {
+        #[serde(with = "words")]
+        command: Vec<OsString>,
+        #[serde(with = "variables")]
+        env: Option<Vec<(OsString, OsString)>>,
+    }
+
+    #[test]
+    fn words_of_the_system_are_as_short_as_they_can_be_and_lose_no_byte() {
+        let odd = OsString::from_vec(vec![b'a', 0xff, b'"']);
+        let job = Job {
+            command: vec!["träin".into(), odd.clone()],
+            env: Some(vec![("A".into(), odd), ("B".into(), "".into())]),
+        };
+        let text = serde_json::to_string(&job).unwrap();
+        assert!(
+            text.starts_with(r#"{"command":[{"text":"träin"},{"bytes":[97,255,34]}]"#),
+            "{text}"
+        );
+        assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), job);
+        let none = Job {
+            command: Vec::new(),
+            env: None,
+        };
+        let text = serde_json::to_string(&none).unwrap();
+        assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), none);
+    }
 }

@@ -156,10 +156,10 @@ impl Batch {
     }
 
     /// The same in two, where it has more than one line.
-    pub fn halves(mut self) -> Result<(Batch, Batch), Batch> {
+    pub fn halves(mut self) -> (Batch, Option<Batch>) {
         let half = self.heads.len() / 2;
         if half == 0 {
-            return Err(self);
+            return (self, None);
         }
         let mut rest = Batch {
             host: self.host.clone(),
@@ -172,7 +172,7 @@ impl Batch {
         }
         self.heads.truncate(half);
         self.text.truncate(self.heads[half - 1].end);
-        Ok((self, rest))
+        (self, Some(rest))
     }
 
     pub fn is_empty(&self) -> bool {

@@ -213,7 +213,8 @@ fn remove_left_over(own: &Path) {
     let entries = fs_err::read_dir(own).into_iter().flatten().flatten();
     for entry in entries.filter(|e| e.file_name().to_string_lossy().starts_with(PREFIX)) {
         let path = entry.path();
-        if lock(&path, FlockOperation::NonBlockingLockExclusive).is_some() {
+        // Held until it is removed, so that one which another launcher has just made and locks now is not.
+        if let Some(_lock) = lock(&path, FlockOperation::NonBlockingLockExclusive) {
             remove(&path);
         }
     }

@@ -58,16 +58,15 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
             return Some(code);
         }
         Entry::Resume => target.resume = Some(Resume::Run(folder)),
-        Entry::Fresh if !folder.exists() => {
-            let (job, turns) = (turn.allocation.job, turn.allocation.restart_count);
-            if turns > 0 {
-                eprintln!(
-                    "tsm-launch: warning: job {job} was queued again, but has no run folder {} here: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
-                    folder.display()
-                );
-            }
+        Entry::Fresh if turn.allocation.restart_count > 0 => {
+            let job = turn.allocation.job;
+            eprintln!(
+                "tsm-launch: warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
+                folder.display()
+            );
             args.run_dir = Some(folder);
         }
+        Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),
         // Another run of the same job has that name.
         Entry::Fresh => {}
     }

@@ -1,5 +1,6 @@
 //! A rank fails: all nodes stop, and the right one is named.
 
+use crate::harness::FAKE;
 use crate::job::Job;
 use crate::nodes::Cluster;
 use serde_json::Value;
@@ -129,4 +130,51 @@ fn a_program_that_one_node_lacks_is_named_with_its_node() {
         (&1.into(), &"node-2".into())
     );
     assert!(job.err(1).contains("/no/such/program"));
+}
+
+/// More than a message holds: the last 32 KiB of each of 48 ranks.
+#[test]
+fn a_node_whose_ranks_all_say_much_is_not_lost_by_it() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let mut job = Job::new(&cluster);
+    let go = cluster.scene.path("go").display().to_string();
+    let script = format!(
+        "if [ $RANK = 0 ]; then exec $0 --hang; fi
+         line=$(printf %1900s | tr ' ' x)
+         for i in $(seq 20); do echo \"$RANK $i $line\" >&2; done
+         if [ $RANK = 5 ]; then exec $0 --say 'ValueError: the culprit' --touch {go} --exit 17; fi
+         exec $0 --wait-for {go} --hang"
+    );
+    for (n, cpus) in [(1, "--cpus=1"), (2, "--cpus=48")] {
+        let words = [
+            cpus,
+            "--nodes=2",
+            "--show-ranks=none",
+            "--",
+            "sh",
+            "-c",
+            &script,
+            FAKE,
+        ];
+        job.start_words(n, &words);
+        job.wait_until_joined(n);
+    }
+    assert_eq!(job.end(), [17, 17]);
+    let failure = job.json("failure.json");
+    assert_eq!(
+        (&failure["rank"], &failure["end"]["code"]),
+        (&5.into(), &17.into())
+    );
+    let stderr = failure["stderr"].as_array().unwrap();
+    assert_eq!(stderr.last().unwrap(), "ValueError: the culprit");
+    assert!(
+        stderr[stderr.len() - 2]
+            .as_str()
+            .unwrap()
+            .starts_with("5 20 xxx")
+    );
+    assert_eq!(failure["others"].as_array().unwrap().len(), 48);
+    assert!(job.events("lost").is_empty());
 }

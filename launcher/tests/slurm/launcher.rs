@@ -211,6 +211,47 @@ fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
 }
 
 #[test]
+fn a_job_that_does_not_find_its_run_again_says_so() {
+    let Some(scene) = Scene::new("forgotten") else {
+        return;
+    };
+    fs_err::write(scene.dir.join("goal"), "100000").unwrap();
+    let job = scene.submit(&[], &format!("--trainer trainer --cpus 1 {DEMO}"));
+    let run = run_of(&scene, job);
+    for rank in 0..2 {
+        scene.until_there(&run.join(format!("going-{rank}")));
+    }
+    let id = job.to_string();
+    scene.cluster.output("scontrol", &["requeuehold", &id]);
+    scene.cluster.until("the end of the first turn", || {
+        let waits = scene.cluster.job(job).state == "PENDING";
+        (waits && run.join("steps-1").exists()).then_some(())
+    });
+    // Its first node is another one now, which has seen no more of it than its config.
+    let config = fs_err::read(run.join("config.yaml")).unwrap();
+    fs_err::remove_dir_all(&run).unwrap();
+    fs_err::create_dir(&run).unwrap();
+    fs_err::write(run.join("config.yaml"), config).unwrap();
+    fs_err::write(scene.dir.join("goal"), "0").unwrap();
+    scene.cluster.output("scontrol", &["release", &id]);
+    let end = scene.cluster.wait(job);
+    let said = scene.cluster.job_output(job);
+    assert_eq!(
+        (end.state.as_str(), end.restarts),
+        ("COMPLETED", 1),
+        "{said}"
+    );
+    let warning = format!(
+        "warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning",
+        run.display()
+    );
+    assert!(said.contains(&warning), "{said}");
+    // And the turn after this one would find it.
+    assert!(run.join("manifest.json").exists());
+    scene.assert_nothing_is_left();
+}
+
+#[test]
 fn a_job_saves_before_its_time_limit_and_a_finished_one_is_not_run_again() {
     let Some(scene) = Scene::new("limit") else {
         return;

@@ -8,6 +8,7 @@ mod server;
 use harness::{FAKE, Outcome, Running, Scene, alive, finish, parent, send, start, until};
 use rustix::process::Signal;
 use server::Server;
+use std::process::Command;
 use std::sync::Arc;
 
 /// The hosts of an ssh server, which share the folder of a test.
@@ -26,6 +27,10 @@ impl Hosts {
     /// `tsm-launch` with fake workers that do `actions`. The agents are a copy in the scene, so that
     /// [`Scene::assert_nothing_survives`] finds them, their guards and their workers.
     fn start(&self, options: &str, actions: &str) -> Running {
+        start(&mut self.command(options, actions))
+    }
+
+    fn command(&self, options: &str, actions: &str) -> Command {
         let path = |name: &str| self.scene.path(name).display().to_string();
         let copy = self.scene.own_launcher().display().to_string();
         let (ssh, marker) = (self.server.ssh(), path("mark-{rank}"));
@@ -38,7 +43,8 @@ impl Hosts {
         words.extend(actions.split_whitespace());
         let mut command = self.scene.command(&words);
         command.env("TSM_TEST_VARIABLE", "it's here");
-        start(command.env("TMPDIR", "/nowhere"))
+        command.env("TMPDIR", "/nowhere");
+        command
     }
 
     fn launch(&self, options: &str, actions: &str) -> Outcome {
@@ -90,6 +96,27 @@ fn find_ssh(launcher: i32, host: &str) -> Option<i32> {
 
 fn ssh_of(launcher: i32, host: &str) -> i32 {
     find_ssh(launcher, host).expect("an ssh")
+}
+
+/// Linux allows 2 MiB in all, and 128 KiB for each.
+#[test]
+fn a_large_environment_reaches_all_hosts() {
+    let Some(hosts) = Hosts::new() else {
+        return;
+    };
+    let mut command = hosts.command("--hosts node-a:1,node-b:1 --cpus 4", "--print-env");
+    for n in 0..12 {
+        command.env(format!("LARGE_{n}"), format!("{n:x}").repeat(127 << 10));
+    }
+    let outcome = finish(start(&mut command));
+    assert_eq!(outcome.code, 0, "{:.2000}", outcome.err);
+    for (rank, host) in [(0, "node-a"), (1, "node-b")] {
+        let log = hosts.scene.read(&format!("logs/{host}-{rank}.out"));
+        for n in 0..12 {
+            let line = format!("LARGE_{n}={}", format!("{n:x}").repeat(127 << 10));
+            assert!(log.lines().any(|l| l == line), "{host}: LARGE_{n}");
+        }
+    }
 }
 
 #[test]

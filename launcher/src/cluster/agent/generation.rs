@@ -3,7 +3,7 @@
 use anyhow::Context;
 use fs_err::File;
 use rustix::process::Signal;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use tsm_job::message::WorkerMessage;
 
 use super::Setup;
 use crate::ahead::Ahead;
-use crate::cluster::message::{NodeReport, Progress, Start, Word};
+use crate::cluster::message::{About, NodeReport, Progress, Start};
 use crate::console::lines::Lines;
 use crate::contain::{self, Ability, Containment, Left, Process};
 use crate::cores;
@@ -69,11 +69,13 @@ pub struct Generation {
     progress: BTreeMap<usize, Progress>,
     sections: BTreeMap<usize, String>,
     /// What rank 0 of this node has said of itself.
-    words: Vec<Word>,
+    words: Vec<About>,
     metrics: BTreeMap<String, f64>,
     oom_before: u64,
     /// How far the processes that workers left behind have been ended.
     descendants: Descendants,
+    /// Those of them that were asked to end.
+    asked: BTreeSet<i32>,
     /// When to look for them again.
     pub next_look: Duration,
     stuck: Vec<String>,
@@ -200,6 +202,7 @@ impl Generation {
             metrics: BTreeMap::new(),
             oom_before: oom_kills(),
             descendants: Descendants::NotLooked,
+            asked: BTreeSet::new(),
             next_look: now,
             stuck: Vec::new(),
             began_at: now,
@@ -394,11 +397,11 @@ impl Generation {
                 }
                 Happening::Said(WorkerMessage::Versions { versions }) => {
                     self.words
-                        .extend((rank == 0).then_some(Word::Versions(versions)));
+                        .extend((rank == 0).then_some(About::Versions(versions)));
                     continue;
                 }
                 Happening::Said(WorkerMessage::Resumed { path, step }) => {
-                    let word = Word::Resumed { path, step };
+                    let word = About::Resumed { path, step };
                     self.words.extend((rank == 0).then_some(word));
                     continue;
                 }
@@ -420,7 +423,7 @@ impl Generation {
     }
 
     /// What rank 0 has said of itself since this was asked last; empty but on the first node.
-    pub fn take_words(&mut self) -> Vec<Word> {
+    pub fn take_words(&mut self) -> Vec<About> {
         let words = std::mem::take(&mut self.words);
         if self.start.node_rank == 0 {
             words
@@ -496,6 +499,7 @@ impl Generation {
                         "processes that the workers left behind: ending {number} ({names}), grace {grace}"
                     ));
                     self.containment.signal(&left, Signal::TERM);
+                    self.asked = left.iter().map(|process| process.pid).collect();
                     self.descendants = Descendants::Asked { since: now };
                     self.look_again(now, now);
                     return false;
@@ -503,7 +507,14 @@ impl Generation {
                 now
             }
             Descendants::Asked { since } if !at_once && now < since + self.start.grace => {
-                if now < self.next_look || !self.containment.processes().is_empty() {
+                if now < self.next_look {
+                    return false;
+                }
+                let mut left = self.containment.processes();
+                if !left.is_empty() {
+                    // One that was started while the others were asked.
+                    left.retain(|process| self.asked.insert(process.pid));
+                    self.containment.signal(&left, Signal::TERM);
                     self.look_again(since, now);
                     return false;
                 }

@@ -266,7 +266,7 @@ impl Agent {
         };
         let generation = running.start.generation;
         for word in running.take_words() {
-            self.say(FromAgent::Word { generation, word });
+            self.say(FromAgent::About { generation, word });
         }
     }
 

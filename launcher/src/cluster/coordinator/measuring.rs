@@ -10,6 +10,9 @@ use crate::cluster::message::{FromAgent, Severity};
 use crate::cluster::policy::LeftOut;
 use crate::cluster::topology::{Candidate, NodeId};
 
+/// Bad nodes that are named where the job ends for them.
+const SHOWN: usize = 8;
+
 impl State {
     /// Whether a member was never measured, or not found to be well.
     pub(super) fn must_measure(&self) -> bool {
@@ -125,7 +128,11 @@ impl State {
         let is_wide = std::mem::take(&mut self.is_wide);
         if let Some((_, finding)) = bad.first() {
             if !go_on {
-                let all: Vec<&str> = bad.iter().map(|(_, f)| f.text.as_str()).collect();
+                let mut all: Vec<&str> = bad.iter().map(|(_, f)| f.text.as_str()).collect();
+                let more = format!("{} more", all.len().saturating_sub(SHOWN));
+                if all.len() > SHOWN {
+                    all.splice(SHOWN.., [more.as_str()]);
+                }
                 let (all, left) = (all.join("; "), nodes(left));
                 let text = format!("{all}; {left} left, {needed} are needed");
                 return self.refuse(&text, &finding.hint, now, actions);

@@ -35,7 +35,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::message::{FromAgent, Join, NodeReport, ToAgent, Word};
+use super::message::{About, FromAgent, Join, NodeReport, ToAgent};
 use super::policy;
 pub use super::topology::Member;
 use super::topology::NodeId;
@@ -154,7 +154,7 @@ pub enum Action {
     /// A generation was started on these nodes.
     Started(Box<Launched>),
     /// What rank 0 says of itself.
-    Told(Word),
+    Told(About),
     /// What the first node changed in the environment of its workers.
     Environment(Vec<Change>),
     /// A generation is over.
@@ -490,7 +490,7 @@ impl State {
             } if self.runs(generation) => {
                 self.started(id, &pids, at, environment, containment, actions);
             }
-            FromAgent::Word { generation, word }
+            FromAgent::About { generation, word }
                 if self.runs(generation) && self.members.first().is_some_and(|m| m.id == id) =>
             {
                 actions.push(Action::Told(word));

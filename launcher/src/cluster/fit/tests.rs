@@ -1,8 +1,10 @@
 use super::*;
+use std::ffi::OsString;
 use std::net::Ipv4Addr;
+use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
-use crate::cluster::coordinator::tests::{join_of, place_of};
+use crate::cluster::coordinator::tests::{join_of, place_of, settings};
 use crate::cluster::message::Progress;
 use crate::cluster::wire::MAX_FROM_AGENT as MAX;
 use crate::end::End;
@@ -296,4 +298,28 @@ fn what_has_no_list_loses_the_middle_of_its_text() {
         panic!("one message");
     };
     assert_eq!((join.addresses.len(), join.devices.len()), (256, 4096));
+}
+
+#[test]
+fn a_job_that_no_message_holds_is_refused_before_the_start() {
+    let mut job = settings(1, 2).job;
+    // All that Linux allows by default, and a config of the same size.
+    job.config = Some(("config.yaml".into(), "x: \"y\"\n".repeat(256 << 10)));
+    let value = OsString::from_vec(vec![0xff; 100 << 10]);
+    job.base_env = Some(vec![("NAME".into(), value.clone()); 20]);
+    super::job(&job).unwrap();
+    // What it allows with an unlimited stack.
+    job.base_env = Some(vec![("NAME".into(), value); 60]);
+    let error = super::job(&job).unwrap_err();
+    assert_eq!(error.code, exit::USAGE);
+    let text = &error.message;
+    assert!(
+        text.contains("of them the environment; 15.9 are the most\n  hint: "),
+        "{text}"
+    );
+
+    job.base_env = None;
+    job.run_dir = OsString::from_vec(vec![b'/', 0xff]).into();
+    let error = super::job(&job).unwrap_err().message;
+    assert!(error.contains("is not UTF-8\n  hint: "), "{error}");
 }

@@ -379,6 +379,20 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_measurement_that_nobody_waits_for_ends() {
+        let rings = [Ring::open().unwrap(), Ring::open().unwrap()];
+        let at = |ring: &Ring| SocketAddr::from(([127, 0, 0, 1], ring.port));
+        let members: Vec<SocketAddr> = rings.iter().map(at).collect();
+        let scale = "1048576,60s,120s".parse().unwrap();
+        let [first, second] = rings;
+        let prove = |nonce: [u8; 16]| [nonce[3]; 32];
+        drop(first.start(Task::new(members.clone(), 0, &scale), prove));
+        let other = second.start(Task::new(members, 1, &scale), prove);
+        let error = other.blocking_recv().unwrap().unwrap_err();
+        assert!(!error.contains(LATE), "{error}");
+    }
+
     /// Two nodes and one cable: the address chosen is the one that is measured.
     #[test]
     fn two_nodes_over_a_cable() {

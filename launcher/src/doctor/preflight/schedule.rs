@@ -183,19 +183,24 @@ fn cleared(num_nodes: usize, done: &[Vec<Outcome>], usual: f64) -> Vec<bool> {
 }
 
 /// Was the only one in a bad group that never did well. Twice at least: once, it may have been the path.
+///
+/// Who never got a sum right is also found among nodes that are merely slow, which says nothing about their sums.
 fn convicted(node: usize, done: &[Vec<Outcome>], cleared: &[bool]) -> bool {
     if cleared[node] {
         return false;
     }
-    let own: Vec<&Outcome> = done
-        .iter()
-        .flatten()
-        .filter(|o| o.members.contains(&node))
-        .collect();
-    own.len() >= 2
-        && own
-            .iter()
-            .any(|o| o.members.iter().all(|&m| m == node || cleared[m]))
+    let of = |n: usize| {
+        done.iter()
+            .flatten()
+            .filter(move |o| o.members.contains(&n))
+    };
+    let others = |o: &'_ Outcome, are: &dyn Fn(usize) -> bool| {
+        o.members.iter().all(|&m| m == node || are(m))
+    };
+    let is_right = |n: usize| of(n).any(|o| o.failure().is_none());
+    of(node).count() >= 2
+        && (of(node).any(|o| others(o, &|m| cleared[m]))
+            || !is_right(node) && of(node).any(|o| others(o, &is_right)))
 }
 
 /// The upper quartile of the first measurements: half of the groups may be bad without it being so.
@@ -408,6 +413,35 @@ mod tests {
             }
         );
         assert_eq!(verdicts.iter().filter(|v| **v == Verdict::Good).count(), 5);
+    }
+
+    #[test]
+    fn who_sums_up_wrong_is_found_also_among_nodes_that_are_slow() {
+        // The wrong sum came quickly, and everything after it slowly, as on a busy machine.
+        let wrong = |gbit_s| {
+            let wrong = Some("1 of 8 sums is wrong".into());
+            Ok(Measured {
+                wrong,
+                ..measured(gbit_s)
+            })
+        };
+        let outcome = |a, b, result| Outcome {
+            members: vec![a, b],
+            result,
+        };
+        let done = vec![
+            vec![outcome(0, 1, wrong(9.0)), outcome(2, 3, Ok(measured(2.0)))],
+            vec![outcome(0, 2, Ok(measured(2.0))), outcome(1, 3, wrong(2.0))],
+            vec![outcome(0, 3, Ok(measured(2.0))), outcome(1, 2, wrong(2.0))],
+        ];
+        let verdicts = judge(4, &done);
+        assert_eq!(verdicts[1], Verdict::Faulty("1 of 8 sums is wrong".into()));
+        for other in [0, 2, 3] {
+            assert!(
+                matches!(verdicts[other], Verdict::Unclear(_)),
+                "{verdicts:?}"
+            );
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! One turn of a job: from where SLURM starts it to where it asks to be queued again.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use tsm_job::RunDir;
 use tsm_job::exit;
 
@@ -13,6 +13,10 @@ use crate::manifest::files::checkpoints;
 
 /// A job without `--signal` saves itself so long before its end; never more than a tenth of its time.
 const LEAD: Duration = Duration::from_secs(120);
+
+/// How long to ask why the job is being stopped, and how long to wait in between.
+const ASK: Duration = Duration::from_secs(2);
+const AGAIN: Duration = Duration::from_millis(50);
 
 /// What the job does in this turn.
 pub struct Turn {
@@ -68,8 +72,15 @@ impl Turn {
         let (slurm, job) = (self.slurm.clone(), self.allocation.job);
         let restart_count = self.allocation.restart_count;
         move || {
-            let job = slurm.job(job);
-            job.map_or(StopCause::Other, |job| job.stop_cause(restart_count))
+            let asked = Instant::now();
+            loop {
+                match slurm.job(job) {
+                    Ok(job) => return job.stop_cause(restart_count),
+                    // The signal that is asked about goes to all processes of the job, and so to this scontrol.
+                    Err(_) if asked.elapsed() < ASK => std::thread::sleep(AGAIN),
+                    Err(_) => return StopCause::Other,
+                }
+            }
         }
     }
 
@@ -148,6 +159,20 @@ mod tests {
             slurm: Slurm::default(),
             job: None,
         }
+    }
+
+    #[test]
+    fn a_question_that_was_ended_by_the_job_s_own_signal_is_asked_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let scontrol = dir.path().join("scontrol");
+        let script = "#!/bin/sh\n[ -e $0.1 ] || { : > $0.1; kill -TERM $$; }\necho JobState=COMPLETING Restarts=1\n";
+        fs_err::write(&scontrol, script).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs_err::set_permissions(&scontrol, mode).unwrap();
+        let slurm = Slurm::default().env("PATH", &dir.path().to_string_lossy());
+        let turn = Turn { slurm, ..turn(0) };
+        assert_eq!(turn.asker()(), StopCause::Requeued);
+        assert!(dir.path().join("scontrol.1").exists());
     }
 
     #[test]

@@ -1,0 +1,225 @@
+//! Which nodes take part, and what keeps them from starting.
+
+use super::*;
+
+#[test]
+fn a_job_does_not_wait_for_nodes_for_ever() {
+    let mut scene = Scene::new(settings(2, 2));
+    scene.join(1);
+    scene.pass(S(59));
+    assert_eq!(scene.state.finished(), None);
+    scene.pass(S(1));
+    assert!(
+        scene
+            .notices()
+            .contains("1 node (n1) joined within 1m, 2 are needed")
+    );
+    assert_eq!(scene.code(), Some(exit::PREFLIGHT));
+}
+
+#[test]
+fn nodes_beyond_the_most_are_spares_and_fewer_start_after_a_last_call() {
+    let mut scene = Scene::running(settings(2, 2), 2);
+    scene.join(3);
+    assert!(scene.told(3).is_empty() && scene.notices().contains("n3 joined: a spare"));
+
+    let mut scene = Scene::new(settings(1, 3));
+    scene.join(1);
+    scene.pass(S(2));
+    scene.join(2);
+    scene.pass(MS(2900));
+    assert!(matches!(scene.state.phase, Phase::Gather { .. }));
+    scene.pass(MS(200));
+    assert_eq!(
+        (&scene.state.phase, scene.state.world_size()),
+        (&Phase::Run, 4)
+    );
+}
+
+#[test]
+fn who_does_not_fit_is_sent_away_with_the_reason() {
+    let version = Join {
+        version: "0.0.0-other".into(),
+        ..join_of("n1", 2)
+    };
+    let job = Join {
+        job: Some("other".into()),
+        ..join_of("n1", 2)
+    };
+    for (join, why) in [
+        (version, "install the same version"),
+        (job, "the same command"),
+    ] {
+        let mut scene = Scene::new(settings(1, 1));
+        scene.says(1, FromAgent::Join(Box::new(join)));
+        let told = scene.told(1);
+        let [ToAgent::Exit { code, message }] = &told[..] else {
+            panic!("{told:?}");
+        };
+        assert_eq!(*code, exit::PREFLIGHT);
+        assert!(message.as_ref().unwrap().contains(why), "{message:?}");
+        // It is no node of the job, whatever it says.
+        scene.beat(1, Vec::new());
+        assert!(matches!(
+            scene.actions.last(),
+            Some(Action::Drop { node: 1 })
+        ));
+        assert!(matches!(scene.state.phase, Phase::Gather { .. }));
+    }
+}
+
+#[test]
+fn a_host_whose_gpu_failed_gets_no_ranks_again() {
+    let mut scene = Scene::running(restarting(1, 1), 2);
+    scene.failing(1, 0, Some(End::Code(exit::PREFLIGHT)));
+    let broken = rank(End::Code(exit::PREFLIGHT), 0);
+    scene.clean(1, vec![broken, stopped(TERM, 1)]);
+    scene.pass(S(3));
+    assert_eq!(scene.places(), [(2, 0)]);
+    let again = Box::new(join_of("n1", 2));
+    scene.says(9, FromAgent::Join(again));
+    let told = scene.told(9);
+    assert!(
+        matches!(&told[..], [ToAgent::Exit { message: Some(m), .. }] if m.contains("left out")),
+        "{told:?}"
+    );
+}
+
+#[test]
+fn a_node_that_cannot_run_the_job_ends_one_that_needs_it() {
+    let mut settings = settings(2, 2);
+    settings.open = false;
+    let mut scene = Scene::new(settings.clone());
+    scene.join(1);
+    let unfit = FromAgent::Unfit {
+        host: "n2".into(),
+        code: exit::PREFLIGHT,
+        message: "4 GPUs, 8 are needed".into(),
+    };
+    scene.says(2, unfit.clone());
+    assert!(scene.notices().contains("n2 cannot run the job: 4 GPUs"));
+    assert_eq!(scene.code(), Some(exit::PREFLIGHT));
+    // Where fewer nodes do, it is let go.
+    settings.min_nodes = 1;
+    let mut scene = Scene::new(settings);
+    scene.join(1);
+    scene.says(2, unfit);
+    scene.pass(S(5));
+    assert_eq!(scene.state.phase, Phase::Run);
+}
+
+#[test]
+fn answers_of_an_earlier_choice_of_nodes_are_dropped() {
+    let mut scene = Scene::new(settings(3, 3));
+    // None of them answers by itself.
+    for id in 1..=4 {
+        let host = format!("n{id}");
+        scene.says(id, FromAgent::Join(Box::new(join_of(&host, 1))));
+    }
+    let reserved = |attempt, master_port| FromAgent::Reserved {
+        generation: 0,
+        attempt,
+        master_port,
+        probe_port: 1,
+    };
+    let by = |last| vec![([10, 0, 0, last].into(), "eth0".to_string())];
+    let reached = |attempt, by| FromAgent::Reached {
+        generation: 0,
+        attempt,
+        by,
+    };
+    scene.says(1, reserved(1, 500));
+    scene.lose(1);
+    // Node 4 takes its place; an answer about node 1's addresses is still on its way.
+    scene.says(2, reached(1, by(9)));
+    scene.says(4, reserved(1, 501));
+    assert!(matches!(scene.state.phase, Phase::Form { ports: None, .. }));
+    scene.says(4, reserved(2, 502));
+    scene.says(2, reached(2, by(1)));
+    scene.says(3, reached(2, by(1)));
+    let told = scene.told(3);
+    let start = told.iter().find_map(|m| match m {
+        ToAgent::Start(start) => Some((start.master_addr, start.master_port)),
+        _ => None,
+    });
+    assert_eq!(start, Some(([10, 0, 0, 1].into(), 502)));
+}
+
+#[test]
+fn a_start_that_does_not_go_on_from_the_last_checkpoint_is_told() {
+    let said = "warning: this start is at step 1, though step 7 was saved: ";
+    for (first, lost) in [(8, false), (1, true)] {
+        let mut scene = Scene::running(restarting(2, 2), 3);
+        scene.step(7, Some(7));
+        for generation in 1..3 {
+            // The second time before any step.
+            scene.lose(generation + 1);
+            let mut others = scene.state.members.clone();
+            others.retain(|m| scene.alive.contains(&m.id));
+            others.iter().for_each(|m| scene.all_stopped(m.id));
+            scene.join(generation + 10);
+            scene.pass(S(30));
+            assert_eq!(scene.state.phase, Phase::Run);
+        }
+        assert!(!scene.notices().contains("warning: this start"));
+        scene.step(first, None);
+        scene.step(first + 1, None);
+        let told = scene.notices().matches(said).count();
+        assert_eq!(told, usize::from(lost), "{}", scene.notices());
+    }
+}
+
+#[test]
+fn workers_that_cannot_be_started_end_the_job_with_the_reason_s_code() {
+    let cannot = |code| FromAgent::CannotStart {
+        generation: 0,
+        code,
+        message: "no such directory".into(),
+    };
+    let mut scene = Scene::running(restarting(2, 2), 3);
+    // A spare has no workers to start.
+    scene.says(3, cannot(99));
+    assert_eq!(scene.state.phase, Phase::Run);
+    scene.says(2, cannot(exit::PREFLIGHT));
+    assert_eq!(scene.was_stopped_by(1), Some(TERM));
+    scene.all_stopped(1);
+    assert!(
+        scene
+            .notices()
+            .contains("the workers on n2 cannot be started")
+    );
+    // No worker failed, so none is named.
+    assert!(scene.endings()[0].failure.is_none());
+    assert_eq!(scene.code(), Some(exit::PREFLIGHT));
+
+    // Before any was started there is nothing to stop.
+    let mut scene = Scene::new(settings(2, 2));
+    for id in [1, 2] {
+        let join = join_of(&format!("n{id}"), WORKERS);
+        scene.says(id, FromAgent::Join(Box::new(join)));
+    }
+    scene.says(1, cannot(exit::PREFLIGHT));
+    assert_eq!(scene.exit_of(2), Some(exit::PREFLIGHT));
+}
+
+#[test]
+fn a_sole_node_elsewhere_answers_before_it_gets_ranks() {
+    let mut scene = Scene::new(settings(1, 1));
+    scene.says(1, FromAgent::Join(Box::new(join_of("n1", WORKERS))));
+    assert!(matches!(scene.state.phase, Phase::Form { .. }));
+    assert!(scene.told(1).is_empty());
+    scene.alive.insert(1);
+    let attempt = 1;
+    scene.answer(
+        1,
+        &ToAgent::Reserve {
+            generation: 0,
+            attempt,
+        },
+    );
+    let told = scene.told(1);
+    assert!(
+        matches!(&told[..], [ToAgent::Start(s)] if s.master_port == 1001),
+        "{told:?}"
+    );
+}

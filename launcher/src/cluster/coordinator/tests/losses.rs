@@ -1,0 +1,205 @@
+//! Nodes that are lost, in every phase.
+
+use super::*;
+
+/// Loses the node by a broken connection, or by its silence.
+fn lose(scene: &mut Scene, id: NodeId, silently: bool) {
+    if silently {
+        scene.alive.remove(&id);
+        scene.pass(LEASE + MS(1));
+        let dropped = |a: &Action| matches!(a, Action::Drop { node } if *node == id);
+        assert!(
+            scene.actions.iter().any(dropped),
+            "its silence was not noticed"
+        );
+    } else {
+        scene.lose(id);
+    }
+}
+
+#[test]
+fn a_node_lost_while_others_are_waited_for_is_not_counted() {
+    for silently in [false, true] {
+        let mut scene = Scene::new(settings(2, 2));
+        scene.join(1);
+        lose(&mut scene, 1, silently);
+        scene.join(2);
+        assert!(matches!(scene.state.phase, Phase::Gather { .. }));
+        scene.join(3);
+        assert_eq!(scene.places(), [(2, 0), (3, 2)]);
+    }
+}
+
+#[test]
+fn a_node_lost_before_the_start_is_replaced() {
+    for silently in [false, true] {
+        let mut scene = Scene::new(settings(2, 2));
+        scene.join(1);
+        // Node 2 does not answer the probe.
+        let join = || Box::new(join_of("n2", WORKERS));
+        scene.says(2, FromAgent::Join(join()));
+        assert!(matches!(scene.state.phase, Phase::Form { .. }));
+        lose(&mut scene, 2, silently);
+        assert!(matches!(scene.state.phase, Phase::Gather { .. }));
+        scene.join(3);
+        assert_eq!(scene.places(), [(1, 0), (3, 2)]);
+        assert_eq!(scene.state.phase, Phase::Run);
+    }
+}
+
+#[test]
+fn a_node_lost_while_the_job_runs_stops_it() {
+    for silently in [false, true] {
+        let mut scene = Scene::running(settings(2, 2), 2);
+        scene.pass(S(3));
+        lose(&mut scene, 2, silently);
+        assert_eq!(scene.was_stopped_by(1), Some(TERM));
+        scene.all_stopped(1);
+        let ending = scene.endings()[0].clone();
+        let failure = ending.failure.unwrap();
+        assert_eq!((failure.rank, failure.host.as_str()), (None, "n2"));
+        assert_eq!(ending.ends[2..], [None, None]);
+        assert_eq!(scene.code(), Some(exit::PEER));
+    }
+}
+
+#[test]
+fn a_node_lost_while_the_job_stops_is_not_waited_for() {
+    for silently in [false, true] {
+        let mut scene = Scene::running(settings(2, 2), 2);
+        scene.pass(S(1));
+        scene.failing(1, 0, Some(End::Code(17)));
+        scene.clean(1, vec![rank(End::Code(17), 1000), stopped(TERM, 1001)]);
+        // What is heard of the other node after that failure shows that it came first.
+        scene.pass(S(1));
+        lose(&mut scene, 2, silently);
+        assert_eq!(scene.code(), Some(17));
+    }
+}
+
+#[test]
+fn a_node_lost_between_two_starts_is_replaced_and_ranks_stay_where_they_were() {
+    for silently in [false, true] {
+        let mut scene = Scene::running(restarting(3, 3), 4);
+        assert_eq!(scene.places(), [(1, 0), (2, 2), (3, 4)]);
+        scene.failing(3, 0, Some(End::Signal(9)));
+        scene.clean(3, vec![rank(End::Signal(9), 0), stopped(TERM, 1)]);
+        scene.all_stopped(1);
+        scene.all_stopped(2);
+        assert!(matches!(scene.state.phase, Phase::Pause { .. }));
+        lose(&mut scene, 1, silently);
+        scene.pass(S(3));
+        assert_eq!(scene.places(), [(4, 0), (2, 2), (3, 4)]);
+        assert_eq!(
+            (&scene.state.phase, scene.state.generation),
+            (&Phase::Run, 1)
+        );
+    }
+}
+
+#[test]
+fn a_node_lost_while_everybody_leaves_is_gone() {
+    for silently in [false, true] {
+        let mut scene = Scene::running(settings(2, 2), 2);
+        scene.all_end(1, End::Code(0));
+        scene.all_end(2, End::Code(0));
+        assert!(matches!(scene.state.phase, Phase::Leave { .. }));
+        scene.lose(1);
+        lose(&mut scene, 2, silently);
+        assert_eq!(scene.state.finished(), Some(0));
+    }
+    // One that beats on and does not leave is not waited for.
+    let mut scene = Scene::running(settings(1, 1), 1);
+    scene.all_end(1, End::Code(0));
+    scene.pass(LEAVE);
+    assert_eq!(scene.state.finished(), Some(0));
+}
+
+#[test]
+fn nothing_starts_while_ranks_of_a_lost_node_may_run() {
+    let mut scene = Scene::running(restarting(2, 2), 3);
+    scene.step(7, Some(7));
+    let heard = scene.now;
+    scene.alive.remove(&2);
+    scene.pass(LEASE + MS(1));
+    scene.all_stopped(1);
+    assert!(matches!(scene.state.phase, Phase::Gather { .. }));
+    scene.pass(heard + LEASE + FENCE - MS(1) - scene.now);
+    assert!(matches!(scene.state.phase, Phase::Gather { .. }));
+    scene.pass(MS(1));
+    assert_eq!(scene.state.phase, Phase::Run);
+    assert_eq!(scene.places(), [(1, 0), (3, 2)]);
+    // The lost node comes back: nothing of the old generation counts.
+    scene.all_end(2, End::Code(0));
+    assert!(matches!(
+        scene.actions.last(),
+        Some(Action::Drop { node: 2 })
+    ));
+}
+
+#[test]
+fn the_coordinator_does_not_finish_while_ranks_of_a_lost_node_may_run() {
+    let failed = || {
+        let mut scene = Scene::running(settings(2, 2), 2);
+        scene.lose(2);
+        let fence = scene.now + LEASE + FENCE;
+        scene.all_stopped(1);
+        scene.lose(1);
+        assert!(matches!(scene.state.phase, Phase::Leave { .. }));
+        let said = "waiting 2.0 s: until then ranks of n2 may still run; Ctrl-C leaves at once";
+        assert!(scene.notices().contains(said), "{}", scene.notices());
+        (scene, fence)
+    };
+    let (mut scene, fence) = failed();
+    scene.pass(fence - MS(1) - scene.now);
+    assert_eq!(scene.state.finished(), None);
+    scene.pass(MS(1));
+    assert_eq!(scene.state.finished(), Some(exit::PEER));
+    // Not where somebody has no time.
+    let (mut scene, _) = failed();
+    scene.event(Event::Signal(TERM));
+    assert_eq!(scene.state.finished(), None);
+    scene.event(Event::Signal(libc::SIGINT));
+    assert_eq!(scene.state.finished(), Some(exit::PEER));
+
+    // Also where no start follows the one with the lost node, and its fence is short.
+    let mut scene = Scene::running(restarting(2, 2), 2);
+    scene.step(7, Some(7));
+    let heard = scene.now;
+    scene.alive.remove(&2);
+    scene.pass(LEASE + MS(100));
+    scene.all_stopped(1);
+    scene.event(Event::Signal(TERM));
+    scene.lose(1);
+    assert!(!scene.notices().contains("may still run"));
+    scene.pass(heard + LEASE + FENCE - MS(1) - scene.now);
+    assert_eq!(scene.state.finished(), None);
+    scene.pass(MS(1));
+    assert_eq!(scene.state.finished(), Some(143));
+}
+
+#[test]
+fn a_node_that_left_after_its_report_is_still_known_by_name_and_clock() {
+    let mut scene = Scene::new(settings(2, 2));
+    // The clock of node 1 is 50 s ahead.
+    for id in [1, 2] {
+        scene.join(id);
+    }
+    scene.now = MS(1000);
+    let beat = Beat {
+        at: S(51),
+        rtt: Some(MS(2)),
+        ..Beat::default()
+    };
+    scene.says(1, FromAgent::Beat(beat));
+    scene.beat(2, Vec::new());
+    scene.now = MS(2000);
+    scene.failing(1, 0, Some(End::Code(3)));
+    scene.clean(1, vec![rank(End::Code(3), 52_000), stopped(TERM, 52_001)]);
+    scene.lose(1);
+    // A rank of node 2 fails after that, before it hears of the stop.
+    scene.clean(2, vec![rank(End::Code(4), 2500), stopped(TERM, 2501)]);
+    let failure = scene.endings()[0].failure.clone().unwrap();
+    assert_eq!((failure.rank, failure.host.as_str()), (Some(0), "n1"));
+    assert_eq!(scene.code(), Some(3));
+}

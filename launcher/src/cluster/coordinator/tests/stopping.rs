@@ -1,0 +1,118 @@
+//! Signals, saves, and the way to the end of a generation.
+
+use super::*;
+
+#[test]
+fn ctrl_c_stops_and_again_kills() {
+    let mut scene = Scene::running(settings(2, 2), 2);
+    scene.event(Event::Signal(libc::SIGINT));
+    assert_eq!(scene.was_stopped_by(1), Some(libc::SIGINT));
+    // The terminal of another node had the same key pressed.
+    let signal = libc::SIGINT;
+    scene.says(2, FromAgent::Signal { signal });
+    assert!(scene.told(1).is_empty());
+    scene.event(Event::Signal(libc::SIGINT));
+    assert!(matches!(scene.told(1)[..], [ToAgent::Kill { .. }]));
+    scene.all_end(1, End::Signal(9));
+    scene.all_end(2, End::Signal(9));
+    assert_eq!(scene.code(), Some(130));
+}
+
+#[test]
+fn ctrl_c_ends_a_save_that_takes_too_long() {
+    let mut scene = Scene::running(settings(1, 1), 1);
+    scene.event(Event::Signal(libc::SIGUSR2));
+    scene.event(Event::Signal(libc::SIGINT));
+    assert!(matches!(
+        scene.told(1)[..],
+        [ToAgent::Stop { .. }, ToAgent::Kill { .. }]
+    ));
+    scene.clean(1, vec![stopped(libc::SIGKILL, 5); 2]);
+    assert_eq!(scene.code(), Some(130));
+}
+
+#[test]
+fn a_preempted_job_saves_and_asks_to_be_requeued() {
+    let mut scene = Scene::running(restarting(2, 2), 2);
+    scene.says(
+        2,
+        FromAgent::Signal {
+            signal: libc::SIGUSR2,
+        },
+    );
+    assert_eq!(scene.was_stopped_by(1), Some(libc::SIGUSR2));
+    scene.all_end(1, End::Code(exit::REQUEUE));
+    scene.clean(
+        2,
+        vec![rank(End::Code(exit::REQUEUE), 1), rank(End::Code(0), 2)],
+    );
+    assert_eq!(scene.code(), Some(exit::REQUEUE));
+}
+
+#[test]
+fn a_save_that_fails_is_not_answered_by_a_restart() {
+    let mut scene = Scene::running(restarting(1, 1), 1);
+    scene.step(5, Some(5));
+    scene.event(Event::Signal(libc::SIGUSR2));
+    let failed = rank(End::Code(exit::CANNOT_WRITE), 5);
+    scene.clean(1, vec![rank(End::Code(exit::REQUEUE), 6), failed]);
+    assert_eq!(scene.code(), Some(exit::CANNOT_WRITE));
+}
+
+#[test]
+fn sigusr1_is_passed_on_and_sigusr2_too_where_workers_do_not_save() {
+    let mut settings = settings(1, 1);
+    settings.job.saves = false;
+    let mut scene = Scene::running(settings, 1);
+    for signal in [libc::SIGUSR1, libc::SIGUSR2] {
+        scene.event(Event::Signal(signal));
+        let generation = 0;
+        assert_eq!(scene.told(1), [ToAgent::Signal { generation, signal }]);
+    }
+    assert_eq!(scene.state.phase, Phase::Run);
+}
+
+#[test]
+fn the_allocation_s_end_is_a_reason_to_save() {
+    let mut settings = settings(1, 1);
+    settings.save_at = Some(S(100));
+    let mut scene = Scene::running(settings, 1);
+    scene.pass(S(99));
+    assert!(scene.told(1).is_empty());
+    scene.pass(S(1));
+    assert_eq!(scene.was_stopped_by(1), Some(libc::SIGUSR2));
+    scene.all_end(1, End::Code(exit::REQUEUE));
+    assert_eq!(scene.code(), Some(exit::REQUEUE));
+}
+
+#[test]
+fn an_agent_that_never_says_that_it_is_clean_is_cut_off() {
+    let mut scene = Scene::running(settings(2, 2), 2);
+    scene.event(Event::Signal(TERM));
+    scene.all_stopped(1);
+    scene.pass(2 * GRACE + REPORT - MS(1));
+    assert!(matches!(scene.state.phase, Phase::Stop { .. }));
+    scene.pass(MS(1));
+    assert!(
+        scene
+            .actions
+            .iter()
+            .any(|a| matches!(a, Action::Drop { node: 2 }))
+    );
+    assert!(
+        scene
+            .notices()
+            .contains("n2 is lost: its agent did not end the ranks in time")
+    );
+    assert_eq!(scene.code(), Some(143));
+}
+
+#[test]
+fn a_report_of_failed_ranks_is_enough_to_stop_the_others() {
+    let mut scene = Scene::running(settings(2, 2), 2);
+    scene.clean(
+        1,
+        vec![rank(End::Code(exit::REQUEUE), 1), stopped(libc::SIGKILL, 9)],
+    );
+    assert_eq!(scene.was_stopped_by(2), Some(TERM));
+}
