@@ -5,6 +5,7 @@
 //! earlier. What a rank says about its own end therefore counts before the order.
 
 mod cluster;
+mod reason;
 
 pub use cluster::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 
@@ -49,7 +50,7 @@ fn alone(ranks: &[Rank]) -> NodeEnds<'_> {
     let seen = ranks.iter().enumerate().map(|(number, rank)| Seen {
         number,
         rank,
-        at: rank.ended_at,
+        at: rank.first_at,
     });
     NodeEnds {
         host: "",
@@ -197,10 +198,9 @@ pub mod tests {
         let words = |i| if i == 0 { gloo.clone() } else { String::new() };
         let found = fault(&ranks, words).unwrap();
         assert_eq!(found.culprit, Culprit::Rank(1));
-        assert!(
-            found.reason.starts_with("rank 0 ended earlier"),
-            "{}",
-            found.reason
+        assert_eq!(
+            found.reason,
+            "rank 0 failed earlier, but by what it says it lost another rank"
         );
     }
 

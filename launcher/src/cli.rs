@@ -97,7 +97,9 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
 
-    /// Start all ranks again after a failure, so many times in a row without a new checkpoint.
+    /// Start all ranks again after a failure, so many times in a row without a new checkpoint: not what fails again
+    /// until it is changed, nor the same failure at the same step twice. A program that reports no steps is started
+    /// again so many times in all.
     #[arg(
         long,
         allow_hyphen_values = true,

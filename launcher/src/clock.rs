@@ -19,6 +19,13 @@ impl Utc {
         }
     }
 
+    /// So much later.
+    #[must_use]
+    pub fn after(self, time: std::time::Duration) -> Utc {
+        let ms = self.ms.saturating_add(time.as_millis() as u64);
+        Utc { ms }
+    }
+
     /// `20260131-235959`, for names of folders.
     pub fn compact(self) -> String {
         let (year, month, day) = self.date();

@@ -3,6 +3,7 @@
 pub mod environment;
 pub mod files;
 pub mod generations;
+pub mod versions;
 
 use fs_err::File;
 use serde::Serialize;
@@ -11,14 +12,14 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tsm_job::RunDir;
 
 use self::environment::Change;
 use self::files::{Binary, Checkpoint};
 use self::generations::Generations;
 use crate::clock::Utc;
-use crate::cluster::coordinator::Report;
+use crate::cluster::coordinator::{Excluded, Report};
 use crate::cluster::message::Join;
 use crate::end::End;
 use crate::gpus::Gpu;
@@ -34,7 +35,8 @@ pub struct Manifest {
     pub folder: String,
     pub resumed_from: Option<String>,
     pub tsm_launch: &'static str,
-    /// Of other parts, by their name: `tsm-trainer`, as its ranks say.
+    /// By name: `tsm-launch`, what the workers say of theirs (`tsm-trainer`, `libtorch`, `cuda`, `nccl`), what the nodes
+    /// have (`driver`, `kernel`), and what started the launcher (`slurm`, `open mpi`).
     pub versions: BTreeMap<String, String>,
     /// Tsm-launch, and the program of the workers where it is a file.
     pub binaries: Vec<Binary>,
@@ -55,6 +57,8 @@ pub struct Manifest {
     pub exit_code: Option<i32>,
     /// Of the newest generation.
     pub ranks: Vec<RankEntry>,
+    /// Nodes that got no ranks from some time on.
+    pub left_out: Vec<LeftOut>,
     /// What `--preflight full` found.
     pub preflight: Vec<Report>,
     pub generations: Generations,
@@ -100,6 +104,37 @@ impl From<&Join> for Node {
     }
 }
 
+/// A node that got no ranks.
+#[derive(Clone, Debug, Serialize)]
+pub struct LeftOut {
+    pub host: String,
+    /// Only this of its agents, from 0; `None`: the whole machine.
+    pub agent: Option<u32>,
+    pub reason: String,
+    /// RFC 3339, UTC.
+    pub since: String,
+    /// `None`: to the end of the job.
+    pub until: Option<String>,
+    /// Also where the other nodes are too few.
+    pub must: bool,
+}
+
+impl LeftOut {
+    /// `time` is the moment `excluded.now`.
+    pub fn at(time: Utc, excluded: Excluded) -> LeftOut {
+        let Excluded { left_out, now } = excluded;
+        let until = |until: Duration| time.after(until.saturating_sub(now)).rfc3339();
+        LeftOut {
+            host: left_out.host,
+            agent: left_out.agent,
+            reason: left_out.why,
+            since: time.rfc3339(),
+            until: left_out.until.map(until),
+            must: left_out.must,
+        }
+    }
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub struct RankEntry {
     pub rank: u32,
@@ -133,6 +168,7 @@ impl Manifest {
         self.machine = Some(machine());
         self.commit = commit();
         self.binaries = files::binaries(&self.command);
+        self.versions.extend(versions::of_starters());
         self
     }
 

@@ -38,6 +38,8 @@ pub struct Failure {
     /// Ranks that made no step.
     pub late: Vec<usize>,
     pub host: String,
+    /// Of the node to blame: several may have one host name.
+    pub node_rank: usize,
     pub device: Option<String>,
     pub pid: Option<i32>,
     pub end: Option<End>,
@@ -50,7 +52,7 @@ pub struct Failure {
     pub signature: String,
     /// What to expect of starting the same ranks once more.
     pub again: Again,
-    /// Milliseconds from the start of the launcher to the end of the rank.
+    /// Milliseconds from the start of the launcher to the first sign of the failure.
     pub after_ms: f64,
     pub step: Option<u64>,
     pub section: Option<String>,
@@ -74,7 +76,7 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// For the restart policy. `step` is the last finished step of the job, `checkpoint_step` that of its newest
+    /// For the restart policy, except for what only the coordinator knows. `step` is the last finished step of the job, `checkpoint_step` that of its newest
     /// complete checkpoint; `ran` is how long this start had lasted.
     pub fn incident(
         &self,
@@ -89,6 +91,8 @@ impl Failure {
             again: self.again,
             signature: self.signature.clone(),
             host: Some(self.host.clone()),
+            agent: 0,
+            tells: false,
             rank: self.rank.and_then(|rank| u32::try_from(rank).ok()),
             step,
             checkpoint_step,
@@ -101,10 +105,13 @@ impl Failure {
 pub struct Other {
     pub rank: usize,
     pub host: String,
+    pub node_rank: usize,
     pub end: Option<End>,
     pub role: Role,
     /// Milliseconds after the first failure; negative where it ended before.
     pub after_ms: f64,
+    /// How far that may be off, since the clocks of two nodes were compared.
+    pub unsure_ms: f64,
     pub stuck_in: Option<String>,
 }
 
@@ -118,13 +125,22 @@ pub struct Run<'a> {
     pub oom_kills: u64,
     /// Lines of the kernel's log about GPUs of that machine.
     pub xids: &'a [String],
-    /// Hosts that were lost.
-    pub lost: &'a [String],
+    /// By rank.
+    pub homes: &'a [Home],
     /// Of ranks that hang.
     pub stacks: Option<&'a str>,
     pub earlier: &'a [Incident],
     /// The command that continues the run, where the workers know how to.
     pub resume: Option<&'a str>,
+}
+
+/// The node of a rank.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Home {
+    pub node_rank: usize,
+    /// How far times of that node may be off.
+    pub uncertainty: Duration,
+    pub is_lost: bool,
 }
 
 /// All a rank said about its end: torch's error file and the end of its stderr.
@@ -138,34 +154,57 @@ struct Subject<'a> {
     number: Option<usize>,
     late: &'a [usize],
     host: &'a str,
+    node_rank: usize,
     lost: Option<&'a str>,
+    /// The first sign of the failure.
     at: Duration,
 }
 
 impl Subject<'_> {
-    fn of<'a>(culprit: &'a Culprit, ranks: &[Rank], places: &'a [Place]) -> Subject<'a> {
+    fn of<'a>(culprit: &'a Culprit, run: &Run, ranks: &[Rank], places: &'a [Place]) -> Subject<'a> {
+        let of_rank = |rank: usize, late, at| Subject {
+            number: Some(rank),
+            late,
+            host: &places[rank].host,
+            node_rank: run.home(rank).node_rank,
+            lost: None,
+            at,
+        };
         match culprit {
-            Culprit::Rank(rank) => Subject {
-                number: Some(*rank),
-                late: &[],
-                host: &places[*rank].host,
-                lost: None,
-                at: ranks[*rank].ended_at,
-            },
-            Culprit::Node { host, how, at } => Subject {
+            Culprit::Rank(rank) => of_rank(*rank, &[], ranks[*rank].first_at),
+            Culprit::Node {
+                node,
+                host,
+                how,
+                at,
+            } => Subject {
                 number: None,
                 late: &[],
                 host,
+                node_rank: *node,
                 lost: Some(how),
                 at: *at,
             },
-            Culprit::Late { ranks: late, at } => Subject {
-                number: late.first().copied(),
-                late,
-                host: late.first().map_or("", |&rank| &places[rank].host),
-                lost: None,
-                at: *at,
-            },
+            Culprit::Late { ranks: late, at } => of_rank(late[0], late, *at),
+        }
+    }
+}
+
+impl Run<'_> {
+    fn home(&self, rank: usize) -> Home {
+        self.homes.get(rank).copied().unwrap_or_default()
+    }
+
+    /// How far the time between the failure and the end of `rank` may be off.
+    fn unsure(&self, fault: &Fault, rank: usize) -> Duration {
+        let of = |rank| self.home(rank).uncertainty;
+        match fault.culprit {
+            Culprit::Rank(first) if self.home(first).node_rank == self.home(rank).node_rank => {
+                Duration::ZERO
+            }
+            Culprit::Rank(first) => of(first) + of(rank),
+            // By the coordinator's own clock.
+            Culprit::Node { .. } | Culprit::Late { .. } => of(rank),
         }
     }
 }
@@ -174,9 +213,9 @@ impl Subject<'_> {
 /// with all times on one clock.
 ///
 /// # Panics
-/// If `fault` names a rank that is not there.
+/// If `fault` names a rank that is not there, or no late one.
 pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Failure {
-    let subject = Subject::of(&fault.culprit, ranks, places);
+    let subject = Subject::of(&fault.culprit, run, ranks, places);
     let (rank, place) = (
         subject.number.map(|n| &ranks[n]),
         subject.number.map(|n| &places[n]),
@@ -203,18 +242,23 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
     let others = others.map(|i| Other {
         rank: i,
         host: places[i].host.clone(),
+        node_rank: run.home(i).node_rank,
         end: ranks[i].end,
         role: match ranks[i].end {
-            None if run.lost.contains(&places[i].host) => Role::NodeLost,
+            None if run.home(i).is_lost => Role::NodeLost,
             _ => role(&ranks[i], || own_words(&places[i])),
         },
-        after_ms: ms(ranks[i].ended_at) - ms(subject.at),
+        after_ms: match ranks[i].end {
+            Some(_) => ms(ranks[i].ended_at) - ms(subject.at),
+            None => ms(ranks[i].first_at) - ms(subject.at),
+        },
+        unsure_ms: ms(run.unsure(fault, i)),
         stuck_in: places[i].stuck_in.clone(),
     });
-    let of_host = || (0..ranks.len()).filter(|&i| places[i].host == subject.host);
+    let of_node = || (0..ranks.len()).filter(|&i| run.home(i).node_rank == subject.node_rank);
     let step = match rank {
         Some(rank) => rank.step.or(record.and_then(|r| r.step)),
-        None => of_host().filter_map(|i| ranks[i].step).max(),
+        None => of_node().filter_map(|i| ranks[i].step).max(),
     };
     let cause = record
         .map(|r| r.cause.clone())
@@ -224,6 +268,7 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
         rank: subject.number,
         late: subject.late.to_vec(),
         host: subject.host.into(),
+        node_rank: subject.node_rank,
         device: place.map(|place| place.device.clone()),
         pid: place.map(|place| place.pid),
         end,

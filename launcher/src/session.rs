@@ -15,14 +15,14 @@ use tsm_job::exit;
 use crate::clock::Utc;
 use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, Settings, State};
 use crate::cluster::link::{Heard, Hub};
-use crate::cluster::message::FromAgent;
+use crate::cluster::message::{About, FromAgent, Join};
 use crate::cluster::topology::NodeId;
 use crate::cluster::wire::Refusal;
 use crate::console::lines::Batch;
 use crate::console::queue::Feed;
 use crate::folder::Folder;
 use crate::manifest::generations::{self, Culprit};
-use crate::manifest::{Events, Manifest, Node, RankEntry, write_json};
+use crate::manifest::{Events, LeftOut, Manifest, Node, RankEntry, versions, write_json};
 use crate::process;
 use crate::report::Failure;
 use crate::signals::Signals;
@@ -35,6 +35,8 @@ use crate::supervisor::count;
 const DESCRIBE: Duration = Duration::from_secs(2);
 /// Open files beside those of the nodes, generously.
 const FILES: u64 = 512;
+/// Versions in the manifest; workers say what they like.
+const MAX_VERSIONS: usize = 64;
 /// So many refused connections are told one by one.
 const EACH: u64 = 5;
 /// Between two looks of a status at the job.
@@ -215,9 +217,14 @@ impl Running {
                 Action::Send { .. } | Action::Drop { .. } => {}
                 Action::Notice(text) => self.session.voice.notice(&text),
                 Action::Record { kind, fields } => self.events.write(kind, fields),
+                Action::LeftOut(excluded) => {
+                    let left_out = LeftOut::at(Utc::now(), *excluded);
+                    self.session.manifest.left_out.push(left_out);
+                }
                 Action::Measured(report) => self.session.manifest.preflight.push(*report),
                 Action::Show(batch) => self.session.voice.feed.offer(batch),
                 Action::Started(launched) => self.started(&launched, now),
+                Action::Told(word) => self.told(word),
                 Action::Environment(changes) => self.session.manifest.environment = changes,
                 Action::Ended(ending) => self.ended(*ending),
             }
@@ -322,6 +329,8 @@ impl Running {
                 manifest.nodes.push(node);
             }
         }
+        let joins: Vec<&Join> = launched.members.iter().map(|(_, n)| &n.join).collect();
+        manifest.versions.extend(versions::of_nodes(&joins));
         let time = Utc::now().rfc3339();
         manifest.generations.start(
             now,
@@ -346,6 +355,21 @@ impl Running {
         manifest.ranks = launched.members.iter().flat_map(of).collect();
         if self.described.is_none() {
             self.described = Some(describe(manifest.clone(), &self.session.folder));
+        }
+    }
+
+    /// What the workers say of themselves.
+    fn told(&mut self, word: About) {
+        let manifest = &mut self.session.manifest;
+        match word {
+            About::Versions(versions) => {
+                let room = MAX_VERSIONS.saturating_sub(manifest.versions.len());
+                manifest.versions.extend(versions.into_iter().take(room));
+            }
+            About::Resumed { path, step } => {
+                let path = path.to_string_lossy().into_owned();
+                manifest.generations.resumed(path, step);
+            }
         }
     }
 
@@ -428,8 +452,11 @@ impl Running {
         {
             (manifest.machine, manifest.commit, manifest.binaries) =
                 (done.machine, done.commit, done.binaries);
+            for (name, version) in done.versions {
+                manifest.versions.entry(name).or_insert(version);
+            }
         }
-        manifest.goodput = Some(manifest.generations.goodput(self.session.start.elapsed()));
+        manifest.goodput = manifest.generations.goodput(self.session.start.elapsed());
         (manifest.ended, manifest.exit_code) = (Some(Utc::now().rfc3339()), Some(code));
         if let Err(e) = manifest.write(&self.session.folder.dir) {
             self.session

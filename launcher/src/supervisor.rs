@@ -114,6 +114,9 @@ pub struct Rank {
     /// Signals the launcher sent it, each once.
     pub sent: Vec<i32>,
     pub record: Option<FailureRecord>,
+    /// It has said something: before, a worker has not got ready to save on a signal.
+    #[serde(default)]
+    pub talks: bool,
     pub step: Option<u64>,
     pub section: Option<String>,
 }
@@ -158,8 +161,6 @@ pub struct State {
     order: usize,
     /// A rank that announced its failure must end by then.
     record_deadline: Option<Duration>,
-    /// Ranks that have said something: before, a worker has not got ready to save on a signal.
-    ready: Vec<bool>,
     /// The stop lets the ranks save and end by themselves: one that fails meanwhile is a failure.
     saving: bool,
 }
@@ -177,7 +178,6 @@ impl State {
                 libc::SIGTERM
             },
             phase: Phase::Running,
-            ready: vec![false; num_ranks],
             ranks,
             order: 0,
             record_deadline: None,
@@ -203,7 +203,7 @@ impl State {
             deadline: now + grace,
         };
         let save = self.saves && signal == libc::SIGUSR2;
-        self.saving = save && self.alive().all(|rank| self.ready[rank]);
+        self.saving = save && self.alive().all(|rank| self.ranks[rank].talks);
         // Who is not ready would be killed by it, and the others would wait for them: there is nothing to save yet.
         let signal = match signal {
             libc::SIGTERM => self.stop_signal,
@@ -240,7 +240,7 @@ impl State {
         if let Event::Hello { rank } | Event::Step { rank, .. } | Event::Section { rank, .. } =
             event
         {
-            self.ready[*rank] = true;
+            self.ranks[*rank].talks = true;
         }
         match event {
             Event::Ended { rank, end } => {

@@ -130,10 +130,26 @@ fn a_killed_run_goes_on_bit_for_bit() {
     let steps: Vec<_> = starts.iter().map(|s| s["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, [0, from]);
     assert_eq!(json(&killed.summary())["resumed_from"], from);
+    let manifest = json(&killed.manifest());
+    for part in ["tsm-launch", "tsm-trainer", "libtorch", "kernel"] {
+        assert!(manifest["versions"][part].is_string(), "{manifest:#}");
+    }
+    assert_resumed(&killed, Some(from));
+    let earlier = json(&killed.path().join("manifest-1.json"));
+    assert!(earlier["generations"][0]["resumed_from"].is_null());
     assert_same_training(&whole, &killed);
 
     truncated_newest_checkpoint(&scene, &whole, &newest);
     another_seed(&scene, &whole, from);
+}
+
+/// The manifest names the checkpoint from which the first start of the ranks went on.
+fn assert_resumed(run: &RunDir, step: Option<u64>) {
+    let manifest = json(&run.manifest());
+    let generation = &manifest["generations"][0];
+    let path = step.map(|step| tensors(run, step).display().to_string());
+    assert_eq!(generation["resumed_from"].as_str(), path.as_deref());
+    assert_eq!(generation["resumed_step"].as_u64(), step);
 }
 
 /// Steps of the checkpoints of a run, oldest first.
@@ -165,6 +181,7 @@ fn truncated_newest_checkpoint(scene: &Scene, whole: &RunDir, steps: &[u64]) {
     let name = format!("step-{newest:08}.safetensors");
     contains(&outcome.out, &["warning: ", &name, "is not usable"]);
     assert_eq!(json(&run.summary())["resumed_from"], before);
+    assert_resumed(&run, Some(before));
     assert_same_training(whole, &run);
 }
 

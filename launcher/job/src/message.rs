@@ -1,9 +1,11 @@
 //! What a worker tells its launcher over the Unix stream socket `TSM_AGENT_FD`: one JSON object a line.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Mutex;
 
 /// One line from a worker.
@@ -16,6 +18,11 @@ pub enum WorkerMessage {
         pid: u32,
         version: String,
     },
+    /// Versions of what the worker is made of, by name: `tsm-trainer`, `libtorch`, `cuda`, `nccl`. It may come more than
+    /// once; the launcher takes those of rank 0 to the manifest.
+    Versions { versions: BTreeMap<String, String> },
+    /// The worker goes on from this checkpoint, which holds so many steps. A fresh start says nothing.
+    Resumed { path: PathBuf, step: u64 },
     /// An optimizer step was finished.
     Step {
         step: u64,

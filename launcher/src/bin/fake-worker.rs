@@ -31,6 +31,9 @@ const HELP: &str = "actions:
   --daemon PATH      start a process that leaves the session and its parent, ignores SIGTERM and hangs; `--touch PATH`
   --step N           report a finished step
   --section NAME     report what it does from now on
+  --hello            greet
+  --version N V      report the version V of N
+  --resumed N PATH   report the checkpoint of N steps from which it goes on
   --record CAUSE     report a failure
   --error-file TEXT  write torch's error file
   --touch PATH       make a file, its pid and rank in it; `{rank}` in PATH is the rank
@@ -144,6 +147,20 @@ fn main() {
                 work_ms: None,
             }),
             "--section" => link.send(&WorkerMessage::Section { name: next() }),
+            "--hello" => link.send(&WorkerMessage::Hello {
+                rank,
+                pid: std::process::id(),
+                version: env!("CARGO_PKG_VERSION").into(),
+            }),
+            "--version" => {
+                let versions = [(next(), next())].into();
+                link.send(&WorkerMessage::Versions { versions });
+            }
+            "--resumed" => {
+                let step = number(next()) as u64;
+                let path = next().into();
+                link.send(&WorkerMessage::Resumed { path, step });
+            }
             "--record" => link.send(&WorkerMessage::Failure(FailureRecord {
                 rank,
                 step: Some(3),

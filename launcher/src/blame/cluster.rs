@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
+use super::reason::reason;
 use super::{Role, role};
 use crate::end::End;
 use crate::supervisor::Rank;
@@ -14,6 +15,8 @@ pub enum Culprit {
     Rank(usize),
     /// The node was lost, and no rank is known to have failed before.
     Node {
+        /// Its place among the nodes of the job.
+        node: usize,
         host: String,
         how: String,
         /// It was given up.
@@ -72,12 +75,12 @@ pub struct Hang {
     pub late: Vec<usize>,
 }
 
-/// A rank that may be the first, with its node.
+/// A rank with how its end stands to the others, and its node.
 #[derive(Clone, Copy)]
-struct Suspect<'a> {
-    seen: Seen<'a>,
-    role: Role,
-    node: usize,
+pub(super) struct Suspect<'a> {
+    pub seen: Seen<'a>,
+    pub role: Role,
+    pub node: usize,
 }
 
 impl Suspect<'_> {
@@ -102,30 +105,38 @@ pub fn first_failure(
     hang: Option<&Hang>,
     words_of: impl Fn(usize) -> String,
 ) -> Option<Fault> {
-    let suspects: Vec<Suspect> = nodes
+    let all: Vec<Suspect> = nodes
         .iter()
         .enumerate()
-        .flat_map(|(n, node)| suspects_of(n, node, &words_of))
+        .flat_map(|(n, node)| roles_of(n, node, &words_of))
         .collect();
-    let first = first_suspect(nodes, &suspects);
+    let first = first_suspect(nodes, &all);
     let lost = nodes
         .iter()
-        .filter_map(|n| Some((n, n.lost?)))
-        .min_by_key(|(_, l)| l.given_up);
+        .enumerate()
+        .filter_map(|(n, node)| Some((n, node.host, node.lost?)))
+        .min_by_key(|(_, _, l)| l.given_up);
     let found = hang.filter(|h| !h.late.is_empty());
     let origin = first.filter(|s| s.role == Role::Origin);
-    if let Some((node, lost)) = lost
-        && !origin.is_some_and(|o| precedes_loss(&o, &nodes[o.node], node.host, &lost))
+    if let Some((node, host, lost)) = lost
+        && !origin.is_some_and(|o| precedes_loss(&o, &nodes[o.node], node, &lost))
         && found.is_none_or(|h| lost.heard <= h.at)
     {
-        return Some(Fault {
-            culprit: Culprit::Node {
-                host: node.host.into(),
-                how: lost.how.into(),
-                at: lost.given_up,
-            },
-            reason: "no rank is known to have failed by itself before".into(),
-        });
+        let reason = match origin.filter(|o| o.seen.at <= lost.given_up) {
+            None => "no rank is known to have failed by itself before".into(),
+            Some(o) => format!(
+                "rank {} on {} failed before the loss was noticed, but perhaps because of it",
+                o.seen.number, nodes[o.node].host
+            ),
+        };
+        let (host, how, at) = (host.into(), lost.how.into(), lost.given_up);
+        let culprit = Culprit::Node {
+            node,
+            host,
+            how,
+            at,
+        };
+        return Some(Fault { culprit, reason });
     }
     if let Some(hang) = found
         && origin.is_none_or(|o| o.seen.at > hang.at)
@@ -135,17 +146,17 @@ pub fn first_failure(
                 ranks: hang.late.clone(),
                 at: hang.at,
             },
-            reason: "the others had come further, and nothing had failed when it was found".into(),
+            reason: "nothing had failed when the hang was found".into(),
         });
     }
     let first = first?;
     Some(Fault {
         culprit: Culprit::Rank(first.seen.number),
-        reason: reason(nodes, &suspects, &first),
+        reason: reason(nodes, &all, &first),
     })
 }
 
-fn suspects_of<'a>(
+fn roles_of<'a>(
     index: usize,
     node: &NodeEnds<'a>,
     words_of: &impl Fn(usize) -> String,
@@ -156,20 +167,20 @@ fn suspects_of<'a>(
         Role::OwnError if seen.rank.end.is_none() && !seen.rank.after_stop => Role::Origin,
         role => role,
     };
-    let suspects = node.ranks.iter().map(|&seen| Suspect {
+    let suspect = |&seen: &Seen<'a>| Suspect {
         seen,
         role: role(&seen),
         node: index,
-    });
-    suspects.filter(|s| s.role < Role::Succeeded).collect()
+    };
+    node.ranks.iter().map(suspect).collect()
 }
 
-/// The likeliest suspect of each node by its own order, then of these the first in time. Where the clocks cannot tell
-/// two apart, the one that is certain counts.
-fn first_suspect<'a>(nodes: &[NodeEnds], suspects: &[Suspect<'a>]) -> Option<Suspect<'a>> {
+/// The likeliest failure of each node by its own order, then of these the first in time. Among those that none surely
+/// precedes, the one that is certain counts.
+fn first_suspect<'a>(nodes: &[NodeEnds], all: &[Suspect<'a>]) -> Option<Suspect<'a>> {
     let of_node = |n: usize| {
-        suspects
-            .iter()
+        all.iter()
+            .filter(|s| s.role < Role::Succeeded)
             .filter(move |s| s.node == n)
             .min_by_key(|s| (s.role, s.seen.rank.order))
             .copied()
@@ -177,69 +188,28 @@ fn first_suspect<'a>(nodes: &[NodeEnds], suspects: &[Suspect<'a>]) -> Option<Sus
     let firsts: Vec<Suspect> = (0..nodes.len()).filter_map(of_node).collect();
     let role = firsts.iter().map(|s| s.role).min()?;
     let alike = || firsts.iter().filter(move |s| s.role == role);
-    let earliest = alike().min_by_key(|s| s.seen.at)?;
+    let surely_later = |s: &&Suspect| {
+        let before = |o: &Suspect| o.seen.at < s.seen.at && !close(nodes, o, s);
+        alike().any(before)
+    };
     alike()
-        .filter(|s| close(nodes, s, earliest))
+        .filter(|s| !surely_later(s))
         .min_by_key(|s| (!s.is_certain(), s.seen.at))
         .copied()
 }
 
 /// Whether the clocks cannot tell which of two was first.
-fn close(nodes: &[NodeEnds], one: &Suspect, other: &Suspect) -> bool {
+pub(super) fn close(nodes: &[NodeEnds], one: &Suspect, other: &Suspect) -> bool {
     let apart = one.seen.at.abs_diff(other.seen.at);
     one.node == other.node || apart <= nodes[one.node].uncertainty + nodes[other.node].uncertainty
 }
 
 /// Whether `origin` failed before a node was lost: on that node whenever it told; elsewhere before the node was heard
 /// for the last time, and with certainty also as long as nobody had noticed the loss.
-fn precedes_loss(origin: &Suspect, node: &NodeEnds, lost_host: &str, lost: &Lost) -> bool {
+fn precedes_loss(origin: &Suspect, node: &NodeEnds, lost_node: usize, lost: &Lost) -> bool {
     let at = origin.seen.at;
     let before_last_word = at + node.uncertainty < lost.heard;
-    node.host == lost_host || before_last_word || (origin.is_certain() && at <= lost.given_up)
-}
-
-fn reason(nodes: &[NodeEnds], suspects: &[Suspect], first: &Suspect) -> String {
-    let several = nodes.len() > 1;
-    let name = |s: &Suspect| match several {
-        true => format!("{} on {}", s.seen.number, nodes[s.node].host),
-        false => s.seen.number.to_string(),
-    };
-    let earlier = |s: &&Suspect| match s.node == first.node {
-        true => s.seen.rank.order < first.seen.rank.order,
-        false => s.seen.at < first.seen.at,
-    };
-    let misled: Vec<&Suspect> = suspects
-        .iter()
-        .filter(|s| s.role > first.role)
-        .filter(earlier)
-        .collect();
-    let mut reason = match misled.as_slice() {
-        [] if first.seen.rank.record.is_some() => {
-            "it announced its failure before any rank ended".to_string()
-        }
-        [] if several => "its end came first".into(),
-        [] => "its end came first in the kernel's order".into(),
-        [one] => format!(
-            "rank {} ended earlier, but by what it says it lost another rank",
-            name(one)
-        ),
-        [one, rest @ ..] => format!(
-            "rank {} and {} more ended earlier, but by what they say they lost another rank",
-            name(one),
-            rest.len()
-        ),
-    };
-    let rivals = suspects
-        .iter()
-        .filter(|s| s.node != first.node && s.role == first.role && close(nodes, s, first));
-    if let Some(rival) = rivals.min_by_key(|s| s.seen.at.abs_diff(first.seen.at)) {
-        let apart = rival.seen.at.abs_diff(first.seen.at).as_secs_f64() * 1e3;
-        reason += &format!(
-            "; rank {} ended within {apart:.1} ms of it, less than the clocks tell",
-            name(rival)
-        );
-    }
-    reason
+    origin.node == lost_node || before_last_word || (origin.is_certain() && at <= lost.given_up)
 }
 
 #[cfg(test)]

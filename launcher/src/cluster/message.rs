@@ -3,6 +3,7 @@
 //! cut by [`super::fit`] on its way.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -74,6 +75,8 @@ pub enum FromAgent {
         #[serde(default)]
         containment: contain::Kind,
     },
+    /// What rank 0 says of itself; from the first node only.
+    About { generation: u32, word: About },
     /// The ranks of this node cannot be started; none is left.
     CannotStart {
         generation: u32,
@@ -180,11 +183,25 @@ pub enum ToAgent {
     Inspect {
         generation: u32,
     },
+    /// Say this to whoever has started the agent by hand.
+    Tell {
+        text: String,
+    },
     /// Leave, with this exit code. `message` is for the agent's own stderr.
     Exit {
         code: i32,
         message: Option<String>,
     },
+}
+
+/// What a worker says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum About {
+    /// See [`tsm_job::message::WorkerMessage::Versions`].
+    Versions(BTreeMap<String, String>),
+    /// See [`tsm_job::message::WorkerMessage::Resumed`].
+    Resumed { path: PathBuf, step: u64 },
 }
 
 /// Of the measurements before a start. One that is asked for ends those of earlier rounds.

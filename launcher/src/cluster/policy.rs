@@ -6,6 +6,9 @@
 //! - Nobody asked for restarts, yet a job runs twice: without `--max-restarts` nothing is started again.
 //! - A wrong config, a missing file or a model too large for the GPU is started until the budget is gone
 //!   (dlrover#1068): what fails again until somebody changes something ends the job at once, with the rank's own code.
+//! - A program that reports no steps is judged by rules about steps, and never started again: of one that says nothing
+//!   progress is not known, so `--max-restarts` counts alone, all its starts together. Only what follows about pauses
+//!   and hosts applies to it.
 //! - A deterministic bug is restarted for ever, at the price of an allocation: the same failure at the same step twice
 //!   ends the job with code 93, which tells a scheduler not to requeue it.
 //! - Restart storms that never come to a step: [`MAX_FRUITLESS`] starts without a step end the job with code 93.
@@ -14,7 +17,7 @@
 //! - Long jobs use up their restarts (a fixed `--max-restarts` counts failures of a whole month): every new checkpoint
 //!   refills the budget, there is no total. A job that comes to no checkpoint ends after `--max-restarts`.
 //! - Restarts at once make a broken file server or network worse; waiting costs GPU hours when nothing is wrong: there
-//!   is a backoff only while no progress is made.
+//!   is a backoff only while no progress is made. Where it is not known, a start that lasted [`LONG_START`] ends it.
 //! - The broken node is given ranks again: a host whose GPU failed is left out; one that was in the way
 //!   [`MAX_INCIDENTS_OF_A_HOST`] times is, if the others suffice. A permanent blacklist starves a job
 //!   (horovod#3319): a lost node may come back after [`COOLDOWN`], and who is left out is said with the reason.
@@ -34,8 +37,8 @@ pub const MAX_INCIDENTS_OF_A_HOST: usize = 2;
 pub const RECENT: usize = 10;
 /// How long a lost node is not given ranks when it comes back.
 pub const COOLDOWN: Duration = Duration::from_secs(60);
-/// Of a program that reports no steps, only time can tell: after so long it has made progress.
-pub const PROGRESS_WITHOUT_STEPS: Duration = Duration::from_secs(10 * 60);
+/// After a start of a program that reports no steps that lasted so long, the pauses begin anew.
+pub const LONG_START: Duration = Duration::from_secs(10 * 60);
 
 /// What the user allows.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,8 +78,14 @@ pub struct Incident {
     pub signature: String,
     /// The host to blame.
     pub host: Option<String>,
+    /// Which of the agents of that host, where it has several.
+    #[serde(default)]
+    pub agent: u32,
     /// The rank to blame.
     pub rank: Option<u32>,
+    /// The workers talk to the launcher: where they reported no step, there was none.
+    #[serde(default)]
+    pub tells: bool,
     /// Last finished step of the job.
     pub step: Option<u64>,
     /// Step of the newest complete checkpoint, from which the next start continues.
@@ -119,11 +128,29 @@ pub enum Verdict {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LeftOut {
     pub host: String,
+    /// Only this of its agents; `None`: the whole machine.
+    pub agent: Option<u32>,
     /// It cannot run the job. Otherwise it is used all the same where the others do not suffice.
     pub must: bool,
     /// Since the launcher started; `None`: to the end of the job.
     pub until: Option<Duration>,
     pub why: String,
+}
+
+impl LeftOut {
+    pub fn covers(&self, host: &str, agent: u32) -> bool {
+        self.host == host && self.agent.is_none_or(|own| own == agent)
+    }
+
+    pub fn is_over(&self, now: Duration) -> bool {
+        self.until.is_some_and(|until| now >= until)
+    }
+
+    /// Whether it says the same as `other`, if perhaps with another reason.
+    pub fn repeats(&self, other: &LeftOut) -> bool {
+        (&self.host, self.agent, self.must, self.until)
+            == (&other.host, other.agent, other.must, other.until)
+    }
 }
 
 /// With what code a job ends that is not started again.
@@ -149,6 +176,7 @@ impl StopCode {
 pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> Verdict {
     let history: Vec<&Incident> = earlier.iter().chain([incident]).collect();
     let starts = Starts { options, history };
+    let known = starts.progress_is_known();
     let last = starts.history.len() - 1;
     let progress = starts.made_progress(last);
     let fruitless = starts.fruitless();
@@ -169,7 +197,7 @@ pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> V
             incident.class
         ));
     }
-    if starts.seen_before() {
+    if known && starts.seen_before() {
         return give_up(match incident.step {
             Some(step) => format!(
                 "the same failure at step {step} twice: {}",
@@ -181,26 +209,38 @@ pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> V
             ),
         });
     }
-    if fruitless >= MAX_FRUITLESS {
+    if known && fruitless >= MAX_FRUITLESS {
         return give_up(format!("{fruitless} starts in a row made no progress"));
     }
-    if incident.class == Class::Program && !progress {
+    if known && incident.class == Class::Program && !progress {
         return keep(
             "the program failed by itself and had made no progress since its start".into(),
         );
     }
     let left = starts.restarts_left();
     if left == 0 {
-        return keep(format!(
-            "all {} restarts since the last new checkpoint are used (--max-restarts)",
-            options.max_restarts
-        ));
+        let all = options.max_restarts;
+        return keep(match known {
+            true => {
+                format!(
+                    "all {all} restarts since the last new checkpoint are used (--max-restarts)"
+                )
+            }
+            false => format!(
+                "all {all} restarts are used (--max-restarts), which count alone since the program reports no steps"
+            ),
+        });
     }
     let after = match fruitless {
         0 => Duration::ZERO,
         n => backoff(options, n as u32 - 1),
     };
     let why = match fruitless {
+        _ if !known => format!(
+            "{}; the program reports no steps, so --max-restarts counts alone, after a pause of {:.1} s",
+            incident.class,
+            after.as_secs_f64()
+        ),
         0 => format!(
             "{}, and progress was made since the last start",
             incident.class
@@ -257,12 +297,16 @@ impl Starts<'_> {
         }
     }
 
-    /// Whether start `i` came further than where it started.
+    /// Whether any of the starts told how far it came.
+    fn progress_is_known(&self) -> bool {
+        self.history.iter().any(|h| h.tells || h.step.is_some())
+    }
+
+    /// Whether start `i` came further than where it started, as far as is known.
     fn made_progress(&self, i: usize) -> bool {
-        let reports_steps = self.history.iter().any(|h| h.step.is_some());
         match self.history[i].step {
             Some(step) => step > self.resumed_at(i).unwrap_or(0),
-            None => !reports_steps && self.history[i].ran >= PROGRESS_WITHOUT_STEPS,
+            None => !self.progress_is_known() && self.history[i].ran >= LONG_START,
         }
     }
 
@@ -280,8 +324,7 @@ impl Starts<'_> {
         backwards.take_while(|&i| !self.made_progress(i)).count()
     }
 
-    /// Whether the last incident repeats one before it. Broken hardware and lost nodes are no failure of the job, and
-    /// two programs that tell no steps may have failed anywhere.
+    /// Whether the last incident repeats one before it. Broken hardware and lost nodes are no failure of the job.
     fn seen_before(&self) -> bool {
         let Some((last, before)) = self.history.split_last() else {
             return false;
@@ -289,12 +332,9 @@ impl Starts<'_> {
         if matches!(last.class, Class::Hardware | Class::NodeLost) {
             return false;
         }
-        let comparable = |i: usize| self.history[i].step.is_some() || !self.made_progress(i);
-        let same = |(i, earlier): (usize, &&Incident)| {
-            let at_one_step = earlier.step == last.step && comparable(i);
-            at_one_step && earlier.signature == last.signature
-        };
-        comparable(before.len()) && before.iter().enumerate().any(same)
+        let same =
+            |earlier: &&Incident| earlier.step == last.step && earlier.signature == last.signature;
+        before.iter().any(same)
     }
 
     /// Restarts that may still be made, the next one included.
@@ -313,31 +353,33 @@ impl Starts<'_> {
     }
 
     fn left_out(&self) -> Vec<LeftOut> {
-        let mut hosts: Vec<&str> = self
-            .history
-            .iter()
-            .filter_map(|h| h.host.as_deref())
+        let nodes = self.history.iter();
+        let mut nodes: Vec<(&str, u32)> = nodes
+            .filter_map(|h| Some((h.host.as_deref()?, h.agent)))
             .collect();
-        hosts.sort_unstable();
-        hosts.dedup();
-        hosts
-            .into_iter()
-            .filter_map(|host| self.against(host))
-            .collect()
+        nodes.sort_unstable();
+        nodes.dedup();
+        let mut all: Vec<LeftOut> = Vec::new();
+        for (host, agent) in nodes {
+            let known = all.iter().any(|l| l.covers(host, agent));
+            all.extend(self.against(host, agent).filter(|_| !known));
+        }
+        all
     }
 
-    /// Why to leave out `host`.
-    fn against(&self, host: &str) -> Option<LeftOut> {
+    /// Why to leave out an agent, or its machine.
+    fn against(&self, host: &str, agent: u32) -> Option<LeftOut> {
         let of_host = |incident: &&&Incident| incident.host.as_deref() == Some(host);
-        let left_out = |must, until, why| LeftOut {
+        let left_out = |agent, must, until, why| LeftOut {
             host: host.into(),
+            agent,
             must,
             until,
             why,
         };
         let unfit = |i: &&&Incident| i.again == Again::Elsewhere && i.class != Class::NodeLost;
         if let Some(unfit) = self.history.iter().filter(of_host).find(unfit) {
-            return Some(left_out(true, None, unfit.signature.clone()));
+            return Some(left_out(None, true, None, unfit.signature.clone()));
         }
         let recent = &self.history[self.history.len().saturating_sub(RECENT)..];
         let suspect = |i: &&&Incident| {
@@ -351,7 +393,8 @@ impl Starts<'_> {
                     | Class::Hardware
             )
         };
-        let incidents: Vec<_> = recent.iter().filter(of_host).filter(suspect).collect();
+        let own = recent.iter().filter(of_host).filter(|i| i.agent == agent);
+        let incidents: Vec<_> = own.filter(suspect).collect();
         let last = incidents.last()?;
         if incidents.len() >= MAX_INCIDENTS_OF_A_HOST {
             let why = format!(
@@ -360,12 +403,12 @@ impl Starts<'_> {
                 recent.len(),
                 last.signature
             );
-            return Some(left_out(false, None, why));
+            return Some(left_out(Some(agent), false, None, why));
         }
         let until = last.at + COOLDOWN;
         let now = self.history.last().map_or(Duration::ZERO, |h| h.at);
         (last.class == Class::NodeLost && now < until)
-            .then(|| left_out(false, Some(until), last.signature.clone()))
+            .then(|| left_out(Some(agent), false, Some(until), last.signature.clone()))
     }
 }
 

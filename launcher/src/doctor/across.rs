@@ -4,80 +4,137 @@ use std::collections::BTreeMap;
 
 use crate::cluster::message::{Finding, Join, Severity};
 
-/// Compares the nodes of a job by what they said when they joined.
-pub fn across(nodes: &[&Join]) -> Vec<Finding> {
+/// Something in which nodes should not differ.
+struct Rule {
+    severity: Severity,
+    area: &'static str,
+    what: &'static str,
+    /// Empty where the node does not know.
+    get: fn(&Join) -> String,
+    hint: &'static str,
+}
+
+const VERSIONS: &str = "install the same version on all nodes";
+
+fn rule(
+    severity: Severity,
+    area: &'static str,
+    what: &'static str,
+    get: fn(&Join) -> String,
+    hint: &'static str,
+) -> Rule {
+    Rule {
+        severity,
+        area,
+        what,
+        get,
+        hint,
+    }
+}
+
+fn rules() -> [Rule; 7] {
     use Severity::{Ok as Note, Warning};
-    let gpus = |node: &Join| match node.gpus.as_slice() {
-        [] => "no GPU".to_string(),
-        all => {
-            let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
-            for gpu in all {
-                *kinds.entry(&gpu.name).or_default() += 1;
-            }
-            let kinds: Vec<String> = kinds
-                .iter()
-                .map(|(name, n)| format!("{n} x {name}"))
-                .collect();
-            kinds.join(" + ")
-        }
-    };
-    let text = |value: &Option<String>| value.clone().unwrap_or_default();
-    type Get<'a> = &'a dyn Fn(&Join) -> String;
-    let versions = "install the same version on all nodes";
-    let rules: [(Severity, &str, &str, Get, &str); 7] = [
-        (
+    let (one_kind, mixed) = (
+        "all ranks wait for the slowest; take nodes of one kind",
+        "mixed versions may hang or fail at the first collective; install the same one on all nodes",
+    );
+    [
+        rule(
             Warning,
             "version",
             "tsm-launch",
-            &|n| n.version.clone(),
-            versions,
+            |n| n.version.clone(),
+            VERSIONS,
         ),
-        (
-            Warning,
-            "gpu",
-            "the GPUs",
-            &gpus,
-            "all ranks wait for the slowest; take nodes of one kind",
-        ),
-        (
-            Warning,
-            "gpu",
-            "the NVIDIA driver",
-            &|n| text(&n.facts.driver),
-            versions,
-        ),
-        (
-            Warning,
-            "nccl",
-            "NCCL",
-            &|n| text(&n.facts.nccl),
-            "mixed versions may hang or fail at the first collective; install the same one on all nodes",
-        ),
-        (Note, "cpu", "the CPU", &|n| n.facts.cpu.clone(), ""),
-        (
+        rule(Warning, "gpu", "the GPUs", gpus, one_kind),
+        rule(Warning, "gpu", "the NVIDIA driver", driver, VERSIONS),
+        rule(Warning, "nccl", "NCCL", nccl, mixed),
+        rule(Note, "cpu", "the CPU", |n| n.facts.cpu.clone(), ""),
+        rule(
             Note,
             "cpu",
             "the number of cores",
-            &|n| n.facts.num_cpus.to_string(),
+            |n| n.facts.num_cpus.to_string(),
             "",
         ),
-        (
-            Note,
-            "kernel",
-            "the kernel",
-            &|n| n.facts.kernel.clone(),
-            "",
-        ),
-    ];
-    let compare = |(severity, area, what, get, hint): (Severity, &str, &str, Get, &str)| {
-        let groups = groups(nodes, get);
-        (groups.len() > 1).then(|| {
-            let text = format!("{what} differs: {}", groups.join("; "))
-                .replace("GPUs differs", "GPUs differ");
-            Finding::new(severity, area, text, hint)
-        })
+        rule(Note, "kernel", "the kernel", |n| n.facts.kernel.clone(), ""),
+    ]
+}
+
+fn driver(node: &Join) -> String {
+    node.facts.driver.clone().unwrap_or_default()
+}
+
+fn nccl(node: &Join) -> String {
+    node.facts.nccl.clone().unwrap_or_default()
+}
+
+fn gpus(node: &Join) -> String {
+    if node.gpus.is_empty() {
+        return "no GPU".into();
+    }
+    let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
+    for gpu in &node.gpus {
+        *kinds.entry(&gpu.name).or_default() += 1;
+    }
+    let kinds = kinds.iter().map(|(name, n)| format!("{n} x {name}"));
+    kinds.collect::<Vec<_>>().join(" + ")
+}
+
+impl Rule {
+    fn finding(&self, severity: Severity, groups: &[String]) -> Finding {
+        let text = format!("{} differs: {}", self.what, groups.join("; "))
+            .replace("GPUs differs", "GPUs differ");
+        Finding::new(severity, self.area, text, self.hint)
+    }
+}
+
+/// Compares the nodes of a job by what they said when they joined.
+pub fn across(nodes: &[&Join]) -> Vec<Finding> {
+    let compare = |rule: Rule| {
+        let groups = groups(nodes, rule.get);
+        (groups.len() > 1).then(|| rule.finding(rule.severity, &groups))
     };
-    rules.into_iter().filter_map(compare).collect()
+    let mut findings: Vec<Finding> = rules().into_iter().filter_map(compare).collect();
+    findings.extend(unknown_nccl(nodes, nodes));
+    findings
+}
+
+/// Compares a node that comes later with those that run already: how it differs from all of them. What makes NCCL refuse
+/// to connect ranks is an error: it would end a job that runs well.
+pub fn late(running: &[&Join], node: &Join) -> Vec<Finding> {
+    let all: Vec<&Join> = running.iter().copied().chain([node]).collect();
+    let compare = |rule: Rule| {
+        let (own, known) = ((rule.get)(node), groups(running, rule.get));
+        let alike = running.iter().any(|r| (rule.get)(r) == own);
+        let differs = !own.is_empty() && !known.is_empty() && !alike;
+        let severity = match rule.area {
+            "nccl" => Severity::Error,
+            _ => rule.severity,
+        };
+        differs.then(|| rule.finding(severity, &groups(&all, rule.get)))
+    };
+    let mut findings: Vec<Finding> = rules().into_iter().filter_map(compare).collect();
+    findings.extend(unknown_nccl(&all, &[node]));
+    findings
+}
+
+/// `these` of the nodes do not say which NCCL they have, and others do.
+fn unknown_nccl(all: &[&Join], these: &[&Join]) -> Option<Finding> {
+    let known = groups(all, nccl);
+    let silent = these
+        .iter()
+        .filter(|n| !n.gpus.is_empty() && nccl(n).is_empty());
+    let silent: Vec<&str> = silent.map(|n| n.host.as_str()).collect();
+    (!known.is_empty() && !silent.is_empty()).then(|| {
+        let text = format!(
+            "NCCL was not found on {}, so it may differ: {}",
+            some(&silent),
+            known.join("; ")
+        );
+        let hint = "see that all nodes have the same libraries; a program may bring its own NCCL";
+        Finding::warning("nccl", text, hint)
+    })
 }
 
 /// What harms a job on some of the nodes, each with the nodes of which it was said, unless there is only one.
@@ -112,7 +169,7 @@ fn some(hosts: &[&str]) -> String {
 }
 
 /// `570.1 on a, c`, the most frequent first; nodes that do not know do not count.
-fn groups(nodes: &[&Join], get: &dyn Fn(&Join) -> String) -> Vec<String> {
+fn groups(nodes: &[&Join], get: fn(&Join) -> String) -> Vec<String> {
     let mut hosts: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for node in nodes {
         let value = get(node);
@@ -187,5 +244,44 @@ mod tests {
             ]
         );
         assert_eq!(found[2].severity, Severity::Ok);
+    }
+
+    #[test]
+    fn a_later_node_is_compared_with_those_that_run() {
+        let with = |host, nccl: Option<&str>| {
+            let mut join = node(host, Some("570.1"), 8);
+            join.facts.nccl = nccl.map(String::from);
+            join
+        };
+        let (a, b) = (with("a", Some("2.27.3")), with("b", Some("2.28.9")));
+        // What one of them has is not new.
+        assert_eq!(late(&[&a, &b], &with("c", Some("2.28.9"))), []);
+        let found = late(&[&a], &with("c", Some("2.28.9")));
+        let told = |f: &Finding| (f.severity, f.text.clone());
+        let text = "NCCL differs: 2.27.3 on a; 2.28.9 on c";
+        assert_eq!(
+            found.iter().map(told).collect::<Vec<_>>(),
+            [(Severity::Error, text.into())]
+        );
+        // Among those that start together nobody can say whose is right.
+        let found = across(&[&a, &b]);
+        assert_eq!((found.len(), found[0].severity), (1, Severity::Warning));
+        // One that does not know its own may differ.
+        let found = late(&[&a], &with("c", None));
+        let text = "NCCL was not found on c, so it may differ: 2.27.3 on a";
+        assert_eq!(
+            found.iter().map(told).collect::<Vec<_>>(),
+            [(Severity::Warning, text.into())]
+        );
+        assert_eq!(across(&[&a, &with("c", None)])[0].text, text);
+        assert_eq!(late(&[&with("a", None)], &with("c", None)), []);
+        let mut driver = with("c", Some("2.27.3"));
+        driver.facts.driver = Some("550.9".into());
+        let text = "the NVIDIA driver differs: 550.9 on c; 570.1 on a";
+        let found = late(&[&a], &driver);
+        assert_eq!(
+            found.iter().map(told).collect::<Vec<_>>(),
+            [(Severity::Warning, text.into())]
+        );
     }
 }

@@ -15,7 +15,7 @@ mod nccl;
 pub mod preflight;
 mod show;
 
-pub use across::{across, of_nodes};
+pub use across::{across, late, of_nodes};
 pub use clock::{ClockSample, clock_findings, now_ms};
 pub use show::print;
 

@@ -17,8 +17,11 @@ pub struct Generation {
     pub world_size: u32,
     /// Hosts, in order of rank.
     pub nodes: Vec<String>,
-    /// The checkpoint that the ranks were told to start from.
+    /// The checkpoint from which the ranks went on, as they say; of workers that do not say it, the one that they were
+    /// told to. `None`: from the beginning.
     pub resumed_from: Option<String>,
+    /// Steps that it holds.
+    pub resumed_step: Option<u64>,
     /// Why it ended, where it has.
     pub cause: Option<String>,
     pub class: Option<Class>,
@@ -89,6 +92,13 @@ impl Generations {
         });
     }
 
+    /// The ranks of the newest generation go on from this checkpoint.
+    pub fn resumed(&mut self, path: String, step: u64) {
+        if let Some(generation) = self.0.last_mut() {
+            (generation.resumed_from, generation.resumed_step) = (Some(path), Some(step));
+        }
+    }
+
     /// A rank of the newest generation has finished a step. That of the quickest rank counts.
     pub fn step(&mut self, now: Duration, number: u64) {
         let Some(generation) = self.0.last_mut() else {
@@ -116,7 +126,7 @@ impl Generations {
     }
 
     /// See [`goodput`].
-    pub fn goodput(&self, now: Duration) -> f64 {
+    pub fn goodput(&self, now: Duration) -> Option<f64> {
         let spans: Vec<Span> = self.0.iter().map(|generation| generation.span).collect();
         goodput(&spans, now)
     }
@@ -125,11 +135,11 @@ impl Generations {
 /// Time in which steps were made that were kept, over all time since the first rank was started: 0 to 1.
 ///
 /// In each generation the time from its first step to its last one that no later generation made again;
-/// its steps are taken to be equally long. Starting, loading, and what a restart lost do not count.
-pub fn goodput(spans: &[Span], now: Duration) -> f64 {
-    let Some(start) = spans.first().map(|span| span.started) else {
-        return 0.0;
-    };
+/// its steps are taken to be equally long. Starting, loading, and what a restart lost do not count. `None` where no
+/// step was reported: of a program that reports none nothing is known.
+pub fn goodput(spans: &[Span], now: Duration) -> Option<f64> {
+    let start = spans.first()?.started;
+    spans.iter().find(|span| span.steps.is_some())?;
     // Steps from this one on were made again later.
     let mut again = u64::MAX;
     let mut useful = Duration::ZERO;
@@ -142,11 +152,11 @@ pub fn goodput(spans: &[Span], now: Duration) -> f64 {
         again = again.min(first.number);
     }
     let all = now.saturating_sub(start).as_secs_f64();
-    if all > 0.0 {
+    Some(if all > 0.0 {
         (useful.as_secs_f64() / all).min(1.0)
     } else {
         0.0
-    }
+    })
 }
 
 #[cfg(test)]
@@ -168,31 +178,32 @@ mod tests {
 
     #[test]
     fn starting_and_what_was_lost_do_not_count() {
-        assert_eq!(goodput(&[], s(9)), 0.0);
-        assert_eq!(goodput(&[span(5, None)], s(5)), 0.0);
+        assert_eq!(goodput(&[], s(9)), None);
+        assert_eq!(goodput(&[span(5, None)], s(9)), None);
+        assert_eq!(goodput(&[span(5, Some((1, 5, 1, 5)))], s(5)), Some(0.0));
         // 10 s to start, 80 s of steps, 10 s to end.
         let one = span(10, Some((1, 20, 81, 100)));
-        assert_eq!(goodput(&[one], s(110)), 0.8);
+        assert_eq!(goodput(&[one], s(110)), Some(0.8));
         // It failed at step 81; the checkpoint was of step 61, so 20 s were lost.
         let two = span(110, Some((62, 120, 102, 160)));
         let expected = (60.0 + 40.0) / 150.0;
-        assert!((goodput(&[one, two], s(160)) - expected).abs() < 1e-9);
+        assert!((goodput(&[one, two], s(160)).unwrap() - expected).abs() < 1e-9);
         // A start that never came to a step only takes time.
         let none = span(110, None);
         let two = span(120, Some((62, 130, 102, 170)));
         let expected = (60.0 + 40.0) / 160.0;
-        assert!((goodput(&[one, none, two], s(170)) - expected).abs() < 1e-9);
+        assert!((goodput(&[one, none, two], s(170)).unwrap() - expected).abs() < 1e-9);
     }
 
     #[test]
     fn a_job_that_started_all_over_lost_everything_before() {
         let one = span(0, Some((1, 10, 91, 100)));
         let two = span(100, Some((1, 110, 41, 150)));
-        assert_eq!(goodput(&[one, two], s(200)), 0.2);
+        assert_eq!(goodput(&[one, two], s(200)), Some(0.2));
         // Also what a generation in between had kept.
         let three = span(200, Some((31, 210, 41, 220)));
         let expected = (29.0 + 10.0) / 300.0;
-        assert!((goodput(&[one, two, three], s(300)) - expected).abs() < 1e-9);
+        assert!((goodput(&[one, two, three], s(300)).unwrap() - expected).abs() < 1e-9);
     }
 
     #[test]
@@ -230,7 +241,7 @@ mod tests {
         );
         assert!(json.get("span").is_none());
         assert_eq!((second.number, second.ended.as_deref()), (1, None));
-        assert_eq!(job.goodput(s(50)), 4.0 / 40.0);
+        assert_eq!(job.goodput(s(50)), Some(4.0 / 40.0));
     }
 
     proptest! {
@@ -243,7 +254,7 @@ mod tests {
                 now = at + number / 2;
                 spans.push(span(at, Some((first, at, first + number, now))));
             }
-            let found = goodput(&spans, s(now + more));
+            let found = goodput(&spans, s(now + more)).unwrap_or(0.0);
             prop_assert!((0.0..=1.0).contains(&found));
         }
     }

@@ -21,7 +21,7 @@ fn run<'a>() -> Run<'a> {
         exit_code: 17,
         oom_kills: 0,
         xids: &[],
-        lost: &[],
+        homes: &[],
         stacks: None,
         earlier: &[],
         resume: Some("tsm-launch --cpus 6 --resume runs/r"),
@@ -36,6 +36,7 @@ fn report(ends: &[End], oom_kills: u64) -> String {
         after_stop: i > 0,
         sent: if i > 0 { sent.clone() } else { Vec::new() },
         ended_at: Duration::from_micros(2_100_000 + 900 * i as u64),
+        first_at: Duration::from_micros(2_100_000 + 900 * i as u64),
         step: Some(7),
         ..Rank::default()
     };
@@ -105,6 +106,7 @@ fn ended(end: Option<End>, ms: u64) -> Rank {
         after_stop: true,
         sent: vec![libc::SIGTERM],
         ended_at: Duration::from_millis(ms),
+        first_at: Duration::from_millis(ms),
         step: Some(ms / 1000),
         ..Rank::default()
     }
@@ -178,13 +180,19 @@ fn a_lost_node_is_named_with_its_ranks() {
     ];
     let fault = Fault {
         culprit: Culprit::Node {
+            node: 1,
             host: "gpu-02".into(),
             how: "no sign of life for 1.5 s".into(),
             at: Duration::from_secs(9),
         },
         reason: "no rank is known to have failed by itself before".into(),
     };
-    let lost = ["gpu-02".to_string()];
+    let home = |i: usize| Home {
+        node_rank: i / 2,
+        is_lost: i >= 2,
+        ..Home::default()
+    };
+    let homes: Vec<Home> = (0..4).map(home).collect();
     let earlier = [Incident {
         at: Duration::from_millis(4100),
         ran: Duration::from_secs(4),
@@ -192,12 +200,14 @@ fn a_lost_node_is_named_with_its_ranks() {
         again: class::Again::MayWork,
         signature: "killed from outside: signal 9 (SIGKILL)".into(),
         host: Some("gpu-01".into()),
+        agent: 0,
         rank: Some(1),
+        tells: true,
         step: Some(3),
         checkpoint_step: None,
     }];
     let run = Run {
-        lost: &lost,
+        homes: &homes,
         earlier: &earlier,
         resume: None,
         ..run()
@@ -237,7 +247,7 @@ fn ranks_that_hang_are_named_with_their_stacks() {
             ranks: late.to_vec(),
             at: Duration::from_secs(60),
         },
-        reason: "the others had come further, and nothing had failed when it was found".into(),
+        reason: "nothing had failed when the hang was found".into(),
     };
     let run = Run {
         stacks: Some("rank 2: futex_wait\n  #0 read_clip\n"),

@@ -6,6 +6,7 @@ use super::{Failure, Other};
 use crate::blame::Role;
 use crate::class::Class;
 use crate::cores::to_list;
+use crate::end::End;
 use crate::logs::TAIL_LINES;
 
 /// Lines about the other ranks in the text; failure.json has them all.
@@ -99,8 +100,9 @@ impl Failure {
         match (&self.device, self.pid) {
             (Some(device), Some(pid)) => write!(f, ", {device}, pid {pid}")?,
             _ => {
-                let on_host = self.others.iter().filter(|o| o.host == self.host);
-                let ranks: Vec<usize> = on_host.map(|o| o.rank).collect();
+                let of_node = self.others.iter();
+                let of_node = of_node.filter(|o| o.node_rank == self.node_rank);
+                let ranks: Vec<usize> = of_node.map(|o| o.rank).collect();
                 if !ranks.is_empty() {
                     write!(f, ", {}", named(&ranks))?;
                 }
@@ -138,20 +140,21 @@ impl Failure {
     /// One line for all ranks that ended alike.
     fn fmt_others(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let one_host = self.others.iter().all(|other| other.host == self.host);
-        let mut groups: Vec<((String, &str), Vec<&Other>)> = Vec::new();
+        type Alike<'a> = (String, &'a str, bool);
+        let mut groups: Vec<(Alike, Vec<&Other>)> = Vec::new();
         for other in &self.others {
             let host = if one_host || is_usual(other.role) {
                 ""
             } else {
                 &other.host
             };
-            let key = (how_it_ended(other), host);
+            let key = (how_it_ended(other), host, is_unsure(other));
             match groups.iter_mut().find(|(have, _)| *have == key) {
                 Some((_, members)) => members.push(other),
                 None => groups.push((key, vec![other])),
             }
         }
-        for ((text, _), members) in groups.iter().take(MAX_OTHERS) {
+        for ((text, ..), members) in groups.iter().take(MAX_OTHERS) {
             let ranks: Vec<usize> = members.iter().map(|o| o.rank).collect();
             let hosts = if one_host {
                 String::new()
@@ -184,10 +187,14 @@ fn is_usual(role: Role) -> bool {
 fn how_it_ended(other: &Other) -> String {
     let end = other.end.map_or(String::new(), |end| end.to_string());
     match other.role {
-        Role::Succeeded => "succeeded".into(),
+        Role::Succeeded if other.end.is_some_and(End::is_success) => "succeeded".into(),
+        Role::Succeeded => format!("saved and ended: {end}"),
         Role::Stopped => format!("stopped by the launcher: {end}"),
         Role::LostPeer => format!("lost another rank: {end}"),
         Role::Origin | Role::OwnCode => end,
+        Role::OwnError if other.end.is_none() => {
+            "had an error of its own, and could not be ended".into()
+        }
         Role::OwnError => format!("had an error of its own: {end}"),
         Role::Stuck => {
             let state = other.stuck_in.as_deref().unwrap_or("state unknown");
@@ -207,7 +214,12 @@ fn on_hosts(members: &[&Other]) -> String {
     }
 }
 
-/// `, 3.1 to 8.9 ms after`.
+/// Whether the clocks do not tell if it ended before the failure or after.
+fn is_unsure(other: &Other) -> bool {
+    other.after_ms.abs() <= other.unsure_ms && other.unsure_ms > 0.0
+}
+
+/// `, 3.1 to 8.9 ms after`. The ends of all `members` are sure, or of none.
 fn when(members: &[&Other]) -> String {
     if matches!(members[0].role, Role::Stuck | Role::NodeLost) {
         return String::new();
@@ -215,12 +227,18 @@ fn when(members: &[&Other]) -> String {
     let after = members.iter().map(|o| o.after_ms);
     let first = after.clone().fold(f64::INFINITY, f64::min);
     let last = after.fold(f64::NEG_INFINITY, f64::max);
-    let (from, to) = (format!("{:.1}", first.abs()), format!("{:.1}", last.abs()));
+    let shown = |ms: f64| format!("{:.1}", ms.abs());
+    if is_unsure(members[0]) {
+        let most = shown(first.abs().max(last.abs()));
+        return format!(", within {most} ms of it, less than the clocks tell");
+    }
+    let range = |from: f64, to: f64| match (shown(from), shown(to)) {
+        (from, to) if from == to => from,
+        (from, to) => format!("{from} to {to}"),
+    };
     match (first < 0.0, last < 0.0) {
-        (true, false) => format!(", {from} ms before to {to} ms after"),
-        (true, true) if from == to => format!(", {from} ms before"),
-        (true, true) => format!(", {from} to {to} ms before"),
-        _ if from == to => format!(", {from} ms after"),
-        _ => format!(", {from} to {to} ms after"),
+        (true, false) => format!(", {} ms before to {} ms after", shown(first), shown(last)),
+        (true, true) => format!(", {} ms before", range(last, first)),
+        _ => format!(", {} ms after", range(first, last)),
     }
 }

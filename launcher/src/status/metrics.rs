@@ -50,15 +50,14 @@ pub fn render(snapshot: &Snapshot) -> String {
             "Since the launcher started.",
             snapshot.elapsed_s,
         ),
-        (
-            "tsm_goodput_ratio",
-            "gauge",
-            "Time of steps that were kept, over all time.",
-            snapshot.goodput,
-        ),
     ] {
         page.family(name, kind, help);
         page.sample(&[], value);
+    }
+    if let Some(goodput) = snapshot.goodput {
+        let help = "Time of steps that were kept, over all time.";
+        page.family("tsm_goodput_ratio", "gauge", help);
+        page.sample(&[], goodput);
     }
     page.family("tsm_metric", "gauge", "What rank 0 reported last.");
     for (name, value) in &snapshot.metrics {

@@ -21,8 +21,8 @@ pub struct Snapshot {
     /// Since the launcher started.
     pub elapsed_s: f64,
     /// Time in which ranks were stepping, over all time since the first rank started; what was lost to a restart
-    /// does not count. 0 to 1.
-    pub goodput: f64,
+    /// does not count. 0 to 1; `None` while no step was reported.
+    pub goodput: Option<f64>,
     pub nodes: Vec<NodeStatus>,
     /// In order of rank.
     pub ranks: Vec<RankStatus>,

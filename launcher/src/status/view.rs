@@ -110,10 +110,9 @@ fn training(snapshot: &Snapshot) -> Vec<String> {
         metric("clips_per_s").map_or(String::new(), |v| format!("{v} clips/s")),
         named("loss"),
         named("lr"),
-        format!(
-            "goodput {:.0}%",
-            (snapshot.goodput * 100.0).clamp(0.0, 100.0)
-        ),
+        snapshot.goodput.map_or(String::new(), |goodput| {
+            format!("goodput {:.0}%", (goodput * 100.0).clamp(0.0, 100.0))
+        }),
     ];
     let known = ["clips_per_s", "loss", "lr"];
     let others = snapshot
@@ -289,7 +288,7 @@ mod tests {
             phase: "run".into(),
             world_size: num_nodes * per_node,
             elapsed_s: 723.4,
-            goodput: 0.968,
+            goodput: Some(0.968),
             nodes: (0..num_nodes).map(node).collect(),
             ranks: (0..num_nodes * per_node).map(rank).collect(),
             metrics: metrics.map(|(n, v)| (n.to_string(), v)).into(),

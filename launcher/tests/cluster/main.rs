@@ -11,6 +11,7 @@ mod job;
 mod nodes;
 
 mod failures;
+mod left_out;
 mod losses;
 mod membership;
 mod preflight;

@@ -205,9 +205,9 @@ impl Cluster {
         })
     }
 
-    /// Node `n`, counted from 1.
+    /// Node `n`, counted from 1; beyond the last it begins anew, for several launchers on one node.
     pub fn node(&self, n: usize) -> &Node {
-        &self.nodes[n - 1]
+        &self.nodes[(n - 1) % self.nodes.len()]
     }
 
     pub fn pull_cable(&self, n: usize) {

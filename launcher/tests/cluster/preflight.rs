@@ -121,7 +121,7 @@ fn a_slow_node_is_named_and_a_spare_takes_its_place() {
             };
             assert_eq!(hosts, good);
             assert_eq!(job.events("left_out")[0]["host"], "node-2");
-            assert!(said.contains("left out: node-2 is slow"));
+            assert!(said.contains("gets no ranks any more: node-2 is slow"));
         }
     }
 }
@@ -223,7 +223,10 @@ fn a_node_that_fails_alone_gets_no_ranks() {
     let mut job = Job::on_all(&cluster, &format!("--nodes 1:2 {SHORT}"), "--meet --exit 0");
     assert_eq!(job.end(), [0, 0]);
     assert_eq!(hosts_of_start(&job), ["node-1"]);
-    assert!(job.err(1).contains(&format!("left out: {text}")));
+    assert!(
+        job.err(1)
+            .contains(&format!("gets no ranks any more: {text}"))
+    );
     let mut job = Job::named(&cluster, "both", 29_400);
     for n in 1..=2 {
         job.start(n, &format!("--nodes 2 {SHORT}"), "--meet --exit 0");

@@ -85,3 +85,48 @@ fn a_kill_from_outside_and_torchs_error_file_are_told_apart() {
     assert_eq!(class, "program");
     assert_eq!(evidence, "index 7 out of range for a clip of 7 frames");
 }
+
+/// Users of other launchers expect that `--max-restarts` counts for any program.
+#[test]
+fn a_program_that_reports_no_steps_is_started_again_as_often_as_is_allowed() {
+    let scene = Scene::new();
+    let script = "[ $RANK = 1 ] && exit 7; exec sleep 1000";
+    let words = [
+        "--cpus=2",
+        "--max-restarts=2",
+        "--grace=5s",
+        "--run-dir=run",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let outcome = finish(start(&mut scene.command(&words)));
+    assert_eq!(outcome.code, 7, "{}", outcome.err);
+    let generations = &scene.json("manifest.json")["generations"];
+    assert_eq!(generations.as_array().unwrap().len(), 3, "{}", outcome.err);
+    for text in [
+        "the program reports no steps, so --max-restarts counts alone, after a pause of 1.",
+        "restarts left: 0",
+        "all 2 restarts are used (--max-restarts), which count alone since the program reports no steps",
+    ] {
+        assert!(outcome.err.contains(text), "{text}\n{}", outcome.err);
+    }
+    // What has to be changed first is not tried again.
+    for (end, code) in [("exit 78", 78), ("exec /no/such/program", 127)] {
+        let scene = Scene::new();
+        let words = [
+            "--cpus=1",
+            "--max-restarts=2",
+            "--run-dir=run",
+            "--",
+            "sh",
+            "-c",
+            end,
+        ];
+        let outcome = finish(start(&mut scene.command(&words)));
+        assert_eq!(outcome.code, code, "{}", outcome.err);
+        let generations = &scene.json("manifest.json")["generations"];
+        assert_eq!(generations.as_array().unwrap().len(), 1, "{}", outcome.err);
+    }
+}

@@ -12,6 +12,7 @@ mod cascade;
 mod class;
 mod contain;
 mod hang;
+mod manifest;
 mod output;
 mod preflight;
 mod pytorch;

@@ -57,6 +57,9 @@ pub fn run(config: Config, env: &WorkerEnv, link: &AgentLink) -> Result<Ended> {
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").into(),
     });
+    link.send(&WorkerMessage::Versions {
+        versions: surroundings::versions(),
+    });
     Training::new(config, env, link)?.run()
 }
 
@@ -101,6 +104,10 @@ impl<'a> Training<'a> {
             _ => None,
         };
         let place = Place::new(&config, env)?;
+        if place.device.is_cuda() {
+            let versions = surroundings::cuda_versions();
+            link.send(&WorkerMessage::Versions { versions });
+        }
         let (found, mut notes) = origin::agree(own, &place.peers, place.device)?;
         let network = Network::new(&config.model, place.device, config.run.seed)?;
         if let (Some(file), None) = (&config.model.weights, &found) {
@@ -112,9 +119,11 @@ impl<'a> Training<'a> {
         let mut stepper = Stepper::new(&config, &place, network)?;
         let (mut at, mut buffers_agree) = (Position::default(), true);
         if let Some(found) = found {
+            let (path, step) = (found.path.clone(), found.snapshot.meta.step);
             let resumed = position::resume(&mut stepper, &config, env, train_set.len(), found)?;
             (at, buffers_agree) = (resumed.at, resumed.buffers_agree);
             notes.extend(resumed.notes);
+            link.send(&WorkerMessage::Resumed { path, step });
         }
         // The same for every epoch.
         let first_epoch = position::rest(&config, env, train_set.len(), &Position::default());

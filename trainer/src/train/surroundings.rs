@@ -54,14 +54,40 @@ fn new_folder(config: &Config) -> std::io::Result<PathBuf> {
     Ok(path)
 }
 
-/// Hardware and versions, by name.
-pub fn environment(place: &Place) -> BTreeMap<String, String> {
-    let mut facts = BTreeMap::from([
+/// Of this program and its libtorch, by name.
+pub fn versions() -> BTreeMap<String, String> {
+    BTreeMap::from([
         ("tsm-trainer".into(), env!("CARGO_PKG_VERSION").into()),
         ("libtorch".into(), tsm_torch_ext::ops::libtorch_version()),
-        ("device".into(), format!("{:?}", place.device)),
-        ("threads per rank".into(), place.threads.to_string()),
-    ]);
+    ])
+}
+
+/// Of the libraries for GPUs that are loaded.
+pub fn cuda_versions() -> BTreeMap<String, String> {
+    let Ok(info) = tsm_torch_ext::cuda::load_cuda() else {
+        return BTreeMap::new();
+    };
+    let (cuda, nccl) = (info.runtime_version, info.nccl_version);
+    let cuda = (cuda > 0).then(|| ("cuda".into(), dotted(&[cuda / 1000, cuda % 1000 / 10])));
+    // Since 2.9; the older ones had one digit less.
+    let parts = [nccl / 10_000, nccl / 100 % 100, nccl % 100];
+    let nccl = (nccl >= 20_000).then(|| ("nccl".into(), dotted(&parts)));
+    cuda.into_iter().chain(nccl).collect()
+}
+
+fn dotted(parts: &[i32]) -> String {
+    let parts: Vec<String> = parts.iter().map(i32::to_string).collect();
+    parts.join(".")
+}
+
+/// Hardware and versions, by name.
+pub fn environment(place: &Place) -> BTreeMap<String, String> {
+    let mut facts = versions();
+    if place.device.is_cuda() {
+        facts.extend(cuda_versions());
+    }
+    facts.insert("device".into(), format!("{:?}", place.device));
+    facts.insert("threads per rank".into(), place.threads.to_string());
     if let Ok(text) = fs_err::read_to_string("/proc/cpuinfo")
         && let Some(model) = text.lines().find_map(|l| l.strip_prefix("model name"))
     {

@@ -54,7 +54,7 @@ fn within_a_node_the_order_counts_and_between_nodes_the_time() {
     assert_eq!(fault.culprit, Culprit::Rank(1));
     assert_eq!(
         fault.reason,
-        "its end came first; rank 2 on gpu-1 ended within 4.0 ms of it, less than the clocks tell"
+        "no other rank is known to have failed before it; rank 2 on gpu-1 ended within 4.0 ms of it, less than the clocks tell"
     );
 }
 
@@ -69,7 +69,7 @@ fn causes_come_before_consequences_on_whatever_node() {
     assert_eq!(fault.culprit, Culprit::Rank(3));
     assert_eq!(
         fault.reason,
-        "rank 0 on gpu-0 and 1 more ended earlier, but by what they say they lost another rank"
+        "rank 0 on gpu-0 and 1 more failed earlier, but by what they say they lost another rank"
     );
 }
 
@@ -99,6 +99,7 @@ fn lost(heard: u32, given_up: u32) -> Option<Lost<'static>> {
 #[test]
 fn a_lost_node_is_to_blame_unless_a_rank_failed_before() {
     let node = || Culprit::Node {
+        node: 1,
         host: "gpu-1".into(),
         how: "its connection was closed".into(),
         at: MS * 100,

@@ -14,7 +14,7 @@ use tsm_job::message::WorkerMessage;
 
 use super::Setup;
 use crate::ahead::Ahead;
-use crate::cluster::message::{NodeReport, Progress, Start};
+use crate::cluster::message::{About, NodeReport, Progress, Start};
 use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::contain::{self, Ability, Containment, Left, Process};
 use crate::cores;
@@ -68,6 +68,8 @@ pub struct Generation {
     logs: Option<Logs>,
     progress: BTreeMap<usize, Progress>,
     sections: BTreeMap<usize, String>,
+    /// What rank 0 of this node has said of itself.
+    words: Vec<About>,
     metrics: BTreeMap<String, f64>,
     oom_before: u64,
     /// How far the processes that workers left behind have been ended.
@@ -196,6 +198,7 @@ impl Generation {
             logs: None,
             progress: BTreeMap::new(),
             sections: BTreeMap::new(),
+            words: Vec::new(),
             metrics: BTreeMap::new(),
             oom_before: oom_kills(),
             descendants: Descendants::NotLooked,
@@ -399,6 +402,16 @@ impl Generation {
                     }
                     continue;
                 }
+                Happening::Said(WorkerMessage::Versions { versions }) => {
+                    self.words
+                        .extend((rank == 0).then_some(About::Versions(versions)));
+                    continue;
+                }
+                Happening::Said(WorkerMessage::Resumed { path, step }) => {
+                    let word = About::Resumed { path, step };
+                    self.words.extend((rank == 0).then_some(word));
+                    continue;
+                }
                 Happening::Said(WorkerMessage::Hello { .. }) => {
                     // That it talks is news too.
                     self.progress_of(rank);
@@ -414,6 +427,16 @@ impl Generation {
             local_rank: local_rank as u32,
             ..Progress::default()
         })
+    }
+
+    /// What rank 0 has said of itself since this was asked last; empty but on the first node.
+    pub fn take_words(&mut self) -> Vec<About> {
+        let words = std::mem::take(&mut self.words);
+        if self.start.node_rank == 0 {
+            words
+        } else {
+            Vec::new()
+        }
     }
 
     /// What has changed since it was asked last.

@@ -227,7 +227,10 @@ impl Agent {
         match wake {
             Wake::Message(Some(message)) => self.told(message),
             Wake::Message(None) => self.cut_off("the connection to the coordinator is gone"),
-            Wake::Workers(Ok(events)) => self.decide(&events),
+            Wake::Workers(Ok(events)) => {
+                self.pass_words_on();
+                self.decide(&events);
+            }
             Wake::Workers(Err(e)) => self.cut_off(&format!("{e:#}")),
             // The coordinator decides; if it does not answer, the lease runs out.
             Wake::Signal(signal) => self.say(FromAgent::Signal { signal }),
@@ -254,6 +257,16 @@ impl Agent {
             Wake::Drained(warnings) => self.conclude(warnings),
             Wake::StartMore => self.start_more(),
             Wake::Time => {}
+        }
+    }
+
+    fn pass_words_on(&mut self) {
+        let Some(running) = &mut self.generation else {
+            return;
+        };
+        let generation = running.start.generation;
+        for word in running.take_words() {
+            self.say(FromAgent::About { generation, word });
         }
     }
 
@@ -333,6 +346,7 @@ impl Agent {
             ToAgent::Inspect { generation } if number == Some(generation) => {
                 self.inspect(generation)
             }
+            ToAgent::Tell { text } => eprintln!("tsm-launch: {text}"),
             ToAgent::Exit { code, message } => {
                 self.decide(&[Event::KillAll]);
                 self.leaving = Some(Leave { code, message });

@@ -62,6 +62,7 @@ impl State {
             verdict: None,
             again: false,
         };
+        let mut leave_out = None;
         let by_signal = match self.cause {
             None | Some(Cause::Failure) => self.passing.blamed(&ranks).map(Cause::Signal),
             _ => None,
@@ -96,7 +97,7 @@ impl State {
                 let grace = self.settings.job.grace;
                 ending.verdict = self.passing.explain(signal, &ranks, grace);
             }
-            _ => self.fail(ranks, places, &mut ending, now),
+            _ => leave_out = self.fail(ranks, places, &mut ending, now),
         }
         let again = ending
             .again
@@ -110,6 +111,9 @@ impl State {
             "steps": ending.steps, "verdict": ending.verdict});
         actions.push(record("generation_end", fields));
         actions.push(Action::Ended(Box::new(ending)));
+        if let Some(all) = leave_out {
+            self.leave_out(all, now, actions);
+        }
         match again {
             Some((outcome, why)) => {
                 let cause = if outcome == "grown" {
@@ -154,12 +158,19 @@ impl State {
         )
     }
 
-    fn fail(&mut self, ranks: Vec<Rank>, places: Vec<Place>, ending: &mut Ending, now: Duration) {
+    /// The nodes that another start leaves out, where there is one.
+    fn fail(
+        &mut self,
+        ranks: Vec<Rank>,
+        places: Vec<Place>,
+        ending: &mut Ending,
+        now: Duration,
+    ) -> Option<Vec<policy::LeftOut>> {
         ending.outcome = "failed";
         if let Some((code, _)) = self.refusal {
             // The workers could not be started: that was said already, and what else ended was told to.
             ending.code = code;
-            return;
+            return None;
         }
         let (hang, stacks) = match &self.cause {
             Some(Cause::Hang { late, text, at }) => {
@@ -173,26 +184,24 @@ impl State {
         drop(nodes);
         let Some(fault) = fault else {
             ending.code = exit::BUG;
-            return;
+            return None;
         };
         ending.code = exit_code(&ranks, &fault);
-        let host = match &fault.culprit {
-            Culprit::Rank(rank) => places[*rank].host.clone(),
-            Culprit::Node { host, .. } => host.clone(),
-            Culprit::Late { ranks, .. } => places[ranks[0]].host.clone(),
+        let node = match &fault.culprit {
+            Culprit::Rank(rank) => self.member_of(*rank),
+            Culprit::Node { node, .. } => self.members.get(*node),
+            Culprit::Late { ranks, .. } => self.member_of(ranks[0]),
         };
-        let of_host = |(id, _): &(&u64, &crate::cluster::message::NodeReport)| {
-            self.known(**id).is_some_and(|n| n.join.host == host)
-        };
-        let of_host = self.reports.iter().find(of_host).map(|(_, r)| r);
-        let lost: Vec<String> = self.lost.iter().map(|l| l.host.clone()).collect();
+        let node = node.map(|m| m.id);
+        let of_node = node.and_then(|id| self.reports.get(&id));
+        let homes = self.homes();
         let mut run = report::Run {
             id: &self.settings.job.run_id,
             dir: &self.settings.job.run_dir,
             exit_code: ending.code,
-            oom_kills: of_host.map_or(0, |r| r.oom_kills),
-            xids: of_host.map(|r| r.xids.as_slice()).unwrap_or_default(),
-            lost: &lost,
+            oom_kills: of_node.map_or(0, |r| r.oom_kills),
+            xids: of_node.map(|r| r.xids.as_slice()).unwrap_or_default(),
+            homes: &homes,
             stacks: stacks.as_deref(),
             earlier: &self.incidents,
             resume: self.settings.job.resume.as_deref(),
@@ -205,6 +214,13 @@ impl State {
             .or(self.incidents.last().and_then(|i| i.checkpoint_step));
         let mut incident = failure.incident(ran, step, saved);
         incident.at = now;
+        incident.agent = node
+            .and_then(|id| self.known(id))
+            .map_or(0, |node| node.agent);
+        let talks = |rank: &Rank| rank.talks || rank.step.is_some() || rank.record.is_some();
+        incident.tells =
+            self.settings.job.saves || !self.progress.is_empty() || ranks.iter().any(talks);
+        let mut left_out = None;
         if self.last {
             ending.verdict = None;
         } else {
@@ -214,7 +230,7 @@ impl State {
                     leave_out,
                     why,
                 } => {
-                    self.left_out = leave_out;
+                    left_out = Some(leave_out);
                     self.pause = after;
                     (ending.again, ending.verdict) = (true, Some(why));
                 }
@@ -227,6 +243,28 @@ impl State {
         run.exit_code = ending.code;
         ending.failure = Some(Box::new(report::failure(&run, &fault, &ranks, &places)));
         self.incidents.push(incident);
+        left_out
+    }
+
+    /// The node that runs a rank of this generation.
+    fn member_of(&self, rank: usize) -> Option<&super::Member> {
+        let rank = rank as u32;
+        self.members.iter().find(|m| m.ranks.contains(&rank))
+    }
+
+    /// The node of each rank.
+    fn homes(&self) -> Vec<report::Home> {
+        let of = |(node_rank, member): (usize, &super::Member)| {
+            let home = report::Home {
+                node_rank,
+                uncertainty: self
+                    .known(member.id)
+                    .map_or(Duration::ZERO, |n| n.clock.error()),
+                is_lost: self.lost.iter().any(|l| l.member.id == member.id),
+            };
+            vec![home; member.ranks.len()]
+        };
+        self.members.iter().enumerate().flat_map(of).collect()
     }
 
     /// What is known of the ends on each node. `ranks` are those of the whole job, by rank.

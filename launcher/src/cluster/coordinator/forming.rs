@@ -7,10 +7,8 @@ use tsm_job::config::duration::format;
 
 use super::{Action, FORM, LOOK, Launched, Node, Phase, State, nodes, record, send};
 use crate::addresses;
-use crate::cluster::message::{Finding, Join, Severity, Start, ToAgent};
-use crate::cluster::policy::LeftOut;
+use crate::cluster::message::{Finding, Start, ToAgent};
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
-use crate::doctor::{self, ClockSample};
 use crate::hang::progress::Tracker;
 
 impl State {
@@ -22,14 +20,9 @@ impl State {
             order: node.join.order,
             num_ranks: node.join.devices.len() as u32,
         };
-        let out = |node: &Node| {
-            let is =
-                |l: &&LeftOut| l.host == node.join.host && l.until.is_none_or(|until| now < until);
-            self.left_out().find(is)
-        };
         let (mut good, mut poor) = (Vec::new(), Vec::new());
         for (id, node) in &self.nodes {
-            match out(node) {
+            match self.is_out(node, now) {
                 None => good.push((id, node)),
                 Some(left) if !left.must => poor.push((id, node)),
                 Some(_) => {}
@@ -105,9 +98,11 @@ impl State {
         }
         let max = if self.is_wide { u32::MAX } else { max };
         self.members = assign(&self.places, &candidates, max);
-        if self.generation == 0 && !self.compare_nodes(now, actions) {
+        if self.compared.is_empty() && !self.compare_nodes(now, actions) {
             return;
         }
+        let join = |m: &Member| self.nodes.get(&m.id).map(|n| n.join.clone());
+        self.compared = self.members.iter().filter_map(join).collect();
         self.places = self.members.iter().map(|m| m.id).collect();
         (self.cause, self.inspection) = (None, None);
         self.passing = Default::default();
@@ -138,43 +133,6 @@ impl State {
             actions.push(send(self.members[0].id, reserve));
         }
         self.try_to_start(now, actions);
-    }
-
-    /// Tells what is wrong with the nodes, and what differs between them; false when the job would fail of it.
-    pub(super) fn compare_nodes(&mut self, now: Duration, actions: &mut Vec<Action>) -> bool {
-        let joined: Vec<&Node> = self
-            .members
-            .iter()
-            .filter_map(|m| self.nodes.get(&m.id))
-            .collect();
-        let joins: Vec<&Join> = joined.iter().map(|n| &n.join).collect();
-        let mut findings = doctor::of_nodes(&joins);
-        let looked: Vec<&Join> = joins
-            .iter()
-            .copied()
-            .filter(|j| j.facts.clock_ms > 0)
-            .collect();
-        let clock = |join: &&Join| ClockSample {
-            host: join.host.clone(),
-            sent_ms: join.facts.clock_ms,
-            received_ms: join.received_ms,
-            rtt: Duration::ZERO,
-        };
-        findings.extend(doctor::across(&joins));
-        findings.extend(doctor::clock_findings(
-            &looked.iter().map(clock).collect::<Vec<_>>(),
-        ));
-        let (errors, others): (Vec<_>, Vec<_>) =
-            (findings.into_iter()).partition(|f| f.severity == Severity::Error);
-        for finding in others.iter().filter(|f| f.severity == Severity::Warning) {
-            self.warn(finding, actions);
-        }
-        let Some(finding) = errors.first() else {
-            return true;
-        };
-        let text = format!("{finding}; --preflight off starts all the same");
-        self.give_up(text, now, actions);
-        false
     }
 
     /// Says it, unless it was said before.
@@ -331,12 +289,13 @@ impl State {
         for node in self.nodes.values_mut() {
             node.pids.clear();
         }
+        let told = resume_from.filter(|_| !self.settings.job.saves);
         let member = |m: &Member| self.nodes.get(&m.id).map(|n| (m.clone(), n.clone()));
         let launched = Launched {
             generation: self.generation,
             world_size: self.world_size(),
             members: self.members.iter().filter_map(member).collect(),
-            resumed_from: resume_from.map(|path| path.to_string_lossy().into_owned()),
+            resumed_from: told.map(|path| path.to_string_lossy().into_owned()),
         };
         let (generation, world_size) = (self.generation, self.world_size());
         let hosts: Vec<&str> = self.members.iter().map(|m| self.host(m.id)).collect();

@@ -1,14 +1,14 @@
 //! `--preflight full`: a start's nodes are measured when all of them are known, and the bad ones are left out.
 
-use serde_json::{json, to_value};
+use serde_json::to_value;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use super::rounds::{Judgement, Measuring, Place, Report};
 use super::{Action, Phase, State, nodes, record};
-use crate::cluster::message::{Finding, FromAgent, Severity};
+use crate::cluster::message::{FromAgent, Severity};
 use crate::cluster::policy::LeftOut;
-use crate::cluster::topology::NodeId;
+use crate::cluster::topology::{Candidate, NodeId};
 
 /// Bad nodes that are named where the job ends for them.
 const SHOWN: usize = 8;
@@ -106,15 +106,25 @@ impl State {
             self.measured.remove(id);
             report.left_out.push(LeftOut {
                 host: self.host(*id).into(),
+                agent: None,
                 must: true,
                 until: None,
                 why: finding.text.clone(),
             });
         }
-        self.convicted.extend(report.left_out.iter().cloned());
-        let (left, needed) = (self.candidates(now).len(), self.settings.min_nodes as usize);
+        let out = report.left_out.clone();
+        let is_bad = |c: &Candidate| out.iter().any(|l| l.host == self.host(c.id));
+        let candidates = self.candidates(now);
+        let left = candidates.iter().filter(|c| !is_bad(c)).count();
+        let needed = self.settings.min_nodes as usize;
         let go_on = left >= needed;
-        self.tell(report, bad.iter().filter(|_| go_on), actions);
+        self.tell(report, actions);
+        // Where the job cannot go on without it, that is said instead.
+        if go_on {
+            for (left_out, (_, finding)) in out.into_iter().zip(&bad) {
+                self.convict(left_out, &finding.hint, now, actions);
+            }
+        }
         let is_wide = std::mem::take(&mut self.is_wide);
         if let Some((_, finding)) = bad.first() {
             if !go_on {
@@ -146,13 +156,8 @@ impl State {
         self.try_to_form(now, actions);
     }
 
-    /// Shows and writes down what was found. `out` are the nodes without which the job goes on.
-    fn tell<'a>(
-        &mut self,
-        report: Report,
-        out: impl Iterator<Item = &'a (NodeId, Finding)>,
-        actions: &mut Vec<Action>,
-    ) {
+    /// Shows and writes down what was found.
+    fn tell(&mut self, report: Report, actions: &mut Vec<Action>) {
         let of = |severity| {
             report
                 .findings
@@ -168,11 +173,6 @@ impl State {
         }
         for finding in of(Severity::Warning) {
             self.warn(finding, actions);
-        }
-        for (id, finding) in out {
-            let fields = json!({"host": self.host(*id), "why": finding.text});
-            actions.push(record("left_out", fields));
-            actions.push(Action::Notice(format!("left out: {finding}")));
         }
         actions.push(record("preflight", to_value(&report).unwrap_or_default()));
         actions.push(Action::Measured(Box::new(report)));

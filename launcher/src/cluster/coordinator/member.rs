@@ -8,6 +8,8 @@ use crate::cluster::message::{AgentTime, Join};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Node {
     pub join: Join,
+    /// Which of the agents of its host, from 0. One that comes back takes the number that became free.
+    pub agent: u32,
     /// Its agent lives in the coordinator's own process.
     pub local: bool,
     /// When it was last heard.
@@ -17,6 +19,16 @@ pub struct Node {
     pub mem_used_bytes: u64,
     /// Process ids of its ranks in this generation.
     pub pids: Vec<i32>,
+}
+
+impl Node {
+    /// `gpu-01`; of a further agent of that host `gpu-01 (agent 2)`.
+    pub fn name(&self) -> String {
+        match self.agent {
+            0 => self.join.host.clone(),
+            n => format!("{} (agent {})", self.join.host, n + 1),
+        }
+    }
 }
 
 /// How an agent's clock stands to the coordinator's. Both count from a start of their own and run at the same rate.

@@ -12,8 +12,10 @@
 //! killed its ranks. So no two generations ever run at once; and the coordinator finishes no sooner, so that a
 //! job which is queued again does not find ranks of this one.
 
+mod comparing;
 mod ending;
 mod forming;
+mod left_out;
 mod measuring;
 mod member;
 mod passing;
@@ -23,6 +25,7 @@ mod running;
 mod view;
 
 pub use ending::Ending;
+pub use left_out::Excluded;
 pub use member::{Clock, Node};
 pub use rounds::Report;
 
@@ -33,7 +36,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::message::{FromAgent, NodeReport, ToAgent};
+use super::message::{About, FromAgent, Join, NodeReport, ToAgent};
 use super::policy;
 pub use super::topology::Member;
 use super::topology::NodeId;
@@ -145,10 +148,14 @@ pub enum Action {
     },
     /// Nodes were measured.
     Measured(Box<Report>),
+    /// A node gets no ranks from now on.
+    LeftOut(Box<Excluded>),
     /// Lines of ranks to show.
     Show(Batch),
     /// A generation was started on these nodes.
     Started(Box<Launched>),
+    /// What rank 0 says of itself.
+    Told(About),
     /// What the first node changed in the environment of its workers.
     Environment(Vec<Change>),
     /// A generation is over.
@@ -161,7 +168,7 @@ pub struct Launched {
     pub generation: u32,
     pub world_size: u32,
     pub members: Vec<(Member, Node)>,
-    /// The checkpoint or run folder from which the ranks go on.
+    /// What the ranks are told to go on from, where they do not say themselves what they found there.
     pub resumed_from: Option<String>,
 }
 
@@ -272,6 +279,8 @@ pub struct State {
     left_out: Vec<policy::LeftOut>,
     /// Likewise, for what was measured.
     convicted: Vec<policy::LeftOut>,
+    /// Nodes that got ranks together, which later ones are compared with.
+    compared: Vec<Join>,
     /// Nodes that were measured and are well.
     measured: BTreeMap<NodeId, OwnNode>,
     /// The spares are measured too, to tell who is to blame; once in a generation.
@@ -344,6 +353,7 @@ impl State {
             incidents: Vec::new(),
             left_out: Vec::new(),
             convicted: Vec::new(),
+            compared: Vec::new(),
             measured: BTreeMap::new(),
             is_wide: false,
             was_wide: false,
@@ -484,6 +494,11 @@ impl State {
             } if self.runs(generation) => {
                 self.started(id, &pids, at, environment, containment, actions);
             }
+            FromAgent::About { generation, word }
+                if self.runs(generation) && self.members.first().is_some_and(|m| m.id == id) =>
+            {
+                actions.push(Action::Told(word));
+            }
             FromAgent::CannotStart {
                 generation,
                 code,
@@ -541,11 +556,6 @@ impl State {
         self.nodes.contains_key(&id)
     }
 
-    /// All hosts that get no ranks.
-    fn left_out(&self) -> impl Iterator<Item = &policy::LeftOut> {
-        self.left_out.iter().chain(&self.convicted)
-    }
-
     fn member(&self, id: NodeId) -> Option<&Member> {
         self.members.iter().find(|m| m.id == id)
     }
@@ -565,4 +575,4 @@ fn nodes(number: usize) -> String {
 }
 
 #[cfg(test)]
-pub(in crate::cluster) mod tests;
+pub(crate) mod tests;

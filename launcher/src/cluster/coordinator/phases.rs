@@ -6,6 +6,7 @@ use std::time::Duration;
 use tsm_job::config::duration::format;
 use tsm_job::exit;
 
+use super::left_out::words;
 use super::running::refusal;
 use super::{
     Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, State, nodes,
@@ -68,7 +69,9 @@ impl State {
                 "{host} has room for {workers}: it has to be 1 to {MAX_WORKERS}"
             ));
         }
-        if let Some(out) = self.left_out().find(|l| l.host == host && l.must) {
+        let agent = self.free_agent_number(&host);
+        let out = self.why_out(&host, agent, now).cloned();
+        if let Some(out) = out.as_ref().filter(|out| out.must) {
             return refuse(format!("{host} is left out: {}", out.why));
         }
         let found = join.facts.findings.iter();
@@ -79,6 +82,9 @@ impl State {
             let code = exit::PREFLIGHT;
             actions.push(send(id, ToAgent::Exit { code, message }));
             return self.unfit(id, &host, code, &why, now, actions);
+        }
+        if !self.fits(id, &join, agent, now, actions) {
+            return;
         }
         let fields = json!({"node": id, "host": join.host, "pid": join.pid, "devices": join.devices, "found": found});
         actions.push(record("join", fields));
@@ -93,6 +99,7 @@ impl State {
             local,
             heard: now,
             clock,
+            agent,
             load: 0.0,
             mem_used_bytes: 0,
             pids: Vec::new(),
@@ -103,7 +110,14 @@ impl State {
         if !local {
             self.next_lease.get_or_insert(now + self.settings.lease);
         }
-        if self.settings.max_nodes > 1 && matches!(self.phase, Phase::Gather { .. }) {
+        if let Some(out) = out {
+            let text = words(&out, now);
+            actions.push(Action::Notice(format!("{host} joined, and {text}")));
+            if self.settings.open && !local {
+                let text = format!("this node {text}");
+                actions.push(send(id, ToAgent::Tell { text }));
+            }
+        } else if self.settings.max_nodes > 1 && matches!(self.phase, Phase::Gather { .. }) {
             let (min, max) = (self.settings.min_nodes, self.settings.max_nodes);
             let of = if min == max {
                 max.to_string()
@@ -127,6 +141,13 @@ impl State {
                 },
             ));
         }
+    }
+
+    /// The first that no connected agent of `host` has.
+    fn free_agent_number(&self, host: &str) -> u32 {
+        let of_host = self.nodes.values().filter(|n| n.join.host == host);
+        let taken: Vec<u32> = of_host.map(|n| n.agent).collect();
+        (0..).find(|n| !taken.contains(n)).unwrap_or(0)
     }
 
     pub(super) fn unfit(

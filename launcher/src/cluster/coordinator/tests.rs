@@ -3,6 +3,7 @@
 mod forming;
 mod gpus;
 mod hostile;
+mod left_out;
 mod losses;
 mod measuring;
 mod passing;
@@ -59,7 +60,7 @@ pub(in crate::cluster) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
     }
 }
 
-pub(in crate::cluster) fn join_of(host: &str, workers: u32) -> Join {
+pub(crate) fn join_of(host: &str, workers: u32) -> Join {
     Join {
         version: env!("CARGO_PKG_VERSION").into(),
         host: host.into(),

@@ -60,21 +60,19 @@ impl State {
             generation: self.generation,
             world_size: self.world_size(),
             elapsed_s: now.as_secs_f64(),
-            goodput: 0.0,
-            nodes: self.node_statuses(),
+            goodput: None,
+            nodes: self.node_statuses(now),
             ranks: self.rank_statuses(now),
             restarts: self.restarts.clone(),
             metrics: self.metrics.clone(),
         }
     }
 
-    fn node_statuses(&self) -> Vec<NodeStatus> {
+    fn node_statuses(&self, now: Duration) -> Vec<NodeStatus> {
         let node = |id: &u64, node: &super::Node| {
             let member = self.member(*id);
             let state = match member {
-                _ if member.is_none() && self.left_out().any(|l| l.host == node.join.host) => {
-                    "left out"
-                }
+                _ if member.is_none() && self.is_out(node, now).is_some() => "left out",
                 Some(_) => "running",
                 None => "spare",
             };

@@ -19,7 +19,9 @@ fn killed(n: u32, step: u64, checkpoint: u64) -> Incident {
         again: Again::MayWork,
         signature: format!("killed: {n}"),
         host: Some(format!("gpu-{n:02}")),
+        agent: 0,
         rank: Some(n),
+        tells: true,
         step: Some(step),
         checkpoint_step: Some(checkpoint),
     }
@@ -162,26 +164,104 @@ fn the_budget_is_refilled_by_a_checkpoint_and_not_by_steps() {
     restart(decide(&options(3), &earlier, &killed(5, 9, 7)));
 }
 
-#[test]
-fn a_program_without_steps_is_judged_by_time() {
-    let blind = |n: u32, minutes: u32| Incident {
+/// A program of somebody else, which ends as it has ended before.
+fn silent(n: u32, minutes: u32, class: Class) -> Incident {
+    Incident {
         ran: MINUTE * minutes,
+        class,
+        tells: false,
         step: None,
         checkpoint_step: None,
-        signature: "killed: signal 9".into(),
+        signature: "exit code 7".into(),
         ..killed(n, 0, 0)
-    };
-    let long = [blind(1, 600), blind(2, 600), blind(3, 600)];
+    }
+}
+
+#[test]
+fn of_a_program_that_reports_no_steps_the_restarts_are_counted_and_nothing_else() {
+    for class in [Class::Program, Class::Killed, Class::Unknown] {
+        let starts: Vec<Incident> = (1..=6).map(|n| silent(n, 1, class)).collect();
+        let pause = |n: usize| restart(decide(&options(5), &starts[..n], &starts[n])).0;
+        for n in 0..5 {
+            assert_eq!(pause(n), backoff(&options(5), n as u32), "{class}");
+        }
+        let (code, why) = stop(decide(&options(5), &starts[..5], &starts[5]));
+        assert_eq!(code, StopCode::KeepOwn);
+        assert!(
+            why.starts_with("all 5 restarts are used (--max-restarts), which count alone"),
+            "{why}"
+        );
+        let Verdict::Restart { why, .. } = decide(&options(5), &[], &starts[0]) else {
+            panic!("stopped");
+        };
+        let expected =
+            "; the program reports no steps, so --max-restarts counts alone, after a pause of 1.";
+        assert!(why.contains(expected), "{why}");
+        assert!(why.ends_with("; restarts left: 4"), "{why}");
+    }
+    // After a long start there is no pause, but it counts.
+    let long: Vec<Incident> = (1..=3).map(|n| silent(n, 600, Class::Program)).collect();
     assert_eq!(
-        restart(decide(&options(4), &long, &blind(4, 600))).0,
+        restart(decide(&options(3), &long[..2], &long[2])).0,
         Duration::ZERO
     );
-    stop(decide(&options(3), &long, &blind(4, 600)));
-    let (_, why) = stop(decide(&options(4), &[blind(1, 1)], &blind(2, 1)));
+    stop(decide(&options(2), &long[..2], &long[2]));
+}
+
+#[test]
+fn what_a_program_without_steps_needs_changed_ends_it_at_once() {
+    let config = Incident {
+        again: Again::Fails,
+        ..silent(1, 1, Class::Config)
+    };
+    assert_eq!(stop(decide(&options(9), &[], &config)).0, StopCode::KeepOwn);
+}
+
+#[test]
+fn a_program_that_once_told_of_a_step_is_known_to_make_none() {
+    let greeted = Incident {
+        tells: true,
+        ..silent(1, 1, Class::Program)
+    };
+    let (_, why) = stop(decide(&options(9), &[], &greeted));
+    assert!(
+        why.contains("had made no progress since its start"),
+        "{why}"
+    );
+    let earlier = [killed(1, 66, 60)];
+    stop(decide(&options(9), &earlier, &silent(2, 1, Class::Program)));
+    // The same failure before the first step twice.
+    let greeted = |n| Incident {
+        tells: true,
+        ..silent(n, 1, Class::Killed)
+    };
+    let (code, why) = stop(decide(&options(9), &[greeted(1)], &greeted(2)));
+    assert_eq!(code, StopCode::DoNotRequeue);
     assert!(
         why.starts_with("the same failure before the first step twice"),
         "{why}"
     );
+}
+
+#[test]
+fn two_agents_of_one_machine_are_not_blamed_for_each_other() {
+    let of = |agent, class, n| Incident {
+        agent,
+        ..at("vm", class, n)
+    };
+    let left_out =
+        |earlier: &[Incident], now: &Incident| restart(decide(&options(9), earlier, now)).1;
+    // One failure of each.
+    assert_eq!(
+        left_out(&[of(0, Class::Killed, 1)], &of(1, Class::Killed, 2)),
+        []
+    );
+    let lost = left_out(&[], &of(1, Class::NodeLost, 1));
+    assert!(lost[0].covers("vm", 1) && !lost[0].covers("vm", 0));
+    // Broken hardware is the machine's.
+    let broken = left_out(&[of(0, Class::Killed, 1)], &of(1, Class::Hardware, 2));
+    assert_eq!(broken.len(), 1);
+    assert!(broken[0].must && broken[0].covers("vm", 0));
 }
 
 fn at(host: &str, class: Class, n: u32) -> Incident {
@@ -281,7 +361,7 @@ fn restarts(options: &Options, incidents: &[Incident]) -> usize {
 proptest! {
     #[test]
     fn a_fault_that_repeats_without_progress_ends(incident in any_incident(), max_restarts in 0u32..1000) {
-        let stuck = Incident { step: incident.step.map(|_| 7), checkpoint_step: Some(7), ran: MINUTE, ..incident };
+        let stuck = Incident { step: incident.step.map(|_| 7), tells: true, checkpoint_step: Some(7), ran: MINUTE, ..incident };
         let options = Options { resumed_at: Some(7), ..options(max_restarts) };
         prop_assert!(restarts(&options, &vec![stuck; 10]) < MAX_FRUITLESS);
     }

@@ -309,7 +309,8 @@ impl Agent {
             ToAgent::Stop { .. }
             | ToAgent::Signal { .. }
             | ToAgent::Kill { .. }
-            | ToAgent::Inspect { .. } => {}
+            | ToAgent::Inspect { .. }
+            | ToAgent::Tell { .. } => {}
         }
     }
 

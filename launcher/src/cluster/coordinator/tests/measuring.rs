@@ -191,7 +191,11 @@ fn a_bad_node_gets_no_ranks_where_others_suffice() {
                 (left_out[0].host.as_str(), left_out[0].why.as_str()),
                 ("n2", why)
             );
-            assert!(scene.notices().contains(&format!("left out: {why}")));
+            assert!(
+                scene
+                    .notices()
+                    .contains(&format!("gets no ranks any more: {why}"))
+            );
             // Not even when it comes again.
             scene.lose(2);
             scene.alive.insert(9);

@@ -141,7 +141,11 @@ impl World {
             }
             Action::Notice(text) => self.tell(format!("notice: {text}")),
             Action::Measured(report) => self.judged(&report),
-            Action::Record { .. } | Action::Show(_) | Action::Environment(_) => {}
+            Action::Record { .. }
+            | Action::Show(_)
+            | Action::Environment(_)
+            | Action::LeftOut(_)
+            | Action::Told(_) => {}
         }
     }
 
