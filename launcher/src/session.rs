@@ -287,8 +287,8 @@ impl Running {
             return;
         }
         self.published = Some(now);
-        if let Some(step) = self.state.last_step() {
-            self.session.manifest.generations.step(now, step);
+        if let Some(steps) = self.state.steps() {
+            self.session.manifest.generations.step(now, steps);
         }
         let mut snapshot = self.state.snapshot(now);
         snapshot.goodput = self.session.manifest.generations.goodput(now);
@@ -374,11 +374,11 @@ impl Running {
     }
 
     fn ended(&mut self, ending: Ending) {
-        if let Some(step) = ending.steps.map(|(_, last)| last) {
+        if let Some(steps) = ending.steps {
             self.session
                 .manifest
                 .generations
-                .step(ending.ended_at, step);
+                .step(ending.ended_at, steps);
         }
         let failure = ending.failure.as_deref();
         let cause = match (failure, ending.outcome) {

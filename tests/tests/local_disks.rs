@@ -1,15 +1,11 @@
 //! Nodes whose run folders are not shared: only that of rank 0 holds checkpoints, and all ranks go on from them.
 
 use crate::crew::{Job, Rank, finish};
-use crate::job::{
-    DEADLINE, Running, Scene, config, contains, events, expect, history, json, kill_rank, start,
-    survivors,
-};
+use crate::job::{DEADLINE, Scene, contains, events, expect, history, json, kill_rank, survivors};
+use crate::nodes::Nodes;
 use crate::resume::{assert_identical, learned, tensors};
 use rustix::process::{Signal, kill_process};
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::Command;
 use tsm_job::{RunDir, exit};
 
 const STEPS_PER_EPOCH: u64 = 12;
@@ -94,73 +90,9 @@ fn a_checkpoint_on_one_disk_is_enough_for_all_ranks() {
     );
 }
 
-/// Two nodes with host names and run folders of their own, where a launcher is started by hand on each.
-struct Nodes {
-    scene: Scene,
-    port: u16,
-}
-
-impl Nodes {
-    /// `None`, said on stderr, where there are no mount namespaces.
-    fn new(scene: Scene) -> Option<Nodes> {
-        let tried = Command::new("unshare")
-            .args(["--mount", "--uts", "true"])
-            .output();
-        if !tried.is_ok_and(|o| o.status.success()) {
-            eprintln!("skipped: no mount namespaces here; needs root and unshare");
-            return None;
-        }
-        let key = tsm_launch::cluster::key::Key::random();
-        key.write_file(&scene.path("key")).unwrap();
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
-        Some(Nodes { scene, port })
-    }
-
-    /// Starts `tsm-launch` on both nodes, the first when the second cannot be quicker.
-    fn start(&self, words: &[String]) -> [Running; 2] {
-        let run = self.scene.run("node-a");
-        let joined = || events(&run.events(), "join").len();
-        let before = joined();
-        let mut first = start(self.command("node-a", words));
-        first.until("the first node", || (joined() > before).then_some(()));
-        [first, start(self.command("node-b", words))]
-    }
-
-    /// `tsm-launch` where the folder `name` lies over the run folder: a mount that is gone with the last process
-    /// that sees it.
-    fn command(&self, name: &str, words: &[String]) -> Command {
-        let (disk, run) = (self.scene.path(name), self.scene.path("run"));
-        for folder in [&disk, &run] {
-            fs_err::create_dir_all(folder).unwrap();
-        }
-        let launch = self.scene.launch(words);
-        let script = r#"hostname "$1" && mount --bind "$2" "$3" && shift 3 && exec "$@""#;
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--uts", "--propagation=private"]);
-        command.args(["sh", "-c", script, "sh", name]);
-        command.args([&disk, &run]).arg(launch.get_program());
-        command.args([
-            "--cpus=1",
-            "--nodes=2",
-            "--key-file=key",
-            "--max-restarts=3",
-        ]);
-        command.arg(format!("--rendezvous=127.0.0.1:{}", self.port));
-        command.args(launch.get_args());
-        command.current_dir(self.scene.path("."));
-        for (name, _) in launch.get_envs() {
-            command.env_remove(name);
-        }
-        // As the ranks of one node have it, with which these are compared.
-        command.env("OMP_NUM_THREADS", "1");
-        command
-    }
-}
-
 #[test]
 fn nodes_with_disks_of_their_own_restart_save_and_resume() {
-    let Some(nodes) = Nodes::new(scene()) else {
+    let Some(nodes) = Nodes::new(scene(), true) else {
         return;
     };
     let scene = &nodes.scene;
@@ -169,10 +101,8 @@ fn nodes_with_disks_of_their_own_restart_save_and_resume() {
     expect(whole, exit::OK);
 
     let (a, b) = (scene.run("node-a"), scene.run("node-b"));
-    let demo = config("demo.yaml").display().to_string();
-    let mut words = vec!["--run-dir=run".to_string(), demo];
-    words.extend(scene.overrides(&JOB));
-    let [mut first, second] = nodes.start(&words);
+    let size = ["--cpus=1".to_string(), "--nodes=2".into()];
+    let [mut first, second] = nodes.start(&[&size[..], &nodes.job(&JOB)].concat());
     let manifest = tensors(&a, 6).with_extension("json");
     first.until("checkpoint of step 6", || manifest.exists().then_some(()));
     kill_rank(&a, 1);
@@ -196,7 +126,8 @@ fn nodes_with_disks_of_their_own_restart_save_and_resume() {
 
     // By the command that the launcher gives for it, on both nodes.
     let run = scene.path("run").display().to_string();
-    let [first, second] = nodes.start(&["--resume".into(), run]);
+    let resume = ["--resume".to_string(), run];
+    let [first, second] = nodes.start(&[size, resume].concat());
     let said = first.finish(DEADLINE);
     assert_eq!(said.code, exit::OK, "{said:#?}");
     assert_eq!(second.finish(DEADLINE).code, exit::OK);

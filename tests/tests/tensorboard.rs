@@ -15,10 +15,10 @@ tags = reader.Tags()["scalars"]
 print(json.dumps({tag: [[e.step, e.value] for e in reader.Scalars(tag)] for tag in tags}))
 "#;
 
-type Scalars = BTreeMap<String, Vec<(u64, f64)>>;
+pub type Scalars = BTreeMap<String, Vec<(u64, f64)>>;
 
 /// What TensorBoard's own reader finds; `None`, with a word on stderr, where it is not installed.
-fn read(run: &RunDir) -> Option<Scalars> {
+pub fn read(run: &RunDir) -> Option<Scalars> {
     let venv = concat!(env!("CARGO_MANIFEST_DIR"), "/../.test-venv/bin/python3");
     let python = std::env::var("TSM_PYTHON").unwrap_or_else(|_| venv.into());
     let probe = Command::new(&python)

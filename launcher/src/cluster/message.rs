@@ -297,7 +297,9 @@ pub struct Beat {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     pub local_rank: u32,
+    /// The newest step that was finished, and the first since the last beat.
     pub step: Option<u64>,
+    pub first_step: Option<u64>,
     pub epoch: Option<u32>,
     pub section: Option<String>,
     /// The step at which a checkpoint was finished since the last beat.

@@ -44,7 +44,7 @@ pub struct Culprit {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Span {
     pub started: Duration,
-    /// The first and the last step that were finished.
+    /// The first and the last step of which it is known when they were finished.
     pub steps: Option<(Step, Step)>,
 }
 
@@ -99,11 +99,13 @@ impl Generations {
         }
     }
 
-    /// A rank of the newest generation has finished a step. That of the quickest rank counts.
-    pub fn step(&mut self, now: Duration, number: u64) {
+    /// The ranks of the newest generation have finished the steps from `first_step` to `number`, which is that of the
+    /// quickest rank.
+    pub fn step(&mut self, now: Duration, (first_step, number): (u64, u64)) {
         let Some(generation) = self.0.last_mut() else {
             return;
         };
+        generation.first_step = Some(first_step);
         let step = Step { number, at: now };
         let first = match generation.span.steps {
             Some((_, last)) if number <= last.number => return,
@@ -111,7 +113,6 @@ impl Generations {
             None => step,
         };
         generation.span.steps = Some((first, step));
-        generation.first_step = Some(first.number);
         generation.last_step = Some(number);
     }
 
@@ -209,10 +210,10 @@ mod tests {
     #[test]
     fn a_job_writes_down_its_generations() {
         let mut job = Generations::default();
-        job.step(s(1), 7);
+        job.step(s(1), (7, 7));
         job.start(s(10), "T0".into(), 16, vec!["a".into(), "b".into()], None);
-        for (at, step) in [(20, 1), (21, 1), (22, 2), (23, 1), (24, 3)] {
-            job.step(s(at), step);
+        for (at, step) in [(20, 2), (21, 2), (22, 3), (23, 2), (24, 4)] {
+            job.step(s(at), (1, step));
         }
         let culprit = Some(Culprit {
             rank: 9,
@@ -230,7 +231,7 @@ mod tests {
         let [first, second] = job.0.as_slice() else {
             panic!("{job:?}")
         };
-        assert_eq!((first.first_step, first.last_step), (Some(1), Some(3)));
+        assert_eq!((first.first_step, first.last_step), (Some(1), Some(4)));
         assert_eq!(first.span.steps.unwrap().1.at, s(24));
         let json = serde_json::to_value(first).unwrap();
         assert_eq!(json["ended"], "T1");

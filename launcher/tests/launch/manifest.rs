@@ -42,6 +42,21 @@ fn every_start_names_the_checkpoint_that_its_ranks_went_on_from() {
     );
 }
 
+/// Though a node tells of the newest step only, a few times a second.
+#[test]
+fn every_start_says_which_steps_it_made() {
+    let scene = Scene::new();
+    let says = "--when TSM_GENERATION=0 --step 1 --step 2 --step 3 --kill 9 --end --step 3 --step 4 --step 5";
+    let outcome = scene.launch("--cpus 1 --max-restarts 1", says);
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    let manifest = scene.json("manifest.json");
+    for (i, steps) in [(0, [1, 3]), (1, [3, 5])] {
+        let generation = &manifest["generations"][i];
+        let found = [&generation["first_step"], &generation["last_step"]];
+        assert_eq!(found, steps, "{generation:#}");
+    }
+}
+
 #[test]
 fn of_a_program_without_steps_no_goodput_is_known() {
     let scene = Scene::new();

@@ -565,9 +565,11 @@ impl<'a> Training<'a> {
 
     fn save(&mut self, best: bool, own_buffers: Option<&Tensor>) -> Result<()> {
         self.saved = Some(self.at);
-        let Some(Writer { checkpoints, .. }) = &self.writer else {
+        let Some(Writer { out, .. }) = &mut self.writer else {
             return Ok(());
         };
+        // Whoever goes on from the checkpoint, also after a SIGKILL, finds the curves up to it.
+        out.flush();
         self.section("checkpoint");
         let snapshot = position::snapshot(
             &self.stepper,
@@ -578,7 +580,9 @@ impl<'a> Training<'a> {
             &self.at,
             own_buffers,
         )?;
-        checkpoints.save(&snapshot, best)?;
+        if let Some(Writer { checkpoints, .. }) = &self.writer {
+            checkpoints.save(&snapshot, best)?;
+        }
         Ok(())
     }
 }

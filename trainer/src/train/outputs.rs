@@ -183,9 +183,14 @@ impl<'a> Outputs<'a> {
         self.progress.best(&best);
     }
 
+    /// Leaves the files complete up to here.
+    pub fn flush(&mut self) {
+        self.tb.flush(SystemTime::now());
+    }
+
     /// Leaves the console and the files complete.
     pub fn finish(mut self) {
         self.progress.finish();
-        self.tb.flush(SystemTime::now());
+        self.flush();
     }
 }

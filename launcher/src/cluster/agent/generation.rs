@@ -375,6 +375,7 @@ impl Generation {
                 }) => {
                     let progress = self.progress_of(rank);
                     (progress.step, progress.epoch) = (Some(step), Some(epoch));
+                    progress.first_step.get_or_insert(step);
                     // JSON has no word for what is too large for it.
                     let work_ms = work_ms.map(|ms| ms as f32).filter(|ms| ms.is_finite());
                     progress.work_ms.extend(work_ms);

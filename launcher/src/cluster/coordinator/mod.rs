@@ -379,9 +379,9 @@ impl State {
         }
     }
 
-    /// Last finished step of this generation.
-    pub fn last_step(&self) -> Option<u64> {
-        self.steps.map(|(_, last)| last)
+    /// First and last finished step of this generation.
+    pub fn steps(&self) -> Option<(u64, u64)> {
+        self.steps
     }
 
     pub fn world_size(&self) -> u32 {

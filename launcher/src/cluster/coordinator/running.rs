@@ -207,8 +207,9 @@ impl State {
             let rank = self.progress.entry(number).or_default();
             rank.take(&progress, now);
             if let Some(step) = progress.step {
-                let (low, high) = self.steps.unwrap_or((step, step));
-                self.steps = Some((low.min(step), high.max(step)));
+                let first = progress.first_step.unwrap_or(step);
+                let (low, high) = self.steps.unwrap_or((first, step));
+                self.steps = Some((low.min(first).min(step), high.max(step)));
             }
             self.watch.feed(
                 number,

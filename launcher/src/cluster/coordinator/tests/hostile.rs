@@ -105,12 +105,14 @@ fn any_beat() -> impl Strategy<Value = FromAgent> {
     let step = prop_oneof![Just(None), (0u64..9).prop_map(Some), Just(Some(u64::MAX))];
     let work = prop::sample::select(vec![f32::NAN, f32::INFINITY, -1.0, 0.0, 1.0, f32::MAX]);
     let work = prop::collection::vec(work, 0..50);
-    let progress = (local_rank(), step, work, text(), any::<bool>());
-    let progress = progress.prop_map(|(local_rank, step, work_ms, section, saved)| Progress {
+    let steps = (step.clone(), step);
+    let progress = (local_rank(), steps, work, text(), any::<bool>());
+    let progress = progress.prop_map(|(local_rank, steps, work_ms, section, saved)| Progress {
         local_rank,
-        step,
+        step: steps.0,
+        first_step: steps.1,
         section: Some(section),
-        checkpoint: step.filter(|_| saved),
+        checkpoint: steps.0.filter(|_| saved),
         epoch: Some(u32::MAX),
         work_ms,
     });
