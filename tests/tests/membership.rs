@@ -14,13 +14,15 @@ const CLIPS_PER_RANK: u64 = 4;
 const BASE_BATCH: f64 = 8.0;
 const LR: f64 = 0.005;
 const EPOCHS: u32 = 2;
-/// Four ranks are at the first checkpoint before the middle of the first epoch.
-const CHECKPOINT_STEPS: u64 = 8;
+/// They take longer than a node's news do, so that what does not wait for a checkpoint is seen to come before it.
+const CHECKPOINT_STEPS: u64 = 24;
+/// The first one of four ranks.
+const CLIPS_TO_CHECKPOINT: u64 = CHECKPOINT_STEPS * 4 * CLIPS_PER_RANK;
 
 const JOB: [&str; 8] = [
     "run.seed=5",
     "train.epochs=2",
-    "train.checkpoint_steps=8",
+    "train.checkpoint_steps=24",
     "train.keep_last=100",
     "train.log_every=1",
     "optim.lr=0.005",
@@ -256,7 +258,7 @@ impl Training {
 
 #[test]
 fn a_training_goes_on_without_a_lost_node() {
-    let Some(training) = Training::new(192) else {
+    let Some(training) = Training::new(CLIPS_TO_CHECKPOINT * 5 / 4) else {
         return;
     };
     let first = training.lose_a_node().finish(DEADLINE);
@@ -271,7 +273,7 @@ fn a_training_goes_on_without_a_lost_node() {
 
 #[test]
 fn a_training_takes_in_a_node_at_the_next_checkpoint() {
-    let Some(training) = Training::new(384) else {
+    let Some(training) = Training::new(CLIPS_TO_CHECKPOINT * 2) else {
         return;
     };
     let first = training.lose_a_node();
