@@ -329,7 +329,17 @@ fn a_full_disk_is_named_with_what_was_needed_and_free() {
     let Some(_disk) = SmallDisk::mount(scene.path("disk")) else {
         return;
     };
-    let outcome = expect(scene.job("disk/run", 2, &[]), exit::CANNOT_WRITE);
+    let outcome = expect(scene.job("disk/early", 2, &[]), exit::PREFLIGHT);
+    let parts = [
+        "error: ",
+        " are free for ",
+        "hint: remove old runs, or take another folder with --run-dir",
+    ];
+    contains(&outcome.err, &parts);
+
+    let mut unchecked = scene.job("disk/run", 2, &[]);
+    unchecked.args(["--preflight", "off"]);
+    let outcome = expect(unchecked, exit::CANNOT_WRITE);
     let parts = [
         "error: rank 0 failed first",
         "cannot write checkpoint",

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use super::size;
 use crate::cluster::message::Finding;
 
-const MIN_FREE: u64 = 200 << 20;
+/// Room for the logs of a short run. What checkpoints need is not known here.
+const MIN_FREE: u64 = 16 << 20;
 const LOW_FREE: u64 = 5 << 30;
 const LOW_INODES: u64 = 10_000;
 const SLOW: Duration = Duration::from_secs(1);
@@ -176,7 +177,7 @@ mod tests {
         assert_eq!(severities(|_| {}), [Good]);
         assert_eq!(severities(|d| d.free_inodes = None), [Good]);
         assert_eq!(severities(|d| d.free_bytes = (5 << 30) - 1), [Warning]);
-        assert_eq!(severities(|d| d.free_bytes = (200 << 20) - 1), [Error]);
+        assert_eq!(severities(|d| d.free_bytes = MIN_FREE - 1), [Error]);
         assert_eq!(severities(|d| d.free_inodes = Some(9_999)), [Warning]);
         assert_eq!(severities(|d| d.free_inodes = Some(0)), [Error]);
         assert_eq!(
