@@ -331,7 +331,7 @@ fn a_full_disk_is_named_with_what_was_needed_and_free() {
     };
     let outcome = expect(scene.job("disk/early", 2, &[]), exit::PREFLIGHT);
     let parts = [
-        "error: ",
+        " cannot run the job: ",
         " are free for ",
         "hint: remove old runs, or take another folder with --run-dir",
     ];
