@@ -8,6 +8,7 @@ use super::tools::{Job, Programs, Tool};
 use super::{Bench, FEW, PATIENCE, VAIN, ms};
 use anyhow::{Context, Result};
 use rustix::process::Signal;
+use std::cell::RefCell;
 use std::time::Duration;
 
 const ALL: [Tool; 4] = [Tool::TsmLaunch, Tool::Torchrun, Tool::Srun, Tool::Mpirun];
@@ -41,6 +42,9 @@ pub fn since(before: u64, stamps: Option<Vec<Stamp>>, patience: Duration) -> See
 }
 
 pub fn start(bench: &mut Bench) {
+    // ext4 searches long for an inode that was not freed in the last five seconds, so the thousands of files of one
+    // measurement are not removed while the next one makes its own.
+    let folders = RefCell::new(Vec::new());
     for (ranks, goal) in [(8, 60.0), (64, 250.0), (256, 800.0), (1024, 3000.0)] {
         if ranks > bench.args.max_ranks {
             continue;
@@ -53,7 +57,8 @@ pub fn start(bench: &mut Bench) {
             bench.rounds().min(FEW)
         };
         bench.measure(&ALL, rounds, &[case], |programs, tool, _| {
-            let (_stage, stamps, before) = launched(programs, tool, &Job::new(ranks))?;
+            let (stage, stamps, before) = launched(programs, tool, &Job::new(ranks))?;
+            folders.borrow_mut().push(stage.folder());
             Ok(vec![Seen::Value(ms(before, last(&stamps)))])
         });
     }

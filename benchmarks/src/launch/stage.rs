@@ -9,6 +9,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// Bytes that ranks may write before the bench reads: it never holds one up.
@@ -18,7 +19,7 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// One measurement's processes, in a folder of its own.
 pub struct Stage {
-    folder: tempfile::TempDir,
+    folder: Rc<tempfile::TempDir>,
     pipe: fs_err::File,
     unread: Vec<u8>,
     launchers: Vec<Launcher>,
@@ -39,6 +40,11 @@ struct Rank {
 }
 
 impl Stage {
+    /// Is removed when nobody holds it any more.
+    pub fn folder(&self) -> Rc<tempfile::TempDir> {
+        Rc::clone(&self.folder)
+    }
+
     pub fn new() -> Result<Stage> {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("ranks");
@@ -52,7 +58,7 @@ impl Stage {
         rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_BYTES)
             .context("the kernel gives no pipe of 1 MiB (fs.pipe-max-size)")?;
         Ok(Stage {
-            folder,
+            folder: Rc::new(folder),
             pipe,
             unread: Vec::new(),
             launchers: Vec::new(),
