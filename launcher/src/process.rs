@@ -16,7 +16,6 @@ use std::path::Path;
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 
 use crate::contain::{self, Containment, Stat};
-use crate::cores;
 use crate::end::End;
 
 /// Lowest number of a worker's agent socket, above the files and sockets that it opens itself. A dying process
@@ -84,17 +83,9 @@ pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)
     fcntl_setfd(&agent, FdFlags::empty()).context("cannot make a socket for a worker")?;
 
     let mut command = Command::new(spec.shim);
+    let group = spec.containment.group();
     command
-        .arg(crate::shim::WORKER)
-        .arg(std::process::id().to_string());
-    command.arg(cores::to_list(spec.cores));
-    command
-        .arg(if spec.shielded {
-            crate::shim::SHIELD
-        } else {
-            ""
-        })
-        .arg(spec.containment.group().unwrap_or(Path::new("")))
+        .args(crate::shim::bound(spec.cores, spec.shielded, group))
         .args(spec.command);
     if let Some(directory) = spec.directory {
         command.current_dir(directory);

@@ -25,7 +25,7 @@ pub const DISMISS: &str = "done";
 pub const LEASE: &str = "lease";
 
 /// Third argument of a worker that is to ignore SIGTERM.
-pub const SHIELD: &str = "shield";
+const SHIELD: &str = "shield";
 
 /// How long the guard tries to end processes: in state D they may take a while.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -35,10 +35,23 @@ const CANNOT_EXECUTE: u8 = 126;
 
 /// The first arguments of a shim that only binds a process to the life of this one: it gets no cores, shield or
 /// control group of its own. The program and its arguments follow.
-pub fn plain() -> [String; 5] {
-    let none = String::new;
+pub fn plain() -> [OsString; 5] {
+    bound(&[], false, None)
+}
+
+/// The same for a worker, with what it gets of its own.
+pub fn bound(cores: &[usize], shielded: bool, group: Option<&Path>) -> [OsString; 5] {
     let parent = std::process::id().to_string();
-    [WORKER.into(), parent, none(), none(), none()]
+    let shield = if shielded { SHIELD } else { "" };
+    let group = group.unwrap_or(Path::new(""));
+    let cores = cores::to_list(cores);
+    [
+        WORKER.into(),
+        parent.into(),
+        cores.into(),
+        shield.into(),
+        group.into(),
+    ]
 }
 
 /// Makes this process a worker: a session of its own, dead as soon as the launcher is, in its control group,

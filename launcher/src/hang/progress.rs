@@ -5,8 +5,7 @@ use std::time::Duration;
 use tsm_job::config::duration;
 
 use super::slow::{Change, Rule, Slowness, Stragglers};
-use crate::cores::to_list;
-use crate::supervisor::count;
+use crate::supervisor::{count, ranks_named};
 
 /// Sections in which no step is made, and which may take longer than one.
 const LONG_SECTIONS: [&str; 3] = ["load", "validate", "checkpoint"];
@@ -445,10 +444,8 @@ fn names(ranks: &[u32]) -> String {
 
 /// `rank 3`, `ranks 0-2,7`.
 pub fn ranks_list(ranks: &[u32]) -> String {
-    let mut sorted: Vec<usize> = ranks.iter().map(|&r| r as usize).collect();
-    sorted.sort_unstable();
-    let noun = if ranks.len() == 1 { "rank" } else { "ranks" };
-    format!("{noun} {}", to_list(&sorted))
+    let ranks: Vec<usize> = ranks.iter().map(|&r| r as usize).collect();
+    ranks_named(&ranks)
 }
 
 fn at(step: Option<u64>) -> String {

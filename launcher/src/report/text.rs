@@ -8,6 +8,7 @@ use crate::class::Class;
 use crate::cores::to_list;
 use crate::end::End;
 use crate::logs::TAIL_LINES;
+use crate::supervisor::ranks_named;
 
 /// Lines about the other ranks in the text; failure.json has them all.
 const MAX_OTHERS: usize = 16;
@@ -104,7 +105,7 @@ impl Failure {
                 let of_node = of_node.filter(|o| o.node_rank == self.node_rank);
                 let ranks: Vec<usize> = of_node.map(|o| o.rank).collect();
                 if !ranks.is_empty() {
-                    write!(f, ", {}", named(&ranks))?;
+                    write!(f, ", {}", ranks_named(&ranks))?;
                 }
             }
         }
@@ -161,19 +162,18 @@ impl Failure {
             } else {
                 on_hosts(members)
             };
-            writeln!(f, "    {}{hosts}: {text}{}", named(&ranks), when(members))?;
+            writeln!(
+                f,
+                "    {}{hosts}: {text}{}",
+                ranks_named(&ranks),
+                when(members)
+            )?;
         }
         match groups.len().saturating_sub(MAX_OTHERS) {
             0 => Ok(()),
             more => writeln!(f, "    and {more} more such lines, see failure.json"),
         }
     }
-}
-
-/// `rank 3`, `ranks 0-6,8-63`.
-fn named(ranks: &[usize]) -> String {
-    let plural = if ranks.len() == 1 { "rank" } else { "ranks" };
-    format!("{plural} {}", to_list(ranks))
 }
 
 /// Ends that say nothing about the host.

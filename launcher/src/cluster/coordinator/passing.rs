@@ -15,9 +15,8 @@ use super::running::rank_of;
 use super::{Action, Cause, Phase, State, record};
 use crate::cluster::message::ToAgent;
 use crate::cluster::topology::NodeId;
-use crate::cores::to_list;
 use crate::end::{End, signal_name};
-use crate::supervisor::{Rank, count};
+use crate::supervisor::{Rank, count, ranks_named};
 
 /// What was passed on in this generation, and what came of it.
 #[derive(Clone, Debug, Default)]
@@ -86,7 +85,7 @@ impl Passing {
         let late = those(&|rank| !rank.is_well() && self.killed(rank).is_none());
         let no_handler = format!(
             "{name} was passed on and ended {}: the program has no handler for it, or had none yet",
-            named(&killed)
+            ranks_named(&killed)
         );
         match (killed.is_empty(), signal) {
             (false, libc::SIGUSR2) => Some(format!(
@@ -99,18 +98,12 @@ impl Passing {
             )),
             (true, libc::SIGUSR2) if !late.is_empty() => Some(format!(
                 "{} did not save and end within {} after {name}: the job asks for no requeue",
-                named(&late),
+                ranks_named(&late),
                 format(grace)
             )),
             (true, _) => None,
         }
     }
-}
-
-/// `rank 3`, `ranks 0-6,8-63`.
-fn named(ranks: &[usize]) -> String {
-    let plural = if ranks.len() == 1 { "rank" } else { "ranks" };
-    format!("{plural} {}", to_list(ranks))
 }
 
 impl State {
