@@ -241,10 +241,13 @@ pub fn own_group() -> Result<PathBuf, String> {
 pub fn finding() -> Finding {
     let mark = Carriers::new().mark;
     let text = match Group::create(&group::name("doctor", 0, &mark)) {
-        Ok(group) => format!(
-            "a job has control groups of its own below {}; nothing that it starts survives it",
-            group.path.parent().unwrap_or(&group.path).display()
-        ),
+        Ok(group) => {
+            group.remove();
+            format!(
+                "a job has control groups of its own below {}; nothing that it starts survives it",
+                group.path.parent().unwrap_or(&group.path).display()
+            )
+        }
         Err(why) => format!(
             "a job can have no control group ({why}); what leaves its session is known by {MARK} in its environment"
         ),

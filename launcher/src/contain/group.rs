@@ -35,17 +35,21 @@ pub struct Group {
 }
 
 impl Group {
-    /// Makes an empty group in that of this process.
+    /// Makes an empty group in that of this process; its name begins with `name`.
     ///
     /// # Errors
     /// Why this is not possible here.
     pub fn create(name: &str) -> Result<Group, String> {
-        let own = own()?;
-        remove_left_over(&own);
-        let path = own.join(name);
+        Group::create_in(&own()?, name)
+    }
+
+    fn create_in(own: &Path, name: &str) -> Result<Group, String> {
+        remove_left_over(own);
         let mut why = String::new();
-        // Before it is locked, another launcher may take it for one that is left over.
-        for _ in 0..TRIES {
+        // Before it is locked, another launcher may take it for one that is left over. That one removes what it finds
+        // by its name, perhaps only after the next try has begun: no name is used twice.
+        for attempt in 0..TRIES {
+            let path = own.join(format!("{name}.{attempt}"));
             fs_err::create_dir(&path).map_err(|e| e.to_string())?;
             let group = Group {
                 _lock: lock(&path, FlockOperation::NonBlockingLockShared),
@@ -259,6 +263,7 @@ fn find(groups: &str, mounts: &str) -> Result<PathBuf, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     const HYBRID: &str = "41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw";
     const RO: &str = "41 31 0:38 / /sys/fs/cgroup ro,nosuid - cgroup2 cgroup rw,nsdelegate";
@@ -285,6 +290,47 @@ mod tests {
             let error = find(groups, mounts).unwrap_err();
             assert!(error.contains(why), "{groups} {mounts}: {error}");
         }
+    }
+
+    /// Launchers that start at the same time remove what is left over while the others make their groups.
+    #[test]
+    fn a_group_that_was_made_stays_while_others_remove_what_is_left_over() {
+        let own = match own() {
+            Ok(own) => own,
+            Err(why) => return eprintln!("skipped: {why}"),
+        };
+        // Not beside the groups of the other tests.
+        let own = own.join(format!("test.{}", std::process::id()));
+        fs_err::create_dir(&own).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        remove_left_over(&own);
+                    }
+                });
+            }
+            let (mut made, mut gone) = (0, Vec::new());
+            for i in 0..200 {
+                // All tries may have met one that removes.
+                let Ok(group) = Group::create_in(&own, &name("race", i, "0")) else {
+                    continue;
+                };
+                made += 1;
+                for _ in 0..20 {
+                    std::thread::yield_now();
+                }
+                if !group.path.join("cgroup.procs").exists() {
+                    gone.push(i);
+                }
+                group.remove();
+            }
+            done.store(true, Ordering::Relaxed);
+            assert!(gone.is_empty(), "removed by others: {gone:?}");
+            assert!(made >= 100, "{made} of 200 were made");
+        });
+        fs_err::remove_dir(&own).unwrap();
     }
 
     #[test]
