@@ -3,18 +3,18 @@
 use anyhow::Context;
 use fs_err::File;
 use rustix::process::Signal;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 use tsm_job::RunDir;
 use tsm_job::exit::{self, Coded};
-use tsm_job::message::WorkerMessage;
 
 use super::Setup;
+use super::news::News;
 use crate::ahead::Ahead;
-use crate::cluster::message::{About, NodeReport, Progress, Start};
+use crate::cluster::message::{NodeReport, Start};
 use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::contain::{self, Ability, Containment, Left, Process};
 use crate::cores;
@@ -66,11 +66,7 @@ pub struct Generation {
     guard: Guard,
     sources: Vec<Source>,
     logs: Option<Logs>,
-    progress: BTreeMap<usize, Progress>,
-    sections: BTreeMap<usize, String>,
-    /// What rank 0 of this node has said of itself.
-    words: Vec<About>,
-    metrics: BTreeMap<String, f64>,
+    pub news: News,
     oom_before: u64,
     /// How far the processes that workers left behind have been ended.
     descendants: Descendants,
@@ -196,10 +192,7 @@ impl Generation {
             containment,
             sources: Vec::new(),
             logs: None,
-            progress: BTreeMap::new(),
-            sections: BTreeMap::new(),
-            words: Vec::new(),
-            metrics: BTreeMap::new(),
+            news: News::new(start.node_rank == 0),
             oom_before: oom_kills(),
             descendants: Descendants::NotLooked,
             asked: BTreeSet::new(),
@@ -363,90 +356,14 @@ impl Generation {
     /// When epoll fails, which it does not.
     pub async fn next(&mut self) -> anyhow::Result<Vec<Event>> {
         let happenings = self.watch.next(&self.workers).await?;
-        let mut events = Vec::new();
-        for (rank, happening) in happenings {
-            events.push(match happening {
-                Happening::Ended(end) => Event::Ended { rank, end },
-                Happening::Left => Event::Left { rank },
-                Happening::Said(WorkerMessage::Step {
-                    step,
-                    epoch,
-                    work_ms,
-                }) => {
-                    let progress = self.progress_of(rank);
-                    (progress.step, progress.epoch) = (Some(step), Some(epoch));
-                    progress.first_step.get_or_insert(step);
-                    // JSON has no word for what is too large for it.
-                    let work_ms = work_ms.map(|ms| ms as f32).filter(|ms| ms.is_finite());
-                    progress.work_ms.extend(work_ms);
-                    Event::Step { rank, step }
-                }
-                Happening::Said(WorkerMessage::Section { name }) => {
-                    let left = self.sections.insert(rank, name.clone());
-                    let saved = left.is_some_and(|l| l == "checkpoint") && name != "checkpoint";
-                    let step = self.state.ranks[rank].step;
-                    let progress = self.progress_of(rank);
-                    progress.section = Some(name.clone());
-                    if saved {
-                        progress.checkpoint = progress.step.or(step);
-                    }
-                    Event::Section { rank, name }
-                }
-                Happening::Said(WorkerMessage::Failure(record)) => {
-                    let record = record.shortened();
-                    Event::Failing { rank, record }
-                }
-                Happening::Said(WorkerMessage::Metric { name, value }) => {
-                    // JSON has no word for the others.
-                    if value.is_finite() {
-                        self.metrics.insert(name, value);
-                    }
-                    continue;
-                }
-                Happening::Said(WorkerMessage::Versions { versions }) => {
-                    self.words
-                        .extend((rank == 0).then_some(About::Versions(versions)));
-                    continue;
-                }
-                Happening::Said(WorkerMessage::Resumed { path, step }) => {
-                    let word = About::Resumed { path, step };
-                    self.words.extend((rank == 0).then_some(word));
-                    continue;
-                }
-                Happening::Said(WorkerMessage::Hello { .. }) => {
-                    // That it talks is news too.
-                    self.progress_of(rank);
-                    Event::Hello { rank }
-                }
+        let events = happenings
+            .into_iter()
+            .filter_map(|(rank, happening)| match happening {
+                Happening::Ended(end) => Some(Event::Ended { rank, end }),
+                Happening::Left => Some(Event::Left { rank }),
+                Happening::Said(message) => self.news.hear(rank, message),
             });
-        }
-        Ok(events)
-    }
-
-    fn progress_of(&mut self, local_rank: usize) -> &mut Progress {
-        self.progress.entry(local_rank).or_insert_with(|| Progress {
-            local_rank: local_rank as u32,
-            ..Progress::default()
-        })
-    }
-
-    /// What rank 0 has said of itself since this was asked last; empty but on the first node.
-    pub fn take_words(&mut self) -> Vec<About> {
-        let words = std::mem::take(&mut self.words);
-        if self.start.node_rank == 0 {
-            words
-        } else {
-            Vec::new()
-        }
-    }
-
-    /// What has changed since it was asked last.
-    pub fn news(&mut self) -> (Vec<Progress>, Vec<(String, f64)>) {
-        let progress = std::mem::take(&mut self.progress).into_values().collect();
-        (
-            progress,
-            std::mem::take(&mut self.metrics).into_iter().collect(),
-        )
+        Ok(events.collect())
     }
 
     /// Takes in events and signals the workers as is decided; what is left is for others to do.

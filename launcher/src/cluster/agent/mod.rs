@@ -6,6 +6,7 @@
 mod generation;
 pub mod lease;
 mod measure;
+mod news;
 
 use anyhow::Context;
 use std::path::PathBuf;
@@ -265,7 +266,7 @@ impl Agent {
             return;
         };
         let generation = running.start.generation;
-        for word in running.take_words() {
+        for word in running.news.take_words() {
             self.say(FromAgent::About { generation, word });
         }
     }
@@ -539,7 +540,7 @@ impl Agent {
         let (ranks, metrics) = self
             .generation
             .as_mut()
-            .map(Generation::news)
+            .map(|generation| generation.news.take())
             .unwrap_or_default();
         let beat = Beat {
             seq,
