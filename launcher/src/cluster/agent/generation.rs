@@ -2,8 +2,6 @@
 
 use anyhow::Context;
 use fs_err::File;
-use rustix::process::Signal;
-use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -12,11 +10,12 @@ use tsm_job::RunDir;
 use tsm_job::exit::{self, Coded};
 
 use super::Setup;
+use super::leftovers::Leftovers;
 use super::news::News;
 use crate::ahead::Ahead;
 use crate::cluster::message::{NodeReport, Start};
 use crate::console::lines::{BAR_PERIOD, Bars, Lines};
-use crate::contain::{self, Ability, Containment, Left, Process};
+use crate::contain::{self, Ability, Containment};
 use crate::cores;
 use crate::doctor::kmsg;
 use crate::logs::{Logs, Shown, Sink, Source, Tail};
@@ -31,15 +30,8 @@ use crate::watch::{Happening, Watch};
 
 /// How long to read on after the last process: only one that is not known as ours still writes.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How long the kernel may take to end what the workers started after SIGKILL, before it is named as stuck.
-const KILL_WAIT: Duration = Duration::from_secs(5);
-/// The same where a worker was stuck for long enough already.
-const KILL_WAIT_MORE: Duration = Duration::from_millis(100);
-/// Processes that are named in a notice.
-const NAMED: usize = 8;
-/// Between two looks for them, at first and later.
-const LOOK: Duration = Duration::from_millis(5);
-const LOOK_LATER: Duration = Duration::from_millis(50);
+/// How long a start that failed waits for what it kills.
+const A_LITTLE: Duration = Duration::from_millis(100);
 /// Workers started before the agent looks at anything else.
 const AT_ONCE: usize = 8;
 
@@ -68,30 +60,11 @@ pub struct Generation {
     logs: Option<Logs>,
     pub news: News,
     oom_before: u64,
-    /// How far the processes that workers left behind have been ended.
-    descendants: Descendants,
-    /// Those of them that were asked to end.
-    asked: BTreeSet<i32>,
-    /// When to look for them again.
-    pub next_look: Duration,
-    stuck: Vec<String>,
+    leftovers: Leftovers,
     began_at: Duration,
     /// The same by the kernel's log.
     kernel_time: Duration,
     _port: Option<Port>,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Descendants {
-    NotLooked,
-    /// They were asked to end, and are killed when the grace is over.
-    Asked {
-        since: Duration,
-    },
-    Killed {
-        since: Duration,
-    },
-    Gone,
 }
 
 impl Generation {
@@ -194,10 +167,7 @@ impl Generation {
             logs: None,
             news: News::new(start.node_rank == 0),
             oom_before: oom_kills(),
-            descendants: Descendants::NotLooked,
-            asked: BTreeSet::new(),
-            next_look: now,
-            stuck: Vec::new(),
+            leftovers: Leftovers::new(now),
             began_at: now,
             kernel_time: kmsg::now(),
             _port: port,
@@ -404,85 +374,30 @@ impl Generation {
         self.guard.lease(time);
     }
 
-    /// Ends what the workers started and left behind: SIGTERM, the grace, SIGKILL. Call again at
-    /// [`Self::next_look`] until it says true.
-    pub fn end_descendants(
+    /// Ends what the workers started and left behind. Call again at [`Self::next_look`] until it says true.
+    pub fn end_leftovers(
         &mut self,
         now: Duration,
         at_once: bool,
         notice: impl FnOnce(String),
     ) -> bool {
-        let since = match self.descendants {
-            Descendants::Gone => return true,
-            Descendants::NotLooked => {
-                let left = self.containment.processes();
-                let killed = (self.state.ranks.iter()).any(|r| r.sent.contains(&libc::SIGKILL));
-                if !left.is_empty() && !killed && !at_once {
-                    let grace = tsm_job::config::duration::format(self.start.grace);
-                    let (number, names) = (left.len(), names(&left));
-                    notice(format!(
-                        "processes that the workers left behind: ending {number} ({names}), grace {grace}"
-                    ));
-                    self.containment.signal(&left, Signal::TERM);
-                    self.asked = left.iter().map(|process| process.pid).collect();
-                    self.descendants = Descendants::Asked { since: now };
-                    self.look_again(now, now);
-                    return false;
-                }
-                now
-            }
-            Descendants::Asked { since } if !at_once && now < since + self.start.grace => {
-                if now < self.next_look {
-                    return false;
-                }
-                let mut left = self.containment.processes();
-                if !left.is_empty() {
-                    // One that was started while the others were asked.
-                    left.retain(|process| self.asked.insert(process.pid));
-                    self.containment.signal(&left, Signal::TERM);
-                    self.look_again(since, now);
-                    return false;
-                }
-                now
-            }
-            Descendants::Asked { .. } => now,
-            Descendants::Killed { .. } if now < self.next_look => return false,
-            Descendants::Killed { since } => since,
-        };
-        let is_stuck = self.state.ranks.iter().any(|rank| rank.end.is_none());
-        let limit = match self.containment.kill() {
-            Left::Nothing => Duration::ZERO,
-            Left::Perhaps => contain::DOUBT,
-            Left::Some if is_stuck => KILL_WAIT_MORE,
-            Left::Some => KILL_WAIT,
-        };
-        if now < since + limit {
-            self.descendants = Descendants::Killed { since };
-            self.look_again(since, now);
-            return false;
-        }
-        self.descendants = Descendants::Gone;
-        let left = if limit.is_zero() {
-            Vec::new()
-        } else {
-            self.containment.processes()
-        };
-        let describe = |process: &Process| format!("{process}, {}", process::stuck_in(process.pid));
-        self.stuck = left.iter().map(describe).collect();
-        true
+        let ranks = &self.state.ranks;
+        let is_stuck = ranks.iter().any(|rank| rank.end.is_none());
+        let killed = ranks.iter().any(|rank| rank.sent.contains(&libc::SIGKILL));
+        let grace = (!killed && !at_once).then_some(self.start.grace);
+        let containment = &self.containment;
+        self.leftovers
+            .end(containment, grace, is_stuck, now, notice)
     }
 
-    /// Looks cost more where many processes run, so they become rarer.
-    fn look_again(&mut self, since: Duration, now: Duration) {
-        if self.next_look <= now {
-            let pause = now.saturating_sub(since) / 8;
-            self.next_look = now + pause.clamp(LOOK, LOOK_LATER);
-        }
+    /// When to look for leftovers again.
+    pub fn next_look(&self) -> Duration {
+        self.leftovers.next_look
     }
 
     /// Kills everything, and waits a little for it.
     pub fn kill(&self) {
-        self.containment.end(KILL_WAIT_MORE);
+        self.containment.end(A_LITTLE);
     }
 
     /// The reader of the output, to be waited for; see [`drain`].
@@ -509,10 +424,11 @@ impl Generation {
                     .then(|| self.workers[i].stuck_in()),
             }
         };
-        if !self.stuck.is_empty() {
+        let stuck = &self.leftovers.stuck;
+        if !stuck.is_empty() {
             warnings.push(format!(
                 "processes that SIGKILL did not end: {}",
-                self.stuck.join("; ")
+                stuck.join("; ")
             ));
         }
         let gpus = self.plans.iter().any(|plan| plan.device.starts_with("GPU"));
@@ -531,14 +447,6 @@ impl Generation {
             warnings,
         }
     }
-}
-
-/// The first few, by number and name.
-fn names(processes: &[Process]) -> String {
-    let named = processes.iter().take(NAMED).map(Process::to_string);
-    let more = processes.len().saturating_sub(NAMED);
-    let more = (more > 0).then(|| format!("{more} more"));
-    named.chain(more).collect::<Vec<_>>().join(", ")
 }
 
 /// Reads the rest of the output; waits, so not for the thread of the event loop.

@@ -5,6 +5,7 @@
 
 mod generation;
 pub mod lease;
+mod leftovers;
 mod measure;
 mod news;
 
@@ -216,7 +217,7 @@ impl Agent {
         let generation = self.generation.as_ref().filter(|_| self.draining.is_none());
         let decided = generation.and_then(|g| match g.state.phase {
             // Looks again for processes that were left behind.
-            Phase::Finished => Some(g.next_look),
+            Phase::Finished => Some(g.next_look()),
             _ => g.state.deadline(),
         });
         let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease.until);
@@ -579,7 +580,7 @@ impl Agent {
         if generation.state.phase != Phase::Finished || self.draining.is_some() {
             return;
         }
-        if generation.end_descendants(now, at_once, |text| to.send(FromAgent::Notice { text }))
+        if generation.end_leftovers(now, at_once, |text| to.send(FromAgent::Notice { text }))
             && let Some(logs) = generation.take_logs()
         {
             self.draining = Some(tokio::task::spawn_blocking(move || generation::drain(logs)));
