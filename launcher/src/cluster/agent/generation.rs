@@ -7,24 +7,23 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 use tsm_job::RunDir;
-use tsm_job::exit::{self, Coded};
 
 use super::Setup;
 use super::leftovers::Leftovers;
 use super::news::News;
+use super::prepared::{Prepared, inherited, prepare};
 use crate::ahead::Ahead;
 use crate::cluster::message::{NodeReport, Start};
 use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::contain::{self, Ability, Containment};
-use crate::cores;
 use crate::doctor::kmsg;
 use crate::logs::{Logs, Shown, Sink, Source, Tail};
+use crate::machine;
 use crate::manifest::environment::{self, Change};
-use crate::plan::{self, REMOVED_VARIABLES, Seat, Shape, WorkerPlan, error_file};
+use crate::plan::{WorkerPlan, error_file};
 use crate::port::Port;
 use crate::process::{self, Guard, Spec, Worker};
 use crate::report::{self, Place};
-use crate::start::adopt::identity_in_mpi;
 use crate::supervisor::{self, Action, Event, State};
 use crate::watch::{Happening, Watch};
 
@@ -34,11 +33,6 @@ const DRAIN: Duration = Duration::from_secs(2);
 const A_LITTLE: Duration = Duration::from_millis(100);
 /// Workers started before the agent looks at anything else.
 const AT_ONCE: usize = 8;
-
-/// Open files of the launcher itself, generously, and those that it has for each rank: two pipes, two logs,
-/// a pidfd and a socket.
-const FILES: u64 = 64;
-const FILES_PER_RANK: u64 = 6;
 
 /// The workers of one start.
 pub struct Generation {
@@ -78,80 +72,16 @@ impl Generation {
         start: Start,
         now: Duration,
     ) -> anyhow::Result<Generation> {
-        let here = std::env::current_dir().unwrap_or_default();
-        let directory = (start.directory != here).then(|| start.directory.clone());
-        if let Some(directory) = &directory {
-            fs_err::metadata(directory).context("the working directory of the job is not here")?;
-        }
-        let dir = RunDir::new(&start.run_dir);
-        fs_err::create_dir_all(dir.logs()).context("cannot write to the run folder")?;
-        if let Some((name, text)) = &start.config {
-            let path = dir.path().join(name);
-            // Written by the coordinator where the file system is shared.
-            if fs_err::read_to_string(&path).map_or(true, |old| old != *text) {
-                fs_err::write(&path, text).context("cannot write the resolved config")?;
-            }
-        }
-        let num_ranks = start.num_ranks as usize;
-        let devices = setup.devices.first(num_ranks);
-        let port = match start.master_port {
-            0 => Some(Port::reserve(false)?),
-            _ => None,
-        };
-        let ras = matches!(devices, plan::Devices::Gpus(_))
-            .then(|| Port::reserve(false))
-            .transpose()?;
-        let allowed = if start.affinity {
-            cores::allowed()
-        } else {
-            Vec::new()
-        };
-        let seat = Seat {
-            node_rank: start.node_rank,
-            first_rank: start.first_rank,
-            world_size: start.world_size,
-            master_addr: start.master_addr,
-            interface: start.interface.clone().unwrap_or("lo".into()),
-            restart_count: start.restart_count,
-            max_restarts: start.max_restarts,
-        };
-        let shape = Shape {
-            devices: &devices,
-            seat,
-            run_id: &start.run_id,
-            run_dir: &start.run_dir,
-            host: &setup.host,
-            master_port: Some(port.as_ref().map_or(start.master_port, |p| p.number)),
-            // NCCL may not share the port, so it is only kept apart from MASTER_PORT.
-            ras_port: ras.as_ref().map(|port| port.number),
-            resume_from: start.resume_from.as_deref(),
-            cores: &allowed,
-            parallelism: std::thread::available_parallelism().map_or(1, usize::from),
-        };
-        let base = start.base_env.as_deref().unwrap_or_default();
-        let inherited = |name: &str| {
-            std::env::var_os(name).is_some()
-                || base.iter().any(|(n, _)| n == name)
-                || start.env.iter().any(|(n, _)| n == name)
-        };
-        let mut plans = plan::workers(&shape, inherited);
-        for plan in &mut plans {
-            plan.env.splice(0..0, start.env.iter().cloned());
-        }
-        let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-        let removed = REMOVED_VARIABLES.map(String::from).into_iter();
-        let remove = removed.chain(identity_in_mpi(names)).collect();
-        let files = FILES + FILES_PER_RANK * num_ranks as u64;
-        if let Err(limit) = process::allow_open_files(files) {
-            let text = format!(
-                "{num_ranks} ranks need {files} open files, and the hard limit is {limit}\n  hint: ulimit -Hn {files}, \
-                nofile in /etc/security/limits.conf, LimitNOFILE= of systemd, docker run --ulimit nofile={files}"
-            );
-            anyhow::bail!(Coded::new(exit::PREFLIGHT, text));
-        }
+        let Prepared {
+            plans,
+            remove,
+            dir,
+            directory,
+            port,
+        } = prepare(setup, &start)?;
         let containment = Containment::open(ability, &start.run_id, start.generation);
         Ok(Generation {
-            state: State::new(num_ranks, start.grace, start.saves, start.shielded),
+            state: State::new(plans.len(), start.grace, start.saves, start.shielded),
             plans,
             remove,
             dir,
@@ -166,7 +96,7 @@ impl Generation {
             sources: Vec::new(),
             logs: None,
             news: News::new(start.node_rank == 0),
-            oom_before: oom_kills(),
+            oom_before: machine::oom_kills(),
             leftovers: Leftovers::new(now),
             began_at: now,
             kernel_time: kmsg::now(),
@@ -193,11 +123,14 @@ impl Generation {
         }
         self.guard.watch(&self.workers[from..]);
         if self.workers.len() == self.plans.len() {
-            self.logs = Some(Logs::start(
-                std::mem::take(&mut self.sources),
-                shown.clone(),
-            )?);
+            self.start_logs(shown)?;
         }
+        Ok(())
+    }
+
+    fn start_logs(&mut self, shown: &Shown) -> anyhow::Result<()> {
+        let sources = std::mem::take(&mut self.sources);
+        self.logs = Some(Logs::start(sources, shown.clone())?);
         Ok(())
     }
 
@@ -226,37 +159,21 @@ impl Generation {
         self.watch.add_agent(ours)?;
         let (worker, streams) = process::spawn(&spec, theirs)?;
         let tail = Tail::default();
-        let shows = |rank: u32| {
-            self.start
-                .show
-                .as_ref()
-                .is_none_or(|ranks| ranks.contains(&rank))
-        };
-        let first_shown = self.plans.iter().find(|w| shows(w.rank)).map(|w| w.rank);
-        let is_first = first_shown == Some(plan.rank);
-        let is_terminal = std::io::stderr().is_terminal();
-        let shown = |stderr| {
-            let bars = match is_terminal {
-                false => Bars::Lines(BAR_PERIOD),
-                true if is_first && stderr => Bars::Drawn,
-                true => Bars::Hidden,
-            };
-            shows(plan.rank).then(|| Lines::new(plan.rank, stderr, bars))
-        };
         let sink = |file, stderr: bool| Sink {
             file,
             stderr,
-            shown: shown(stderr),
+            shown: self.lines_of(plan.rank, stderr),
             tail: tail.clone(),
         };
-        self.sources.push(Source {
+        let out = Source {
             pipe: streams.out.into(),
             to: sink(out_file, false),
-        });
-        self.sources.push(Source {
+        };
+        let err = Source {
             pipe: streams.err.into(),
             to: sink(err_file, true),
-        });
+        };
+        self.sources.extend([out, err]);
         self.tails.push(tail);
         if let Err(e) = self.watch.add_worker(&worker) {
             worker.kill();
@@ -267,23 +184,30 @@ impl Generation {
         Ok(())
     }
 
+    /// How a stream of a rank is shown; `None`: not at all.
+    fn lines_of(&self, rank: u32, stderr: bool) -> Option<Lines> {
+        let shows = |rank: u32| {
+            let chosen = self.start.show.as_ref();
+            chosen.is_none_or(|ranks| ranks.contains(&rank))
+        };
+        let first_shown = self.plans.iter().map(|plan| plan.rank).find(|r| shows(*r));
+        let bars = if !std::io::stderr().is_terminal() {
+            Bars::Lines(BAR_PERIOD)
+        } else if stderr && first_shown == Some(rank) {
+            Bars::Drawn
+        } else {
+            Bars::Hidden
+        };
+        shows(rank).then(|| Lines::new(rank, stderr, bars))
+    }
+
     /// What differs in the workers' environment from that of the agent; empty but on the first node.
     pub fn environment(&self) -> Vec<Change> {
         if self.start.node_rank > 0 {
             return Vec::new();
         }
-        let base = self.start.base_env.as_deref().unwrap_or_default();
         let inherited = |name: &str| {
-            let value = base
-                .iter()
-                .find(|(n, _)| n == name)
-                .map(|(_, value)| value.clone());
-            Some(
-                value
-                    .or_else(|| std::env::var_os(name))?
-                    .to_string_lossy()
-                    .into_owned(),
-            )
+            inherited(&self.start, name).map(|value| value.to_string_lossy().into_owned())
         };
         let ranks: Vec<_> = self.plans.iter().map(|plan| plan.env.as_slice()).collect();
         environment::difference(inherited, &ranks, &self.remove)
@@ -303,14 +227,12 @@ impl Generation {
 
     /// Where NCCL answers on this node, where there are GPUs.
     pub fn ras_address(&self) -> Option<String> {
-        let own = self
-            .plans
-            .first()?
-            .env
-            .iter()
-            .find(|(name, _)| name == "NCCL_RAS_ADDR");
-        own.map(|(_, value)| value.clone())
-            .or_else(|| std::env::var("NCCL_RAS_ADDR").ok())
+        const NAME: &str = "NCCL_RAS_ADDR";
+        let mut own = self.plans.first()?.env.iter();
+        match own.find(|(name, _)| name == NAME) {
+            Some((_, value)) => Some(value.clone()),
+            None => inherited(&self.start, NAME)?.into_string().ok(),
+        }
     }
 
     pub fn pids(&self) -> Vec<i32> {
@@ -362,11 +284,7 @@ impl Generation {
     pub fn give_up_starting(&mut self, shown: &Shown) -> anyhow::Result<()> {
         self.plans.truncate(self.workers.len());
         self.state.ranks.truncate(self.workers.len());
-        self.logs = Some(Logs::start(
-            std::mem::take(&mut self.sources),
-            shown.clone(),
-        )?);
-        Ok(())
+        self.start_logs(shown)
     }
 
     /// The guard kills the workers unless this is called again within `time`.
@@ -407,16 +325,16 @@ impl Generation {
 
     /// What became of the generation. Frees the process table and lets the guard go.
     pub fn conclude(self, mut warnings: Vec<String>) -> NodeReport {
-        let dir_path = self.dir.path();
         let place = |i: usize| {
             let plan = &self.plans[i];
+            let error_file = error_file(self.dir.path(), &self.host, plan.rank);
             Place {
                 host: self.host.clone(),
                 device: plan.device.clone(),
                 pid: self.workers[i].pid.as_raw_nonzero().get(),
                 stderr_file: self.dir.log(&self.host, plan.rank, true),
-                error_file: error_file(self.dir.path(), &self.host, plan.rank),
-                exception: report::torch_error(&error_file(dir_path, &self.host, plan.rank)),
+                exception: report::torch_error(&error_file),
+                error_file,
                 stderr: self.tails[i].lines(),
                 stuck_in: self.state.ranks[i]
                     .end
@@ -442,7 +360,7 @@ impl Generation {
         NodeReport {
             ranks: self.state.ranks.into_iter().zip(places).collect(),
             started_at: self.began_at,
-            oom_kills: oom_kills().saturating_sub(self.oom_before),
+            oom_kills: machine::oom_kills().saturating_sub(self.oom_before),
             xids,
             warnings,
         }
@@ -459,11 +377,4 @@ pub fn drain(logs: Logs) -> Vec<String> {
         );
     }
     warnings
-}
-
-/// How many processes the kernel's out-of-memory killer has ended since the machine started.
-fn oom_kills() -> u64 {
-    let text = fs_err::read_to_string("/proc/vmstat").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-    line.and_then(|n| n.parse().ok()).unwrap_or(0)
 }

@@ -8,6 +8,7 @@ pub mod lease;
 mod leftovers;
 mod measure;
 mod news;
+mod prepared;
 
 use anyhow::Context;
 use std::path::PathBuf;
