@@ -12,7 +12,7 @@ use crate::cores;
 use crate::plan::{self, Devices, REMOVED_VARIABLES, Seat, Shape, WorkerPlan};
 use crate::port::Port;
 use crate::process;
-use crate::start::adopt::identity_in_mpi;
+use crate::start::adopt::mpi;
 
 /// Open files of the launcher itself, generously, and those that it has for each rank: two pipes, two logs,
 /// a pidfd and a socket.
@@ -57,7 +57,7 @@ pub fn prepare(setup: &Setup, start: &Start) -> anyhow::Result<Prepared> {
     let plans = plans(setup, start, master_port)?;
     let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     let removed = REMOVED_VARIABLES.map(String::from).into_iter();
-    let remove = removed.chain(identity_in_mpi(names)).collect();
+    let remove = removed.chain(mpi::identity(names)).collect();
     let num_ranks = start.num_ranks;
     let files = FILES + FILES_PER_RANK * u64::from(num_ranks);
     if let Err(limit) = process::allow_open_files(files) {
