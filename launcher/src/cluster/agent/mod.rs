@@ -177,10 +177,9 @@ impl Agent {
         let deadline = self
             .deadline()
             .map(|at| tokio::time::Instant::from_std(self.setup.start + at));
-        let starting = !self.looking
-            && self.generation.as_ref().is_some_and(|g| {
-                !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
-            });
+        let starting = self.generation.as_ref().is_some_and(|g| {
+            !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
+        });
         let connected = self.leaving.is_none();
         let is_draining = self.draining.is_some();
         let (generation, draining) = (&mut self.generation, &mut self.draining);
@@ -396,8 +395,7 @@ impl Agent {
         });
     }
 
-    /// Looks into the ranks with debuggers and the like, which takes its time. No worker is started meanwhile: a
-    /// debugger would inherit its socket.
+    /// Looks into the ranks with debuggers and the like, which takes its time.
     fn inspect(&mut self, generation: u32) {
         let Some(current) = self.generation.as_ref().filter(|_| !self.looking) else {
             return;
