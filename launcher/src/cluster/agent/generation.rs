@@ -126,11 +126,11 @@ impl Generation {
         let num_ranks = start.num_ranks as usize;
         let devices = setup.devices.first(num_ranks);
         let port = match start.master_port {
-            0 => Some(Port::reserve(false)?),
+            0 => Some(Port::reserve()?),
             _ => None,
         };
         let ras = matches!(devices, plan::Devices::Gpus(_))
-            .then(|| Port::reserve(false))
+            .then(|| Port::reserve())
             .transpose()?;
         let allowed = if start.affinity {
             cores::allowed()

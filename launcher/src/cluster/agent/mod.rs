@@ -359,7 +359,7 @@ impl Agent {
     }
 
     fn reserve(&mut self, generation: u32) -> anyhow::Result<(u16, u16)> {
-        let port = Port::reserve(true)?;
+        let port = Port::reserve()?;
         let probes = match &self.setup.key {
             Some(key) => {
                 let key = key.clone();
