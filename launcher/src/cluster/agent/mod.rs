@@ -167,10 +167,9 @@ impl Agent {
         let deadline = self
             .deadline()
             .map(|at| tokio::time::Instant::from_std(self.setup.start + at));
-        let starting = !self.looking
-            && self.generation.as_ref().is_some_and(|g| {
-                !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
-            });
+        let starting = self.generation.as_ref().is_some_and(|g| {
+            !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
+        });
         let connected = self.leaving.is_none();
         let is_draining = self.draining.is_some();
         let (generation, draining) = (&mut self.generation, &mut self.draining);

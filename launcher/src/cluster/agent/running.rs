@@ -115,8 +115,7 @@ impl Agent {
         }
     }
 
-    /// Looks into the ranks with debuggers and the like, which takes its time. No worker is started meanwhile: a
-    /// debugger would inherit its socket.
+    /// Looks into the ranks with debuggers and the like, which takes its time.
     pub(super) fn inspect(&mut self, generation: u32) {
         let Some(current) = self.generation.as_ref().filter(|_| !self.looking) else {
             return;
