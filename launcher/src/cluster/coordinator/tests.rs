@@ -14,7 +14,7 @@ mod stopping;
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::cluster::message::{BEATS_PER_LEASE, Beat, Facts, Join, LEASE, Progress};
+use crate::cluster::message::{BEATS_PER_LEASE, Beat, Facts, Join, LEASE, Progress, SILENCE};
 use crate::end::End;
 use crate::report::Place;
 use crate::supervisor::Rank;
