@@ -129,6 +129,7 @@ fn lines(ends: &[NodeEnds], fault: &Fault, ranks: &[Vec<Rank>], words: &[&str]) 
         homes: &homes,
         stacks: None,
         earlier: &[],
+        missing: None,
         resume: None,
     };
     let text = failure(&run, fault, &all, &places).to_string();
