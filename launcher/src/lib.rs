@@ -60,6 +60,7 @@ use tsm_job::exit;
 pub fn main() -> ExitCode {
     let start = Instant::now();
     own::take_name();
+    signals::outlive_file_limit();
     let mut argv = std::env::args_os().skip(1);
     match argv.next().as_deref().and_then(|first| first.to_str()) {
         Some(shim::WORKER) => return shim::worker(argv),

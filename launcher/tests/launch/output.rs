@@ -272,6 +272,38 @@ fn a_disk_that_fills_up_while_the_job_runs_is_said_once_when_it_is_noticed() {
     assert!(err.contains(&hint), "{err}");
 }
 
+/// `ulimit -f`, as a batch system may set it: it ends who writes a larger file, and the launcher writes for others.
+#[test]
+fn a_limit_of_file_size_ends_the_ranks_that_pass_it_and_not_the_launcher() {
+    let scene = Scene::new();
+    let launcher = env!("CARGO_BIN_EXE_tsm-launch");
+    // 64 KiB. The second rank writes a file of its own.
+    let script = r#"ulimit -f 128; launcher=$0; exec "$launcher" --cpus 2 --preflight off --grace 60s --run-dir run -- \
+        sh -c 'echo up$RANK; [ $RANK = 0 ] && "$0" --spam 3000 && touch printed && exec "$0" --hang
+               while [ ! -e printed ]; do sleep 0.01; done; exec cat /dev/zero > large' "$@" "#;
+    let outcome = finish(start(
+        scene.command_of("sh").args(["-c", script, launcher, FAKE]),
+    ));
+    let err = &outcome.err;
+    assert_eq!(outcome.code, 128 + libc::SIGXFSZ, "{err}");
+    assert!(
+        err.contains("rank 1 failed first: signal 25 (SIGXFSZ)"),
+        "{err}"
+    );
+    assert_eq!(
+        err.matches("warning: output of the ranks on ").count(),
+        1,
+        "{err}"
+    );
+    assert!(
+        err.contains("File too large") && err.contains("hint: raise the limit of file size"),
+        "{err}"
+    );
+    assert_eq!(scene.json("manifest.json")["outcome"], "failed");
+    let kept = scene.log(0, "out").len();
+    assert_eq!(kept, 128 * 512);
+}
+
 #[test]
 fn a_run_folder_that_is_removed_is_said_while_the_job_runs() {
     let scene = Scene::new();
