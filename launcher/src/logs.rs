@@ -4,7 +4,8 @@
 //! One thread reads all pipes of a node, so that a slow disk does not delay the supervision, and lines of
 //! different ranks never mix.
 
-pub mod throughput;
+#[cfg(test)]
+mod throughput;
 
 use anyhow::Context;
 use fs_err::File;
