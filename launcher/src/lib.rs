@@ -46,6 +46,7 @@ pub mod start;
 mod status;
 mod supervisor;
 mod target;
+mod text;
 mod watch;
 
 use clap::Parser;

@@ -29,7 +29,7 @@ use crate::signals::Signals;
 use crate::start::children::Children;
 use crate::start::slurm::{StopCause, Turn};
 use crate::status::Snapshot;
-use crate::supervisor::count;
+use crate::text::count;
 
 /// How long to wait for the description of the machine at the end of a short run.
 const DESCRIBE: Duration = Duration::from_secs(2);
@@ -299,7 +299,7 @@ impl Running {
     fn started(&mut self, launched: &Launched, now: Duration) {
         // From now on a node that is lost is worth waiting for; one that never came was not.
         self.state.settings.open |= self.session.children.come_back;
-        let workers = count(launched.world_size as usize, "worker");
+        let workers = count(launched.world_size, "worker");
         let hosts: Vec<String> = launched
             .members
             .iter()
