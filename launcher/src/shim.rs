@@ -1,9 +1,12 @@
 //! What this executable does when the launcher starts it again: become a worker, or guard.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal, setsid};
+use rustix::stdio::dup2_stdin;
 use rustix::thread::sched_setaffinity;
 use std::ffi::OsString;
+use std::os::fd::IntoRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -12,7 +15,7 @@ use std::time::{Duration, Instant};
 use crate::contain::{self, Containment};
 use crate::cores;
 
-/// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP PROGRAM ARGS...`.
+/// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP AGENT PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
 /// First argument of the guard: `__guard`, then [`Containment::words`].
 pub const GUARD: &str = "__guard";
@@ -27,30 +30,42 @@ pub const LEASE: &str = "lease";
 /// Third argument of a worker that is to ignore SIGTERM.
 const SHIELD: &str = "shield";
 
+/// Fifth argument of a worker whose stdin is its agent socket.
+const AGENT: &str = "agent";
+
+/// Lowest number of a worker's agent socket, above the files and sockets that it opens itself. A dying process
+/// closes its descriptors from the highest down (Linux 4.4 and newer, `task_work_run`), so the launcher hears of
+/// a death before the peers do, however long the driver then takes to close the GPU.
+const AGENT_FD: i32 = 1000;
+
 /// How long the guard tries to end processes: in state D they may take a while.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The code of a shell for a program that cannot be executed.
 const CANNOT_EXECUTE: u8 = 126;
 
-/// The first arguments of a shim that only binds a process to the life of this one: it gets no cores, shield or
-/// control group of its own. The program and its arguments follow.
-pub fn plain() -> [OsString; 5] {
-    bound(&[], false, None)
+/// The first arguments of a shim that only binds a process to the life of this one: it gets no cores, shield,
+/// control group or agent socket of its own. The program and its arguments follow.
+pub fn plain() -> [OsString; 6] {
+    arguments("", "", Path::new(""), "")
 }
 
-/// The same for a worker, with what it gets of its own.
-pub fn bound(cores: &[usize], shielded: bool, group: Option<&Path>) -> [OsString; 5] {
-    let parent = std::process::id().to_string();
+/// The same for a worker, with what it gets of its own. Its stdin is its agent socket.
+pub fn bound(cores: &[usize], shielded: bool, group: Option<&Path>) -> [OsString; 6] {
     let shield = if shielded { SHIELD } else { "" };
     let group = group.unwrap_or(Path::new(""));
-    let cores = cores::to_list(cores);
+    arguments(&cores::to_list(cores), shield, group, AGENT)
+}
+
+fn arguments(cores: &str, shield: &str, group: &Path, agent: &str) -> [OsString; 6] {
+    let parent = std::process::id().to_string();
     [
         WORKER.into(),
         parent.into(),
         cores.into(),
         shield.into(),
         group.into(),
+        agent.into(),
     ]
 }
 
@@ -61,6 +76,7 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let cores = args.next().unwrap_or_default();
     let shield = args.next().unwrap_or_default();
     let group = args.next().unwrap_or_default();
+    let agent = args.next().unwrap_or_default();
     let (Some(parent), Some(program)) = (parent, args.next()) else {
         eprintln!("error: {WORKER} is for tsm-launch itself");
         return ExitCode::from(tsm_job::exit::USAGE as u8);
@@ -92,8 +108,25 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     if shield == SHIELD {
         ignore_sigterm();
     }
-    let error = Command::new(&program).args(args).exec();
+    let mut command = Command::new(&program);
+    if agent == AGENT {
+        match move_agent() {
+            Ok(number) => command.env("TSM_AGENT_FD", number.to_string()),
+            Err(e) => return fail("no agent socket", &e),
+        };
+    }
+    let error = command.args(args).exec();
     fail("exec", &error)
+}
+
+/// Moves the agent socket from stdin to the number that it has in the worker.
+fn move_agent() -> std::io::Result<i32> {
+    let stdin = rustix::stdio::stdin();
+    // Where the limit of open files is lower, it gets the next that is free.
+    let agent = fcntl_dupfd_cloexec(stdin, AGENT_FD).or_else(|_| fcntl_dupfd_cloexec(stdin, 3))?;
+    dup2_stdin(fs_err::File::open("/dev/null")?)?;
+    fcntl_setfd(&agent, FdFlags::empty())?;
+    Ok(agent.into_raw_fd())
 }
 
 /// Both dispositions outlive the exec. SIGINT may have been ignored by a shell that started us in the background.

@@ -6,6 +6,7 @@ use crate::job::Job;
 use crate::nodes::Cluster;
 use rustix::process::Signal;
 use std::time::{Duration, Instant};
+use tsm_job::config::duration;
 use tsm_job::exit;
 use tsm_launch::cluster::message::LEASE;
 use tsm_launch::contain::Kind;
@@ -73,6 +74,12 @@ fn assert_node_2_is_named(job: &Job, how: &str) {
     assert_eq!(job.json("manifest.json")["outcome"], "failed");
 }
 
+fn assert_gave_the_coordinator_up(job: &Job) {
+    let (err, lease) = (job.err(2), duration::format(LEASE));
+    let said = format!("no answer from the coordinator for {lease}");
+    assert!(err.contains(&said), "{err}");
+}
+
 #[test]
 fn a_killed_agent_takes_its_ranks_with_it_and_is_named() {
     let Some(cluster) = Cluster::new(2) else {
@@ -131,7 +138,7 @@ fn a_stopped_agent_is_lost_and_its_guard_kills_its_ranks() {
     assert!(wait_for_death(&pids[4..]) < SOON);
     assert_eq!(job.code(2), None, "it is stopped");
     assert_eq!(job.end_of(1), exit::PEER);
-    assert_node_2_is_named(&job, "silent for 1500ms");
+    assert_node_2_is_named(&job, &format!("silent for {}", duration::format(LEASE)));
     job.signal(2, Signal::CONT);
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);
     assert!(job.err(2).starts_with("error: "));
@@ -146,11 +153,7 @@ fn ranks_do_not_wait_for_a_stopped_coordinator() {
     job.signal(1, Signal::STOP);
     assert!(wait_for_death(&pids[4..]) < SOON);
     assert_eq!(job.end_of(2), exit::PEER);
-    let err = job.err(2);
-    assert!(
-        err.contains("no answer from the coordinator for 1500ms"),
-        "{err}"
-    );
+    assert_gave_the_coordinator_up(&job);
     job.signal(1, Signal::CONT);
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);
     // The node that has left is not all there is to say.
@@ -175,12 +178,8 @@ fn both_sides_of_a_cut_end_within_the_lease() {
     assert!(survived < LEASE + Duration::from_secs(1), "{survived:?}");
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);
     assert!(cut.elapsed() < SOON);
-    assert_node_2_is_named(&job, "silent for 1500ms");
-    let err = job.err(2);
-    assert!(
-        err.contains("no answer from the coordinator for 1500ms"),
-        "{err}"
-    );
+    assert_node_2_is_named(&job, &format!("silent for {}", duration::format(LEASE)));
+    assert_gave_the_coordinator_up(&job);
 }
 
 /// Whoever queues the job again when it is over must not find ranks of it in the run folder.

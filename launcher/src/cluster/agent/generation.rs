@@ -17,7 +17,7 @@ use crate::cluster::message::{NodeReport, Start};
 use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::contain::{self, Ability, Containment};
 use crate::doctor::kmsg;
-use crate::logs::{Logs, Shown, Sink, Source, Tail};
+use crate::logs::{Finished, Logs, Shown, Sink, Source, Tail};
 use crate::machine;
 use crate::manifest::environment::{self, Change};
 use crate::plan::{WorkerPlan, error_file};
@@ -31,6 +31,7 @@ use crate::watch::{Happening, Watch};
 const DRAIN: Duration = Duration::from_secs(2);
 /// How long a start that failed waits for what it kills.
 const A_LITTLE: Duration = Duration::from_millis(100);
+const HELD_OPEN: &str = "a process that is not known as one of this job's holds a worker's output open; it was left alone";
 /// Workers started before the agent looks at anything else.
 const AT_ONCE: usize = 8;
 
@@ -324,7 +325,11 @@ impl Generation {
     }
 
     /// What became of the generation. Frees the process table and lets the guard go.
-    pub fn conclude(self, mut warnings: Vec<String>) -> NodeReport {
+    pub fn conclude(self, output: Finished) -> NodeReport {
+        let mut warnings = Vec::new();
+        if !output.all {
+            warnings.push(HELD_OPEN.into());
+        }
         let place = |i: usize| {
             let plan = &self.plans[i];
             let error_file = error_file(self.dir.path(), &self.host, plan.rank);
@@ -363,18 +368,12 @@ impl Generation {
             oom_kills: machine::oom_kills().saturating_sub(self.oom_before),
             xids,
             warnings,
+            missing: output.missing,
         }
     }
 }
 
 /// Reads the rest of the output; waits, so not for the thread of the event loop.
-pub fn drain(logs: Logs) -> Vec<String> {
-    let (mut warnings, drained) = logs.finish(DRAIN);
-    if !drained {
-        warnings.push(
-            "a process that is not known as one of this job's holds a worker's output open; it was left alone"
-                .into(),
-        );
-    }
-    warnings
+pub fn drain(logs: Logs) -> Finished {
+    logs.finish(DRAIN)
 }

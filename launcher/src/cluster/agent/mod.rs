@@ -22,7 +22,7 @@ use super::link::{Link, Outbox};
 use super::message::{Beat, FromAgent, Join, ToAgent};
 use crate::console::queue::{LIMIT, queue};
 use crate::contain::Ability;
-use crate::logs::Shown;
+use crate::logs::{Finished, Shown};
 use crate::plan::Devices;
 use crate::signals::Signals;
 use crate::supervisor::{Event, Phase};
@@ -64,7 +64,7 @@ enum Wake {
     Workers(anyhow::Result<Vec<Event>>),
     Signal(i32),
     Found(FromAgent),
-    Drained(Vec<String>),
+    Drained(Finished),
     StartMore,
     Time,
 }
@@ -79,7 +79,7 @@ struct Agent {
     lease: Lease,
     /// The coordinator is gone, or said so: leave when nothing runs any more.
     leaving: Option<Leave>,
-    draining: Option<tokio::task::JoinHandle<Vec<String>>>,
+    draining: Option<tokio::task::JoinHandle<Finished>>,
     /// Debuggers are at work.
     looking: bool,
     /// What its threads and tasks have found out, to be said.
@@ -167,10 +167,9 @@ impl Agent {
         let deadline = self
             .deadline()
             .map(|at| tokio::time::Instant::from_std(self.setup.start + at));
-        let starting = !self.looking
-            && self.generation.as_ref().is_some_and(|g| {
-                !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
-            });
+        let starting = self.generation.as_ref().is_some_and(|g| {
+            !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
+        });
         let connected = self.leaving.is_none();
         let is_draining = self.draining.is_some();
         let (generation, draining) = (&mut self.generation, &mut self.draining);
@@ -191,12 +190,12 @@ impl Agent {
             } => Wake::Signal(signal),
             Some(found) = self.found.1.recv() => Wake::Found(found),
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Wake::Time,
-            warnings = async {
+            output = async {
                 match draining {
                     Some(task) => task.await.unwrap_or_default(),
                     None => std::future::pending().await,
                 }
-            } => Wake::Drained(warnings),
+            } => Wake::Drained(output),
             () = std::future::ready(()), if starting => Wake::StartMore,
         }
     }
@@ -228,7 +227,7 @@ impl Agent {
                 self.looking &= !matches!(message, FromAgent::Inspected { .. });
                 self.say(message);
             }
-            Wake::Drained(warnings) => self.conclude(warnings),
+            Wake::Drained(output) => self.conclude(output),
             Wake::StartMore => self.start_more(),
             Wake::Time => {}
         }

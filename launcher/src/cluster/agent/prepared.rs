@@ -50,7 +50,7 @@ pub fn prepare(setup: &Setup, start: &Start) -> anyhow::Result<Prepared> {
         }
     }
     let port = match start.master_port {
-        0 => Some(Port::reserve(false)?),
+        0 => Some(Port::reserve()?),
         _ => None,
     };
     let master_port = port.as_ref().map_or(start.master_port, |port| port.number);
@@ -89,7 +89,7 @@ fn plans(setup: &Setup, start: &Start, master_port: u16) -> anyhow::Result<Vec<W
     let devices = setup.devices.first(start.num_ranks as usize);
     // NCCL may not share the port, so it is only kept apart from MASTER_PORT.
     let ras = matches!(devices, Devices::Gpus(_))
-        .then(|| Port::reserve(false))
+        .then(|| Port::reserve())
         .transpose()?;
     let allowed = if start.affinity {
         cores::allowed()

@@ -26,7 +26,7 @@ impl Reserved {
     /// # Errors
     /// When no port is free.
     pub fn new(key: Option<&Key>, generation: u32) -> anyhow::Result<Reserved> {
-        let master = Port::reserve(true)?;
+        let master = Port::reserve()?;
         let listen = |key: &Key| {
             let key = key.clone();
             ProbeListener::start(move |nonce| prove(&key, nonce, u64::from(generation)))

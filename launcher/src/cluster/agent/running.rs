@@ -7,6 +7,7 @@ use crate::cluster::fit;
 use crate::cluster::message::{FromAgent, Start};
 use crate::hang;
 use crate::hang::report::Inspection;
+use crate::logs::Finished;
 use crate::supervisor::{Action, Event, Phase};
 use tsm_job::exit;
 
@@ -54,7 +55,7 @@ impl Agent {
                 // Its workers are killed; they go with it.
                 if let Some(generation) = self.generation.take() {
                     generation.kill();
-                    drop(generation.conclude(Vec::new()));
+                    drop(generation.conclude(Finished::default()));
                 }
                 self.cannot_start(number, &e);
             }
@@ -115,8 +116,7 @@ impl Agent {
         }
     }
 
-    /// Looks into the ranks with debuggers and the like, which takes its time. No worker is started meanwhile: a
-    /// debugger would inherit its socket.
+    /// Looks into the ranks with debuggers and the like, which takes its time.
     pub(super) fn inspect(&mut self, generation: u32) {
         let Some(current) = self.generation.as_ref().filter(|_| !self.looking) else {
             return;
@@ -165,13 +165,13 @@ impl Agent {
     }
 
     /// Nothing of it runs, and all its output is read.
-    pub(super) fn conclude(&mut self, warnings: Vec<String>) {
+    pub(super) fn conclude(&mut self, output: Finished) {
         self.draining = None;
         // What ranks said last is for the status.
         self.beat(self.now());
         if let Some(generation) = self.generation.take() {
             let number = generation.start.generation;
-            let report = generation.conclude(warnings);
+            let report = generation.conclude(output);
             self.reserved = None;
             // Ranks that were killed since this node was cut off did not fail: the node is lost.
             if self.leaving.is_none() {
