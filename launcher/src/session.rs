@@ -209,16 +209,12 @@ impl Running {
         }
         actions.extend(coordinator::decide(&mut self.state, event, now));
         // What the nodes have to do comes first, then the words.
-        for action in &actions {
+        let is_for_nodes = |a: &Action| matches!(a, Action::Send { .. } | Action::Drop { .. });
+        let (for_nodes, others): (Vec<_>, Vec<_>) = actions.into_iter().partition(is_for_nodes);
+        for action in for_nodes.into_iter().chain(others) {
             match action {
-                Action::Send { node, message } => self.session.hub.send(*node, message.clone()),
-                Action::Drop { node } => self.session.hub.drop(*node),
-                _ => {}
-            }
-        }
-        for action in actions {
-            match action {
-                Action::Send { .. } | Action::Drop { .. } => {}
+                Action::Send { node, message } => self.session.hub.send(node, message),
+                Action::Drop { node } => self.session.hub.drop(node),
                 Action::Notice(text) => self.session.voice.notice(&text),
                 Action::Record { kind, fields } => self.event(kind, fields),
                 Action::LeftOut(excluded) => {
