@@ -43,6 +43,7 @@ mod session;
 mod shim;
 mod signals;
 pub mod start;
+mod stat;
 mod status;
 mod supervisor;
 mod target;
