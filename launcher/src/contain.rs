@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::cluster::message::Finding;
-pub use carriers::Stat;
+use crate::stat::Stat;
 use carriers::{Carriers, Look};
 use group::{Group, Trial};
 

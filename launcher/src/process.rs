@@ -14,8 +14,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 
-use crate::contain::{self, Containment, Stat};
+use crate::contain::{self, Containment};
 use crate::end::End;
+use crate::stat::Stat;
 
 /// What to start.
 pub struct Spec<'a> {

@@ -11,9 +11,10 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use super::Process;
 use super::carriers::Look;
-use super::{Process, Stat};
 use crate::shim;
+use crate::stat::Stat;
 
 const PREFIX: &str = "tsm-launch.";
 const TRIES: u32 = 5;
