@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use crate::cluster::message::Finding;
 use crate::own::Executable;
-pub use carriers::Stat;
+use crate::stat::Stat;
 use carriers::{Carriers, Look};
 use group::{Group, Trial};
 

@@ -1,9 +1,11 @@
 //! From the command line to a job: everything that can be refused is refused here, before anything starts.
 
 mod dry_run;
+mod idle;
 mod in_slurm;
 mod node;
 mod prepared;
+mod variables;
 
 use anyhow::bail;
 use std::time::Instant;
@@ -38,6 +40,8 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     if !args.ignore_env {
         refuse_other_job(adopted.as_ref())?;
     }
+    idle::refuse(args, adopted.as_ref(), lookup)?;
+    variables::parse(&args.env, lookup)?;
     let mut target = Target::resolve(args)?;
     orphan::end_with_mpirun();
     if !args.dry_run && !is_told && adopted.is_none() {
@@ -59,10 +63,14 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         None => args.clone(),
     };
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
+    let nodes = args.num_nodes().max;
+    if nodes == 1 {
+        // Others may have more ranks than this one.
+        idle::refuse_ranks(args.show_ranks.as_ref(), devices.len())?;
+    }
     if args.dry_run {
         return dry_run(args, target, &devices);
     }
-    let nodes = args.num_nodes().max;
     if nodes > 1 && adopted.is_none() && args.rendezvous.is_none() {
         let hint = "name them with --hosts, or give --rendezvous HOST:PORT and --key-file FILE on every node";
         let text = format!(

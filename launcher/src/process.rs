@@ -14,9 +14,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Stdio};
 
-use crate::contain::{self, Containment, Stat};
+use crate::contain::{self, Containment};
 use crate::end::End;
 use crate::own::Executable;
+use crate::stat::Stat;
 
 /// What to start.
 pub struct Spec<'a> {

@@ -11,10 +11,11 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
+use super::Process;
 use super::carriers::Look;
-use super::{Process, Stat};
 use crate::own::Executable;
 use crate::shim;
+use crate::stat::Stat;
 
 const PREFIX: &str = "tsm-launch.";
 const TRIES: u32 = 5;

@@ -13,6 +13,7 @@ use crate::cli::{Args, Nodes, Preflight};
 use crate::own;
 use crate::plan::{self, Workers};
 use crate::target::{Target, find_program};
+use crate::text::count;
 
 /// Behind the words of `--ssh`: for every option ssh takes the first value that it sees, so those win.
 const OPTIONS: [&str; 12] = [
@@ -196,7 +197,7 @@ impl Plan {
             let ranks = match (first, workers.count()) {
                 (Some(from), Some(1)) => format!("rank {from}"),
                 (Some(from), Some(n)) => format!("ranks {from} to {}", from + n - 1),
-                (_, Some(n)) => crate::supervisor::count(n as usize, "rank"),
+                (_, Some(n)) => count(n, "rank"),
                 (_, None) => "one rank on each of its GPUs".into(),
             };
             first = first.zip(workers.count()).map(|(from, n)| from + n);
@@ -217,7 +218,7 @@ fn nodes(given: Option<Nodes>, hosts: u32) -> Result<Nodes, Coded> {
     if nodes.max > hosts {
         let text = format!(
             "--nodes asks for {}, {} named\n  hint: name as many hosts, or leave out --nodes",
-            crate::supervisor::count(nodes.max as usize, "node"),
+            count(nodes.max, "node"),
             if hosts == 1 {
                 "1 host is".into()
             } else {

@@ -21,10 +21,10 @@ use super::ring::{LATE, LEFT, Measured};
 use super::{OwnNode, Scale, Task};
 use crate::cluster::key::Key;
 use crate::cluster::message::Finding;
-use crate::doctor::count;
 use crate::own::Executable;
 use crate::plan::{self, Devices};
 use crate::shim;
+use crate::text::count;
 
 /// A group of nodes with GPUs is done by then: NCCL may take a minute to make its first connections.
 pub const GPU_WAIT: Duration = Duration::from_secs(120);
@@ -155,7 +155,7 @@ pub fn all_reduce(task: &GpuTask) -> Result<Measured, String> {
 pub fn own_gpus(task: &GpuTask, cancelled: impl Fn() -> bool) -> OwnNode {
     let what = match &task.devices {
         Devices::Gpus(gpus) if gpus.is_empty() => return OwnNode::default(),
-        Devices::Gpus(gpus) => count(gpus.len() as u64, "GPU"),
+        Devices::Gpus(gpus) => count(gpus.len(), "GPU"),
         Devices::Cpu(n) => count(*n, "rank") + " on the CPU",
     };
     let result = measure(task, cancelled);
