@@ -37,6 +37,7 @@ pub mod manifest;
 pub mod plan;
 pub mod port;
 pub mod process;
+mod replace;
 pub mod report;
 pub mod session;
 pub mod shim;

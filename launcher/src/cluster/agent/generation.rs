@@ -24,6 +24,7 @@ use crate::manifest::environment::{self, Change};
 use crate::plan::{self, REMOVED_VARIABLES, Seat, Shape, WorkerPlan, error_file};
 use crate::port::Port;
 use crate::process::{self, Guard, Spec, Worker};
+use crate::replace::replace;
 use crate::report::{self, Place};
 use crate::start::adopt::identity_in_mpi;
 use crate::supervisor::{self, Action, Event, State};
@@ -118,9 +119,10 @@ impl Generation {
         fs_err::create_dir_all(dir.logs()).context("cannot write to the run folder")?;
         if let Some((name, text)) = &start.config {
             let path = dir.path().join(name);
-            // Written by the coordinator where the file system is shared.
+            // Written by the coordinator where the file system is shared. A node that does not see it yet must not
+            // empty it for a moment, in which ranks of other nodes read it.
             if fs_err::read_to_string(&path).map_or(true, |old| old != *text) {
-                fs_err::write(&path, text).context("cannot write the resolved config")?;
+                replace(&path, text, 0o666).context("cannot write the resolved config")?;
             }
         }
         let num_ranks = start.num_ranks as usize;
