@@ -1,6 +1,6 @@
 //! What happens in the same moment, or in an unusual order.
 
-use crate::harness::{DEADLINE, Scene, alive, finish, until};
+use crate::harness::{DEADLINE, Scene, alive, finish, start, until};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -99,6 +99,26 @@ fn the_death_of_a_rank_under_a_debugger_is_seen_when_the_debugger_lets_go() {
     assert_eq!(end["signal"], 9, "{}", outcome.err);
     let text = "rank 0 failed first";
     assert!(outcome.err.contains(text), "{}", outcome.err);
+}
+
+/// They write faster than anybody could read it.
+#[test]
+fn a_signal_is_heard_over_ranks_that_talk_without_end() {
+    let scene = Scene::new();
+    let ready = scene.path("ready").display().to_string();
+    let talk = format!(
+        r#"echo -n $$ > {ready}$RANK.new; mv {ready}$RANK.new {ready}$RANK
+        exec yes '{{"kind":"step","step":1,"epoch":0}}' >&$TSM_AGENT_FD"#
+    );
+    let words = ["--cpus", "4", "--run-dir", "run", "--", "bash", "-c", &talk];
+    let running = start(&mut scene.command(&words));
+    scene.wait_for_pids("ready", 4);
+    running.signal(Signal::INT);
+    until("the launcher to end", || {
+        (!alive(running.pid())).then_some(())
+    });
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 130, "{}", outcome.err);
 }
 
 #[expect(unsafe_code, reason = "rustix has no ptrace")]

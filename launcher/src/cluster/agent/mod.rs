@@ -70,6 +70,8 @@ enum Wake {
     Drained(Vec<String>),
     StartMore,
     Time,
+    /// Nobody but the workers has something to say.
+    Nothing,
 }
 
 struct Agent {
@@ -86,6 +88,8 @@ struct Agent {
     draining: Option<tokio::task::JoinHandle<Vec<String>>>,
     /// Debuggers are at work.
     looking: bool,
+    /// The workers had their turn: whatever else waits comes first, once.
+    others_first: bool,
     reach: (UnboundedSender<Found>, UnboundedReceiver<Found>),
     /// Whether generations can have control groups.
     ability: Ability,
@@ -127,6 +131,7 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         leaving: None,
         draining: None,
         looking: false,
+        others_first: false,
         reach: unbounded_channel(),
         ability,
         load: crate::machine::Load::new(),
@@ -182,6 +187,7 @@ impl Agent {
         });
         let connected = self.leaving.is_none();
         let is_draining = self.draining.is_some();
+        let others_first = std::mem::take(&mut self.others_first);
         let (generation, draining) = (&mut self.generation, &mut self.draining);
         tokio::select! {
             biased;
@@ -190,7 +196,7 @@ impl Agent {
                     Some(generation) if !is_draining => generation.next().await,
                     _ => std::future::pending().await,
                 }
-            } => Wake::Workers(events),
+            }, if !others_first => Wake::Workers(events),
             message = self.link.from.recv(), if connected => Wake::Message(message),
             signal = async {
                 match signals {
@@ -207,6 +213,7 @@ impl Agent {
                 }
             } => Wake::Drained(warnings),
             () = std::future::ready(()), if starting => Wake::StartMore,
+            () = std::future::ready(()), if others_first => Wake::Nothing,
         }
     }
 
@@ -227,6 +234,7 @@ impl Agent {
             Wake::Message(Some(message)) => self.told(message),
             Wake::Message(None) => self.cut_off("the connection to the coordinator is gone"),
             Wake::Workers(Ok(events)) => {
+                self.others_first = true;
                 self.pass_words_on();
                 self.decide(&events);
             }
@@ -255,7 +263,7 @@ impl Agent {
             }
             Wake::Drained(warnings) => self.conclude(warnings),
             Wake::StartMore => self.start_more(),
-            Wake::Time => {}
+            Wake::Time | Wake::Nothing => {}
         }
     }
 
