@@ -606,8 +606,9 @@ impl Generation {
             None => Vec::new(),
         };
         let places: Vec<Place> = (0..self.workers.len()).map(place).collect();
-        self.workers.iter().for_each(Worker::reap);
+        // The guard first: it knows the sessions by numbers, which may be used again from then on.
         self.guard.dismiss();
+        self.workers.iter().for_each(Worker::reap);
         NodeReport {
             ranks: self.state.ranks.into_iter().zip(places).collect(),
             started_at: self.began_at,
