@@ -199,7 +199,9 @@ mod tests {
             };
             let runs = std::thread::scope(|scope| {
                 let runs = [0; 4].map(|_| scope.spawn(run));
-                runs.into_iter().filter_map(|run| run.join().unwrap()).count()
+                runs.into_iter()
+                    .filter_map(|run| run.join().unwrap())
+                    .count()
             });
             assert_eq!(runs, 1, "round {i}");
         }

@@ -14,7 +14,8 @@ use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::time::Timespec;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -102,6 +103,19 @@ impl Tail {
 /// The thread that reads.
 pub struct Logs {
     finished: Receiver<Vec<String>>,
+    /// It waits for the workers, and for nothing else.
+    is_idle: Arc<AtomicBool>,
+}
+
+/// What [`Logs::finish`] has come to.
+#[derive(Debug, PartialEq)]
+pub enum Rest {
+    /// Every stream was read to its end. What could not be written, with the reason.
+    Read(Vec<String>),
+    /// Nothing comes, but somebody holds a pipe open.
+    HeldOpen,
+    /// There is more to read, or what was read is not taken: by a slow disk, most likely.
+    Stuck,
 }
 
 impl Logs {
@@ -126,8 +140,10 @@ impl Logs {
             .context("cannot read the workers' output")?;
         }
         let (done, finished) = channel();
+        let is_idle = Arc::new(AtomicBool::new(false));
         let mut reader = Reader {
             epoll,
+            is_idle: Arc::clone(&is_idle),
             sources: sources.into_iter().map(Some).collect(),
             shown,
             start: Instant::now(),
@@ -140,21 +156,32 @@ impl Logs {
                 let _ = done.send(reader.lost);
             })
             .context("cannot start the thread that reads the workers' output")?;
-        Ok(Logs { finished })
+        Ok(Logs { finished, is_idle })
     }
 
-    /// Waits until every stream has ended, but not longer than `wait`: a process that left its session may
-    /// hold a pipe open for ever. Returns what could not be written, and whether all was read.
-    pub fn finish(self, wait: Duration) -> (Vec<String>, bool) {
-        match self.finished.recv_timeout(wait) {
-            Ok(lost) => (lost, true),
-            Err(_) => (Vec::new(), false),
+    /// Waits until every stream has ended, but not longer than `wait` while nothing comes: a process that left its
+    /// session may hold a pipe open for ever. A disk that takes its time has up to `patience`.
+    pub fn finish(self, wait: Duration, patience: Duration) -> Rest {
+        let start = Instant::now();
+        loop {
+            match self.finished.recv_timeout(wait) {
+                Ok(lost) => return Rest::Read(lost),
+                Err(RecvTimeoutError::Disconnected) => return Rest::HeldOpen,
+                Err(RecvTimeoutError::Timeout) if self.is_idle.load(Ordering::Relaxed) => {
+                    return Rest::HeldOpen;
+                }
+                Err(RecvTimeoutError::Timeout) if start.elapsed() >= patience => {
+                    return Rest::Stuck;
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
         }
     }
 }
 
 struct Reader {
     epoll: OwnedFd,
+    is_idle: Arc<AtomicBool>,
     sources: Vec<Option<Source>>,
     shown: Shown,
     /// From which the time of progress bars counts.
@@ -172,11 +199,18 @@ impl Reader {
             let deadline = self.lines().filter_map(|lines| lines.deadline()).min();
             let wait = deadline.map(|at| at.saturating_sub(self.start.elapsed()));
             let wait = wait.map(|wait| Timespec::try_from(wait).unwrap_or_default());
-            if rustix::io::retry_on_intr(|| {
-                epoll::wait(&self.epoll, spare_capacity(&mut events), wait.as_ref())
-            })
-            .is_err()
-            {
+            let none = Some(&Timespec::default());
+            let epoll = &self.epoll;
+            let mut look = |wait| {
+                rustix::io::retry_on_intr(|| epoll::wait(epoll, spare_capacity(&mut events), wait))
+            };
+            let mut found = look(none);
+            if found == Ok(0) {
+                self.is_idle.store(true, Ordering::Relaxed);
+                found = look(wait.as_ref());
+                self.is_idle.store(false, Ordering::Relaxed);
+            }
+            if found.is_err() {
                 return;
             }
             let mut batch = Batch::new(&self.shown.host);
@@ -261,6 +295,8 @@ mod tests {
     use crate::console::lines::Bars;
     use crate::console::queue::{LIMIT, Taken, queue};
 
+    const LONG: Duration = Duration::from_secs(60);
+
     #[test]
     fn a_tail_keeps_the_last_lines() {
         let tail = Tail::default();
@@ -297,7 +333,7 @@ mod tests {
         let logs = Logs::start(vec![Source { pipe, to }], shown(feed)).unwrap();
         write.write_all(b"a\nb\r\n\xff").unwrap();
         drop(write);
-        assert_eq!(logs.finish(Duration::from_secs(10)), (Vec::new(), true));
+        assert_eq!(logs.finish(LONG, LONG), Rest::Read(Vec::new()));
         let mut lines = Vec::new();
         while let Taken::Batch(batch) = tap.wait(None) {
             assert_eq!(batch.host, "gpu-01");
@@ -333,7 +369,7 @@ mod tests {
         assert_eq!(lines, [b" 20%"]);
         write.write_all(b"\r100%\n").unwrap();
         drop(write);
-        assert!(logs.finish(Duration::from_secs(10)).1);
+        assert_eq!(logs.finish(LONG, LONG), Rest::Read(Vec::new()));
         assert_eq!(fs_err::read(&path).unwrap(), b"\r 10%\r 20%\r100%\n");
     }
 
@@ -349,7 +385,44 @@ mod tests {
         };
         let pipe = read.into();
         let logs = Logs::start(vec![Source { pipe, to }], shown(queue(LIMIT).0)).unwrap();
-        assert!(!logs.finish(Duration::from_millis(1)).1);
+        assert_eq!(logs.finish(Duration::from_millis(1), LONG), Rest::HeldOpen);
+    }
+
+    /// A pipe in its place, which takes no more than 64 KiB for a while.
+    #[test]
+    fn a_disk_that_takes_its_time_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("slow");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        for patience in [Duration::from_millis(100), LONG] {
+            // Both ends, so that neither opening waits for the other.
+            let mut slow = File::options().read(true).write(true).open(&path).unwrap();
+            let (read, mut write) = std::io::pipe().unwrap();
+            let to = Sink {
+                file: slow.try_clone().unwrap(),
+                stderr: false,
+                shown: None,
+                tail: Tail::default(),
+            };
+            let pipe = read.into();
+            let logs = Logs::start(vec![Source { pipe, to }], shown(queue(LIMIT).0)).unwrap();
+            let text = vec![b'x'; 200_000];
+            write.write_all(&text).unwrap();
+            drop(write);
+            std::thread::scope(|scope| {
+                let finished = scope.spawn(|| logs.finish(Duration::from_millis(1), patience));
+                if patience < LONG {
+                    assert_eq!(finished.join().unwrap(), Rest::Stuck);
+                    slow.read_exact(&mut vec![0; text.len()]).unwrap();
+                } else {
+                    // Nothing comes of it where this is too short.
+                    std::thread::sleep(Duration::from_millis(200));
+                    slow.read_exact(&mut vec![0; text.len()]).unwrap();
+                    assert_eq!(finished.join().unwrap(), Rest::Read(Vec::new()));
+                }
+            });
+        }
     }
 
     /// Nobody takes a line out, as behind a terminal stopped with Ctrl-S.
@@ -370,7 +443,7 @@ mod tests {
         let text = "a line of the worker\n".repeat(200_000);
         write.write_all(text.as_bytes()).unwrap();
         drop(write);
-        assert_eq!(logs.finish(Duration::from_secs(60)), (Vec::new(), true));
+        assert_eq!(logs.finish(LONG, LONG), Rest::Read(Vec::new()));
         assert_eq!(fs_err::read_to_string(&path).unwrap(), text);
         let (mut shown, mut missed) = (0, 0);
         while let Taken::Batch(batch) = tap.wait(None) {

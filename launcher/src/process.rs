@@ -104,7 +104,8 @@ pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)
             // Nobody else knows of it.
             let _ = child.kill();
             let _ = child.wait();
-            let what = "cannot watch a worker: pidfd_open failed; tsm-launch needs Linux 5.4 or newer";
+            let what =
+                "cannot watch a worker: pidfd_open failed; tsm-launch needs Linux 5.4 or newer";
             return Err(e).context(what);
         }
     };

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::{Logs, Shown, Sink, Source, Tail};
+use super::{Logs, Rest, Shown, Sink, Source, Tail};
 use crate::console::Console;
 use crate::console::lines::{Bars, Lines};
 use crate::console::painter::{Format, Style};
@@ -88,8 +88,9 @@ pub fn measure(
         texts.collect::<Result<_, _>>()
     })
     .context("a pipe was closed")?;
-    let (lost, all) = logs.finish(Duration::from_secs(600));
-    ensure!(all && lost.is_empty(), "not all was read: {lost:?}");
+    let limit = Duration::from_secs(600);
+    let rest = logs.finish(limit, limit);
+    ensure!(rest == Rest::Read(Vec::new()), "not all was read: {rest:?}");
     let wall = start.elapsed();
     screen.finish(Duration::from_secs(600));
     let mut bytes = 0;

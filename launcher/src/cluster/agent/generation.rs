@@ -19,7 +19,7 @@ use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::contain::{self, Ability, Containment, Left, Process};
 use crate::cores;
 use crate::doctor::kmsg;
-use crate::logs::{Logs, Shown, Sink, Source, Tail};
+use crate::logs::{Logs, Rest, Shown, Sink, Source, Tail};
 use crate::manifest::environment::{self, Change};
 use crate::plan::{self, REMOVED_VARIABLES, Seat, Shape, WorkerPlan, error_file};
 use crate::port::Port;
@@ -32,6 +32,8 @@ use crate::watch::{Happening, Watch};
 
 /// How long to read on after the last process: only one that is not known as ours still writes.
 const DRAIN: Duration = Duration::from_secs(2);
+/// The same where the disk takes its time.
+const DRAIN_SLOWLY: Duration = Duration::from_secs(15);
 /// How long the kernel may take to end what the workers started after SIGKILL, before it is named as stuck.
 const KILL_WAIT: Duration = Duration::from_secs(5);
 /// The same where a worker was stuck for long enough already.
@@ -629,14 +631,16 @@ fn names(processes: &[Process]) -> String {
 
 /// Reads the rest of the output; waits, so not for the thread of the event loop.
 pub fn drain(logs: Logs) -> Vec<String> {
-    let (mut warnings, drained) = logs.finish(DRAIN);
-    if !drained {
-        warnings.push(
+    let why = match logs.finish(DRAIN, DRAIN_SLOWLY) {
+        Rest::Read(lost) => return lost,
+        Rest::HeldOpen => {
             "a process that is not known as one of this job's holds a worker's output open; it was left alone"
-                .into(),
-        );
-    }
-    warnings
+        }
+        Rest::Stuck => {
+            "the workers' output does not end: the disk is slow, or a process that is not known as one of this job's writes on; the rest is lost"
+        }
+    };
+    vec![why.into()]
 }
 
 /// How many processes the kernel's out-of-memory killer has ended since the machine started.
