@@ -6,7 +6,7 @@
 
 mod signature;
 mod texts;
-mod words;
+pub mod words;
 pub mod xid;
 
 pub use signature::signature;

@@ -113,7 +113,7 @@ pub struct Args {
     pub join_timeout: Duration,
 
     /// A node that is silent for this long is lost.
-    #[arg(long, allow_hyphen_values = true, value_name = "TIME", value_parser = node_timeout, default_value = "1500ms")]
+    #[arg(long, allow_hyphen_values = true, value_name = "TIME", value_parser = node_timeout, default_value = "1400ms")]
     pub node_timeout: Duration,
 
     /// Name the late ranks and stop when no rank has made a step for this long.
@@ -250,7 +250,12 @@ pub struct Nodes {
 }
 
 impl Nodes {
-    pub const ONE: Nodes = Nodes { min: 1, max: 1 };
+    pub const ONE: Nodes = Nodes::exactly(1);
+
+    pub const fn exactly(number: u32) -> Nodes {
+        let (min, max) = (number, number);
+        Nodes { min, max }
+    }
 }
 
 impl std::fmt::Display for Nodes {
@@ -416,6 +421,12 @@ mod tests {
     #[test]
     fn the_command_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_node_is_lost_after_its_lease_where_nothing_else_is_said() {
+        let args = parse("tsm-launch --cpus 2 a.yaml").unwrap();
+        assert_eq!(args.node_timeout, crate::cluster::message::LEASE);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! One thread reads all pipes of a node, so that a slow disk does not delay the supervision, and lines of
 //! different ranks never mix.
 
+pub mod keep;
 pub mod throughput;
 
 use anyhow::Context;
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use crate::console::lines::{Batch, Lines, visible};
 use crate::console::queue::Feed;
+use keep::Keep;
 
 /// Bytes of a stream's end that are kept for the report.
 const TAIL: usize = 32 << 10;
@@ -32,6 +34,9 @@ const TAIL_WIDTH: usize = 2000;
 const PIPE: usize = 256 << 10;
 /// Of text to show that is handed on at once, about: a batch has to fit into a message.
 const BATCH: usize = 64 << 10;
+
+const SLOW: &str = "the disk took too long for the end of the output";
+const UNREAD: &str = "the thread that reads the output ended";
 
 /// One stream to read.
 pub struct Source {
@@ -102,20 +107,18 @@ impl Tail {
 
 /// The thread that reads.
 pub struct Logs {
-    finished: Receiver<Vec<String>>,
+    finished: Receiver<Option<String>>,
     /// It waits for the workers, and for nothing else.
     is_idle: Arc<AtomicBool>,
 }
 
-/// What [`Logs::finish`] has come to.
-#[derive(Debug, PartialEq)]
-pub enum Rest {
-    /// Every stream was read to its end. What could not be written, with the reason.
-    Read(Vec<String>),
-    /// Nothing comes, but somebody holds a pipe open.
-    HeldOpen,
-    /// There is more to read, or what was read is not taken: by a slow disk, most likely.
-    Stuck,
+/// What became of the output.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Finished {
+    /// Nothing comes any more, but somebody holds a stream open.
+    pub held_open: bool,
+    /// Why some of it is not in the files.
+    pub missing: Option<String>,
 }
 
 impl Logs {
@@ -145,15 +148,15 @@ impl Logs {
             epoll,
             is_idle: Arc::clone(&is_idle),
             sources: sources.into_iter().map(Some).collect(),
+            keep: Keep::new(&shown.host),
             shown,
             start: Instant::now(),
-            lost: Vec::new(),
         };
         std::thread::Builder::new()
             .name("logs".into())
             .spawn(move || {
                 reader.run();
-                let _ = done.send(reader.lost);
+                let _ = done.send(reader.keep.missing());
             })
             .context("cannot start the thread that reads the workers' output")?;
         Ok(Logs { finished, is_idle })
@@ -161,21 +164,20 @@ impl Logs {
 
     /// Waits until every stream has ended, but not longer than `wait` while nothing comes: a process that left its
     /// session may hold a pipe open for ever. A disk that takes its time has up to `patience`.
-    pub fn finish(self, wait: Duration, patience: Duration) -> Rest {
+    pub fn finish(self, wait: Duration, patience: Duration) -> Finished {
         let start = Instant::now();
-        loop {
+        let (held_open, missing) = loop {
             match self.finished.recv_timeout(wait) {
-                Ok(lost) => return Rest::Read(lost),
-                Err(RecvTimeoutError::Disconnected) => return Rest::HeldOpen,
+                Ok(missing) => break (false, missing),
                 Err(RecvTimeoutError::Timeout) if self.is_idle.load(Ordering::Relaxed) => {
-                    return Rest::HeldOpen;
+                    break (true, None);
                 }
-                Err(RecvTimeoutError::Timeout) if start.elapsed() >= patience => {
-                    return Rest::Stuck;
-                }
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) if start.elapsed() < patience => {}
+                Err(RecvTimeoutError::Timeout) => break (false, Some(SLOW.into())),
+                Err(RecvTimeoutError::Disconnected) => break (false, Some(UNREAD.into())),
             }
-        }
+        };
+        Finished { held_open, missing }
     }
 }
 
@@ -186,8 +188,7 @@ struct Reader {
     shown: Shown,
     /// From which the time of progress bars counts.
     start: Instant,
-    /// Files that could not be written, with the reason.
-    lost: Vec<String>,
+    keep: Keep,
 }
 
 impl Reader {
@@ -197,14 +198,14 @@ impl Reader {
         while self.sources.iter().any(Option::is_some) {
             events.clear();
             let deadline = self.lines().filter_map(|lines| lines.deadline()).min();
-            let wait = deadline.map(|at| at.saturating_sub(self.start.elapsed()));
+            let wake = deadline.into_iter().chain(self.keep.next_look()).min();
+            let wait = wake.map(|at| at.saturating_sub(self.start.elapsed()));
             let wait = wait.map(|wait| Timespec::try_from(wait).unwrap_or_default());
-            let none = Some(&Timespec::default());
-            let epoll = &self.epoll;
+            let (epoll, none) = (&self.epoll, Timespec::default());
             let mut look = |wait| {
                 rustix::io::retry_on_intr(|| epoll::wait(epoll, spare_capacity(&mut events), wait))
             };
-            let mut found = look(none);
+            let mut found = look(Some(&none));
             if found == Ok(0) {
                 self.is_idle.store(true, Ordering::Relaxed);
                 found = look(wait.as_ref());
@@ -225,6 +226,10 @@ impl Reader {
             if deadline.is_some_and(|at| now >= at) {
                 self.lines()
                     .for_each(|lines| lines.show_bar(now, &mut batch));
+            }
+            let files = self.sources.iter().flatten().map(|source| &source.to.file);
+            if let Some(text) = self.keep.look(now, files) {
+                own_words(&mut batch, &text);
             }
             if !batch.is_empty() {
                 self.shown.feed.send(batch, self.shown.patience);
@@ -254,20 +259,18 @@ impl Reader {
             Ok(n) => &buffer[..n],
             Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => return,
             Err(e) => {
-                self.lost
-                    .push(format!("a worker's output could not be read: {e}"));
+                let text = format!("warning: a worker's output could not be read: {e}");
+                own_words(batch, &text);
                 self.sources[index] = None;
                 return;
             }
         };
         let to = &mut source.to;
         // The worker must not stop because its log cannot be written: say it once and read on.
-        if let Err(e) = to.file.write_all(bytes) {
-            let what = format!("output is lost: {e}");
-            if !self.lost.contains(&what) {
-                batch.push(None, true, format!("warning: {what}").as_bytes());
-                self.lost.push(what);
-            }
+        if let Err(e) = to.file.write_all(bytes)
+            && let Some(text) = self.keep.failed(&e)
+        {
+            own_words(batch, &text);
         }
         if to.stderr {
             to.tail.push(bytes);
@@ -275,6 +278,14 @@ impl Reader {
         if let Some(lines) = &mut to.shown {
             lines.push(bytes, self.start.elapsed(), batch);
         }
+    }
+}
+
+/// What the launcher itself has to say, in order with the lines of the workers.
+fn own_words(batch: &mut Batch, text: &str) {
+    let text = format!("tsm-launch: {text}");
+    for line in text.split('\n') {
+        batch.push(None, true, line.as_bytes());
     }
 }
 
@@ -296,6 +307,10 @@ mod tests {
     use crate::console::queue::{LIMIT, Taken, queue};
 
     const LONG: Duration = Duration::from_secs(60);
+    const ALL: Finished = Finished {
+        held_open: false,
+        missing: None,
+    };
 
     #[test]
     fn a_tail_keeps_the_last_lines() {
@@ -333,7 +348,7 @@ mod tests {
         let logs = Logs::start(vec![Source { pipe, to }], shown(feed)).unwrap();
         write.write_all(b"a\nb\r\n\xff").unwrap();
         drop(write);
-        assert_eq!(logs.finish(LONG, LONG), Rest::Read(Vec::new()));
+        assert_eq!(logs.finish(LONG, LONG), ALL);
         let mut lines = Vec::new();
         while let Taken::Batch(batch) = tap.wait(None) {
             assert_eq!(batch.host, "gpu-01");
@@ -369,7 +384,7 @@ mod tests {
         assert_eq!(lines, [b" 20%"]);
         write.write_all(b"\r100%\n").unwrap();
         drop(write);
-        assert_eq!(logs.finish(LONG, LONG), Rest::Read(Vec::new()));
+        assert_eq!(logs.finish(LONG, LONG), ALL);
         assert_eq!(fs_err::read(&path).unwrap(), b"\r 10%\r 20%\r100%\n");
     }
 
@@ -385,7 +400,7 @@ mod tests {
         };
         let pipe = read.into();
         let logs = Logs::start(vec![Source { pipe, to }], shown(queue(LIMIT).0)).unwrap();
-        assert_eq!(logs.finish(Duration::from_millis(1), LONG), Rest::HeldOpen);
+        assert!(logs.finish(Duration::from_millis(1), LONG).held_open);
     }
 
     /// A pipe in its place, which takes no more than 64 KiB for a while.
@@ -413,13 +428,14 @@ mod tests {
             std::thread::scope(|scope| {
                 let finished = scope.spawn(|| logs.finish(Duration::from_millis(1), patience));
                 if patience < LONG {
-                    assert_eq!(finished.join().unwrap(), Rest::Stuck);
+                    let missing = finished.join().unwrap().missing;
+                    assert_eq!(missing.as_deref(), Some(SLOW));
                     slow.read_exact(&mut vec![0; text.len()]).unwrap();
                 } else {
                     // Nothing comes of it where this is too short.
                     std::thread::sleep(Duration::from_millis(200));
                     slow.read_exact(&mut vec![0; text.len()]).unwrap();
-                    assert_eq!(finished.join().unwrap(), Rest::Read(Vec::new()));
+                    assert_eq!(finished.join().unwrap(), ALL);
                 }
             });
         }
@@ -443,7 +459,7 @@ mod tests {
         let text = "a line of the worker\n".repeat(200_000);
         write.write_all(text.as_bytes()).unwrap();
         drop(write);
-        assert_eq!(logs.finish(LONG, LONG), Rest::Read(Vec::new()));
+        assert_eq!(logs.finish(LONG, LONG), ALL);
         assert_eq!(fs_err::read_to_string(&path).unwrap(), text);
         let (mut shown, mut missed) = (0, 0);
         while let Taken::Batch(batch) = tap.wait(None) {

@@ -213,10 +213,15 @@ pub struct Round {
     pub number: u32,
 }
 
-/// An agent shows that it lives so many times within a lease.
-pub const BEATS_PER_LEASE: u32 = 6;
+/// Within this time of a node's last sign of life the ranks of the others have their signal.
+pub const SILENCE: Duration = Duration::from_millis(1500);
+/// Of it, what telling the others takes, on machines that are busy.
+const TELLING: Duration = Duration::from_millis(100);
 /// A node that was not heard for this long is lost, unless `--node-timeout` says otherwise.
-pub const LEASE: Duration = Duration::from_millis(1500);
+pub const LEASE: Duration = SILENCE.saturating_sub(TELLING);
+/// An agent shows that it lives so many times within a lease: a connection that works again one beat before its end
+/// has lost nothing.
+pub const BEATS_PER_LEASE: u32 = 7;
 
 /// Who joins.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -362,6 +367,9 @@ pub struct NodeReport {
     /// Lines of the kernel's log about GPUs (`Xid`) since the start of the generation.
     pub xids: Vec<String>,
     pub warnings: Vec<String>,
+    /// Why some of the output is not in the log files; it was said when it was noticed.
+    #[serde(default)]
+    pub missing: Option<String>,
 }
 
 /// Words of the system are nearly always UTF-8. As the bytes that serde makes of them, an environment of a megabyte would

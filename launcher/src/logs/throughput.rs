@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::{Logs, Rest, Shown, Sink, Source, Tail};
+use super::{Finished, Logs, Shown, Sink, Source, Tail};
 use crate::console::Console;
 use crate::console::lines::{Bars, Lines};
 use crate::console::painter::{Format, Style};
@@ -89,8 +89,9 @@ pub fn measure(
     })
     .context("a pipe was closed")?;
     let limit = Duration::from_secs(600);
-    let rest = logs.finish(limit, limit);
-    ensure!(rest == Rest::Read(Vec::new()), "not all was read: {rest:?}");
+    let output = logs.finish(limit, limit);
+    let all = output == Finished::default();
+    ensure!(all, "not all was read: {output:?}");
     let wall = start.elapsed();
     screen.finish(Duration::from_secs(600));
     let mut bytes = 0;

@@ -6,6 +6,7 @@ use crate::job::Job;
 use crate::nodes::Cluster;
 use rustix::process::Signal;
 use std::time::{Duration, Instant};
+use tsm_job::config::duration;
 use tsm_job::exit;
 use tsm_launch::cluster::message::LEASE;
 use tsm_launch::contain::Kind;
@@ -29,7 +30,8 @@ fn hanging_on<'a>(
     let actions = format!(
         "--meet --ignore-sigterm --fork --daemon {daemon}{{rank}} --touch {ready}{{rank}} --hang"
     );
-    let options = format!("--nodes 2 --grace 500ms --node-timeout 1500ms {options}");
+    let lease = duration::format(LEASE);
+    let options = format!("--nodes 2 --grace 500ms --node-timeout {lease} {options}");
     let mut job = Job::new(cluster);
     job.ground = ground;
     job.start_all(&options, &actions);
@@ -71,6 +73,12 @@ fn assert_node_2_is_named(job: &Job, how: &str) {
     assert_eq!(lost.len(), 1);
     assert_eq!(lost[0]["host"], "node-2");
     assert_eq!(job.json("manifest.json")["outcome"], "failed");
+}
+
+fn assert_gave_the_coordinator_up(job: &Job) {
+    let (err, lease) = (job.err(2), duration::format(LEASE));
+    let said = format!("no answer from the coordinator for {lease}");
+    assert!(err.contains(&said), "{err}");
 }
 
 #[test]
@@ -131,7 +139,7 @@ fn a_stopped_agent_is_lost_and_its_guard_kills_its_ranks() {
     assert!(wait_for_death(&pids[4..]) < SOON);
     assert_eq!(job.code(2), None, "it is stopped");
     assert_eq!(job.end_of(1), exit::PEER);
-    assert_node_2_is_named(&job, "silent for 1500ms");
+    assert_node_2_is_named(&job, &format!("silent for {}", duration::format(LEASE)));
     job.signal(2, Signal::CONT);
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);
     assert!(job.err(2).starts_with("error: "));
@@ -146,11 +154,7 @@ fn ranks_do_not_wait_for_a_stopped_coordinator() {
     job.signal(1, Signal::STOP);
     assert!(wait_for_death(&pids[4..]) < SOON);
     assert_eq!(job.end_of(2), exit::PEER);
-    let err = job.err(2);
-    assert!(
-        err.contains("no answer from the coordinator for 1500ms"),
-        "{err}"
-    );
+    assert_gave_the_coordinator_up(&job);
     job.signal(1, Signal::CONT);
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);
     // The node that has left is not all there is to say.
@@ -185,12 +189,8 @@ fn cut_in_two(cluster: &Cluster) -> Duration {
     let survived = cut.elapsed();
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);
     assert!(cut.elapsed() < SOON);
-    assert_node_2_is_named(&job, "silent for 1500ms");
-    let err = job.err(2);
-    assert!(
-        err.contains("no answer from the coordinator for 1500ms"),
-        "{err}"
-    );
+    assert_node_2_is_named(&job, &format!("silent for {}", duration::format(LEASE)));
+    assert_gave_the_coordinator_up(&job);
     survived
 }
 

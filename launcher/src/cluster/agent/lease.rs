@@ -100,10 +100,10 @@ mod tests {
     #[test]
     fn the_guard_waits_longer_than_the_agent_and_less_than_the_coordinator() {
         let mut lease = Lease::new(MS(0));
-        lease.begin(MS(1500), MS(0));
+        lease.begin(LEASE, MS(0));
         let seq = lease.beat(MS(100));
         lease.answered(seq, MS(300));
         let killed = MS(300) + lease.guard(MS(300));
-        assert!(killed > lease.until && killed < MS(100) + MS(1500) + FENCE);
+        assert!(killed > lease.until && killed < MS(100) + LEASE + FENCE);
     }
 }

@@ -204,6 +204,7 @@ impl State {
             homes: &homes,
             stacks: stacks.as_deref(),
             earlier: &self.incidents,
+            missing: self.reports.values().find_map(|r| r.missing.as_deref()),
             resume: self.settings.job.resume.as_deref(),
         };
         let failure = report::failure(&run, &fault, &ranks, &places);
@@ -364,6 +365,8 @@ fn exit_code(ranks: &[Rank], fault: &Fault) -> i32 {
         (Some(record), None) => record.code,
         (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => record.code,
         (Some(record), Some(end)) if end.is_success() => record.code,
+        // It had failed when the stop overtook its end: the signal says nothing.
+        (None, Some(End::Signal(signal))) if rank.sent.contains(&signal) => 1,
         (_, Some(end)) => end.exit_code(),
         // Every failure has a rank that ended or announced it.
         (None, None) => exit::BUG,

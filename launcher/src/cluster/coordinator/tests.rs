@@ -14,7 +14,7 @@ mod stopping;
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::cluster::message::{BEATS_PER_LEASE, Beat, Facts, Join, LEASE, Progress};
+use crate::cluster::message::{BEATS_PER_LEASE, Beat, Facts, Join, LEASE, Progress, SILENCE};
 use crate::end::End;
 use crate::report::Place;
 use crate::supervisor::Rank;
@@ -244,6 +244,7 @@ impl Scene {
             oom_kills: 0,
             xids: Vec::new(),
             warnings: Vec::new(),
+            missing: None,
         };
         let generation = self.state.generation;
         let report = Box::new(report);

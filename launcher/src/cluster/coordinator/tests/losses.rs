@@ -17,6 +17,22 @@ fn lose(scene: &mut Scene, id: NodeId, silently: bool) {
     }
 }
 
+/// Wherever between two beats it falls silent.
+#[test]
+fn the_others_are_told_in_time_that_a_node_is_silent() {
+    // The rest is for the wire, the agents, and their signals.
+    let (told, lived) = (SILENCE - MS(50), LEASE - LEASE / BEATS_PER_LEASE);
+    for after in [3000, 3001, 3100, 3199] {
+        let mut scene = Scene::running(settings(2, 2), 2);
+        scene.pass(MS(after));
+        scene.alive.remove(&2);
+        scene.pass(lived - MS(1));
+        assert_eq!(scene.was_stopped_by(1), None, "a blip is no loss");
+        scene.pass(told - lived + MS(1));
+        assert_eq!(scene.was_stopped_by(1), Some(TERM), "silent at {after} ms");
+    }
+}
+
 #[test]
 fn a_node_lost_while_others_are_waited_for_is_not_counted() {
     for silently in [false, true] {
@@ -146,8 +162,11 @@ fn the_coordinator_does_not_finish_while_ranks_of_a_lost_node_may_run() {
         scene.all_stopped(1);
         scene.lose(1);
         assert!(matches!(scene.state.phase, Phase::Leave { .. }));
-        let said = "waiting 2.0 s: until then ranks of n2 may still run; Ctrl-C leaves at once";
-        assert!(scene.notices().contains(said), "{}", scene.notices());
+        let said = format!(
+            "waiting {:.1} s: until then ranks of n2 may still run; Ctrl-C leaves at once",
+            (LEASE + FENCE).as_secs_f64()
+        );
+        assert!(scene.notices().contains(&said), "{}", scene.notices());
         (scene, fence)
     };
     let (mut scene, fence) = failed();
