@@ -5,7 +5,8 @@
 //! different ranks never mix.
 
 pub mod keep;
-pub mod throughput;
+#[cfg(test)]
+mod throughput;
 
 use anyhow::Context;
 use fs_err::File;

@@ -29,7 +29,7 @@ use crate::signals::Signals;
 use crate::start::children::Children;
 use crate::start::slurm::{StopCause, Turn};
 use crate::status::Snapshot;
-use crate::supervisor::count;
+use crate::text::count;
 
 /// How long to wait for the description of the machine at the end of a short run.
 const DESCRIBE: Duration = Duration::from_secs(2);
@@ -217,16 +217,12 @@ impl Running {
         }
         actions.extend(coordinator::decide(&mut self.state, event, now));
         // What the nodes have to do comes first, then the words.
-        for action in &actions {
+        let is_for_nodes = |a: &Action| matches!(a, Action::Send { .. } | Action::Drop { .. });
+        let (for_nodes, others): (Vec<_>, Vec<_>) = actions.into_iter().partition(is_for_nodes);
+        for action in for_nodes.into_iter().chain(others) {
             match action {
-                Action::Send { node, message } => self.session.hub.send(*node, message.clone()),
-                Action::Drop { node } => self.session.hub.drop(*node),
-                _ => {}
-            }
-        }
-        for action in actions {
-            match action {
-                Action::Send { .. } | Action::Drop { .. } => {}
+                Action::Send { node, message } => self.session.hub.send(node, message),
+                Action::Drop { node } => self.session.hub.drop(node),
                 Action::Notice(text) => self.session.voice.notice(&text),
                 Action::Record { kind, fields } => self.event(kind, fields),
                 Action::LeftOut(excluded) => {
@@ -311,7 +307,7 @@ impl Running {
     fn started(&mut self, launched: &Launched, now: Duration) {
         // From now on a node that is lost is worth waiting for; one that never came was not.
         self.state.settings.open |= self.session.children.come_back;
-        let workers = count(launched.world_size as usize, "worker");
+        let workers = count(launched.world_size, "worker");
         let hosts: Vec<String> = launched
             .members
             .iter()

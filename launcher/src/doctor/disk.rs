@@ -5,9 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::size;
 use crate::cluster::message::Finding;
 use crate::replace::beside;
+use crate::text::size;
 
 /// Room for the logs of a short run. What checkpoints need is not known here.
 const MIN_FREE: u64 = 16 << 20;

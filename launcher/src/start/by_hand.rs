@@ -25,21 +25,24 @@ pub enum Part {
     Agent,
 }
 
-/// `HOST:PORT`, with brackets around an IPv6 address. A name that leads nowhere is looked up again for as long as
+/// Of `HOST:PORT`, with brackets around an IPv6 address.
+pub(super) fn host_and_port(point: &str) -> Option<(&str, u16)> {
+    let (host, port) = point.rsplit_once(':')?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    Some((host, port.parse().ok()?))
+}
+
+/// The parts of `HOST:PORT`, and its addresses. A name that leads nowhere is looked up again for as long as
 /// `patience`. Blocks.
 ///
 /// # Errors
 /// [`exit::USAGE`] when it is not that, [`exit::PREFLIGHT`] when the name leads nowhere.
 pub fn resolve(point: &str, patience: Duration) -> anyhow::Result<(String, u16, Vec<SocketAddr>)> {
-    let Some((host, port)) = point
-        .rsplit_once(':')
-        .and_then(|(h, p)| Some((h, p.parse::<u16>().ok()?)))
-    else {
+    let Some((host, port)) = host_and_port(point) else {
         let text =
             format!("--rendezvous is {point:?}\n  hint: write HOST:PORT, such as gpu-01:29400");
         bail!(Coded::new(exit::USAGE, text));
     };
-    let host = host.trim_start_matches('[').trim_end_matches(']');
     if host.is_empty() {
         let hint = "write HOST:PORT, such as gpu-01:29400";
         let text = format!("--rendezvous is {point:?}, which names no host\n  hint: {hint}");

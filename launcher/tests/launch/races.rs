@@ -10,6 +10,7 @@ use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use tsm_launch::contain::{Ability, Containment};
+use tsm_launch::own::Executable;
 use tsm_launch::process::{Guard, Spec, spawn};
 
 /// Killed and reaped when dropped.
@@ -25,7 +26,7 @@ impl Drop for Killed {
 /// As git and scontrol, which the launcher runs on other threads: they must not hold the sockets of workers open.
 #[test]
 fn the_death_of_a_worker_is_heard_whatever_other_threads_start() {
-    let shim = Path::new(env!("CARGO_BIN_EXE_tsm-launch"));
+    let shim = &Executable::at(Path::new(env!("CARGO_BIN_EXE_tsm-launch")));
     let containment = Containment::open(&mut Ability::find_out(shim), "races", 0);
     let command = ["true".into()];
     let spec = Spec {
@@ -126,7 +127,7 @@ fn a_signal_is_heard_over_ranks_that_talk_without_end() {
 /// As debuggers and schedulers stop whole sessions.
 #[test]
 fn a_guard_that_is_stopped_does_not_stop_its_launcher() {
-    let shim = Path::new(env!("CARGO_BIN_EXE_tsm-launch"));
+    let shim = &Executable::at(Path::new(env!("CARGO_BIN_EXE_tsm-launch")));
     let containment = Containment::open(&mut Ability::find_out(shim), "races", 0);
     let mut guard = Guard::start(shim, &containment).unwrap();
     let [mark, ..] = containment.words();

@@ -570,9 +570,9 @@ fn record(kind: &'static str, fields: Value) -> Action {
     Action::Record { kind, fields }
 }
 
-/// `1 node`, `2 nodes`; see [`crate::supervisor::count`].
+/// `1 node`, `2 nodes`.
 fn nodes(number: usize) -> String {
-    crate::supervisor::count(number, "node")
+    crate::text::count(number, "node")
 }
 
 #[cfg(test)]
