@@ -119,6 +119,28 @@ fn a_reader_that_goes_away_stops_nothing() {
     assert_eq!(log.lines().count(), 20_000);
 }
 
+#[test]
+fn a_reader_that_has_seen_enough_of_a_plan_is_no_error_and_a_full_disk_is() {
+    let scene = Scene::new();
+    let launcher = env!("CARGO_BIN_EXE_tsm-launch");
+    for words in ["--dry-run --cpus 4096 -- true", "doctor --json"] {
+        // The reader is gone before anything is printed.
+        let script = r#"{ while [ ! -e closed ]; do sleep 0.01; done; "$0" "$@"; echo code $? >&2; } | { exec <&-; touch closed; }"#;
+        let shell = |script: &str| {
+            let _ = fs_err::remove_file(scene.path("closed"));
+            let mut shell = scene.command_of("sh");
+            shell.args(["-c", script, launcher]);
+            finish(start(shell.args(words.split(' '))))
+        };
+        let outcome = shell(script);
+        assert_eq!(outcome.err, "code 0\n", "{words}");
+        let outcome = shell(r#"exec "$0" "$@" > /dev/full"#);
+        assert_eq!(outcome.code, 73, "{words}: {}", outcome.err);
+        let said = "error: cannot write to stdout: No space left on device";
+        assert!(outcome.err.starts_with(said), "{words}: {}", outcome.err);
+    }
+}
+
 /// The ranks in the labels of `line`, sorted: on a busy machine not all need to be folded into one.
 fn ranks_that_said(line: &str, console: &str) -> Vec<u32> {
     let ends = format!(" | {line}");
