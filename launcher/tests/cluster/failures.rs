@@ -1,5 +1,6 @@
 //! A rank fails: all nodes stop, and the right one is named.
 
+use crate::demo::write_program;
 use crate::harness::FAKE;
 use crate::job::Job;
 use crate::nodes::Cluster;
@@ -114,11 +115,10 @@ fn a_program_that_one_node_lacks_is_named_with_its_node() {
     };
     let mut job = Job::new(&cluster);
     // It is the same command, but only the first node has the program.
-    let program = cluster.scene.path("program").display().to_string();
+    let program = cluster.scene.path("program");
     let script = "#!/bin/sh\n[ $GROUP_RANK = 0 ] && exec sleep 1000\nexec /no/such/program\n";
-    fs_err::write(&program, script).unwrap();
-    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs_err::set_permissions(&program, executable).unwrap();
+    write_program(&program, script);
+    let program = program.display().to_string();
     for n in 1..=2 {
         job.start_words(n, &["--cpus=1", "--nodes=2", "--", &program]);
         job.wait_until_joined(n);

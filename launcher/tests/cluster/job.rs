@@ -1,5 +1,6 @@
 //! A job over the nodes of a [`Cluster`]: one `tsm-launch` on each, in order of the nodes.
 
+use crate::demo::{write_lists, write_program};
 use crate::ground::Ground;
 use crate::harness::{FAKE, send, until};
 use crate::nodes::Cluster;
@@ -11,8 +12,6 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
-
-pub const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
 
 /// A job with a name, which is that of its run folder, and a meeting point on `node-1`.
 pub struct Job<'a> {
@@ -68,21 +67,11 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// A job for [`DEMO`] with `--trainer trainer`, whose workers do `actions`.
+    /// A job for [`crate::demo::DEMO`] with `--trainer trainer`, whose workers do `actions`.
     pub fn with_trainer(cluster: &'a Cluster, actions: &str) -> Job<'a> {
-        let data = cluster.scene.path("data/demo");
-        fs_err::create_dir_all(&data).unwrap();
-        for name in ["train.txt", "val.txt", "classes.txt"] {
-            fs_err::write(data.join(name), "").unwrap();
-        }
-        let trainer = cluster.scene.path("trainer");
-        let script = format!("#!/bin/sh\nexec {} {actions}\n", FAKE);
-        fs_err::write(&trainer, script).unwrap();
-        fs_err::set_permissions(
-            &trainer,
-            std::os::unix::fs::PermissionsExt::from_mode(0o755),
-        )
-        .unwrap();
+        write_lists(&cluster.scene.path(""));
+        let script = format!("#!/bin/sh\nexec {FAKE} {actions}\n");
+        write_program(&cluster.scene.path("trainer"), &script);
         Job::new(cluster)
     }
 

@@ -1,8 +1,8 @@
 //! What is seen of real processes that do not move.
 
+use crate::demo::write_program;
 use crate::harness::{FAKE, Scene, alive, send, survivors, until};
 use rustix::process::{Pid, Signal, kill_process};
-use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tsm_launch::hang::look_into;
@@ -64,9 +64,7 @@ fn tools(scene: &Scene, name: &str, script: &str) -> Probe {
     let folder = scene.path("tools");
     fs_err::create_dir_all(&folder).expect("the folder exists");
     let path = folder.join(name);
-    fs_err::write(&path, format!("#!/bin/sh\n{script}\n")).expect("the folder exists");
-    let mode = std::fs::Permissions::from_mode(0o755);
-    fs_err::set_permissions(&path, mode).expect("the file exists");
+    write_program(&path, &format!("#!/bin/sh\n{script}\n"));
     Probe {
         path: vec![folder],
         ..Probe::default()
