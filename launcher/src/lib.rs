@@ -35,6 +35,7 @@ mod logs;
 mod machine;
 pub mod manifest;
 mod median;
+pub mod own;
 pub mod plan;
 mod port;
 pub mod process;
@@ -60,6 +61,7 @@ use tsm_job::exit;
 /// The whole program: parse, run, and map errors to exit codes.
 pub fn main() -> ExitCode {
     let start = Instant::now();
+    own::take_name();
     let mut argv = std::env::args_os().skip(1);
     match argv.next().as_deref().and_then(|first| first.to_str()) {
         Some(shim::WORKER) => return shim::worker(argv),

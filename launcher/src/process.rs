@@ -12,16 +12,17 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{ChildStderr, ChildStdin, ChildStdout, Stdio};
 
 use crate::contain::{self, Containment};
 use crate::end::End;
+use crate::own::Executable;
 use crate::stat::Stat;
 
 /// What to start.
 pub struct Spec<'a> {
-    /// This executable; started as the shim.
-    pub shim: &'a Path,
+    /// Started as the shim.
+    pub shim: &'a Executable,
     pub command: &'a [OsString],
     /// Replaces what is inherited of the same names.
     pub base_env: &'a [(OsString, OsString)],
@@ -72,7 +73,7 @@ pub struct Streams {
 /// # Errors
 /// When the shim cannot be started, or the kernel has no pidfd.
 pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)> {
-    let mut command = Command::new(spec.shim);
+    let mut command = spec.shim.command();
     let group = spec.containment.group();
     command
         .args(crate::shim::bound(spec.cores, spec.shielded, group))
@@ -95,7 +96,7 @@ pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)
         .stderr(Stdio::piped());
     let mut child = command
         .spawn()
-        .with_context(|| format!("cannot start {}", spec.shim.display()))?;
+        .with_context(|| format!("cannot start {}", spec.shim.name()))?;
 
     let pid = Pid::from_child(&child);
     let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
@@ -176,8 +177,8 @@ pub struct Guard(ChildStdin);
 impl Guard {
     /// # Errors
     /// When the process cannot be started.
-    pub fn start(shim: &Path, containment: &Containment) -> anyhow::Result<Guard> {
-        let mut command = Command::new(shim);
+    pub fn start(shim: &Executable, containment: &Containment) -> anyhow::Result<Guard> {
+        let mut command = shim.command();
         command
             .arg(crate::shim::GUARD)
             .args(containment.words())
@@ -186,7 +187,7 @@ impl Guard {
             .stderr(Stdio::null());
         let mut child = command
             .spawn()
-            .with_context(|| format!("cannot start {}", shim.display()))?;
+            .with_context(|| format!("cannot start {}", shim.name()))?;
         child
             .stdin
             .take()

@@ -9,10 +9,11 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
 use super::Process;
 use super::carriers::Look;
+use crate::own::Executable;
 use crate::shim;
 use crate::stat::Stat;
 
@@ -80,8 +81,8 @@ impl Group {
     ///
     /// # Errors
     /// When none can be started.
-    pub fn try_out(self, shim: &Path) -> Result<Trial, String> {
-        let mut command = Command::new(shim);
+    pub fn try_out(self, shim: &Executable) -> Result<Trial, String> {
+        let mut command = shim.command();
         command.arg(shim::ENTER).arg(&self.path);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let child = command.stderr(Stdio::null()).spawn();

@@ -19,6 +19,7 @@ use crate::cluster::message::{FromAgent, Join};
 use crate::cluster::wire::{self, Connection, Role};
 use crate::doctor::{self, Context};
 use crate::logs::Shown;
+use crate::own::Executable;
 use crate::plan::{self, Devices};
 use crate::{gpus, manifest};
 
@@ -102,7 +103,7 @@ impl Parts {
         };
         Ok(Setup {
             start: self.start,
-            shim: std::env::current_exe()?,
+            shim: Executable::own()?,
             host: self.host,
             devices: self.devices,
             join,

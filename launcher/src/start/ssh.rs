@@ -10,6 +10,7 @@ use super::agent::AGENT;
 use super::children::Starter;
 use super::hosts::{self, Host};
 use crate::cli::{Args, Nodes, Preflight};
+use crate::own;
 use crate::plan::{self, Workers};
 use crate::target::{Target, find_program};
 use crate::text::count;
@@ -135,7 +136,7 @@ impl Plan {
         *program = find_program(program)?.into();
         let launcher = match &args.remote_launcher {
             Some(path) => path.clone(),
-            None => std::env::current_exe()?,
+            None => own::path()?,
         };
         let counts: Vec<Option<u32>> = hosts.iter().map(|(_, w)| w.count()).collect();
         target.settle_as(

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tsm_launch::cluster::key::Key;
 use tsm_launch::cluster::message::Severity;
 use tsm_launch::doctor::preflight::{GpuTask, Scale, all_reduce, own_gpus};
+use tsm_launch::own::Executable;
 use tsm_launch::plan::Devices;
 
 use crate::harness::{DEADLINE, Running, Scene, alive, finish, start, survivors, until};
@@ -29,7 +30,7 @@ fn alone(scene: &Scene, name: &str) -> GpuTask {
         trainer: Some(trainer(scene, name)),
         ..Scale::default()
     };
-    let mut task = GpuTask::alone(Devices::Cpu(2), LAUNCHER.into(), &scale);
+    let mut task = GpuTask::alone(Devices::Cpu(2), Executable::at(LAUNCHER.as_ref()), &scale);
     task.task.wait = DEADLINE;
     task
 }

@@ -17,6 +17,7 @@ mod contain;
 mod hang;
 mod manifest;
 mod output;
+mod own;
 mod preflight;
 mod pytorch;
 mod races;

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use tsm_launch::contain::{Ability, Containment};
+use tsm_launch::own::Executable;
 use tsm_launch::process::{Spec, spawn};
 
 /// Killed and reaped when dropped.
@@ -23,7 +24,7 @@ impl Drop for Killed {
 /// As git and scontrol, which the launcher runs on other threads: they must not hold the sockets of workers open.
 #[test]
 fn the_death_of_a_worker_is_heard_whatever_other_threads_start() {
-    let shim = Path::new(env!("CARGO_BIN_EXE_tsm-launch"));
+    let shim = &Executable::at(Path::new(env!("CARGO_BIN_EXE_tsm-launch")));
     let containment = Containment::open(&mut Ability::find_out(shim), "races", 0);
     let command = ["true".into()];
     let spec = Spec {

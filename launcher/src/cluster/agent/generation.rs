@@ -20,6 +20,7 @@ use crate::doctor::kmsg;
 use crate::logs::{Finished, Logs, Shown, Sink, Source, Tail};
 use crate::machine;
 use crate::manifest::environment::{self, Change};
+use crate::own::Executable;
 use crate::plan::{WorkerPlan, error_file};
 use crate::port::Port;
 use crate::process::{self, Guard, Spec, Worker};
@@ -44,7 +45,7 @@ pub struct Generation {
     remove: Vec<String>,
     dir: RunDir,
     host: String,
-    shim: PathBuf,
+    shim: Executable,
     directory: Option<PathBuf>,
     workers: Vec<Worker>,
     tails: Vec<Tail>,

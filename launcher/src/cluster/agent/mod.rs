@@ -12,7 +12,6 @@ mod prepared;
 mod reach;
 mod running;
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tsm_job::exit;
@@ -23,6 +22,7 @@ use super::message::{Beat, FromAgent, Join, ToAgent};
 use crate::console::queue::{LIMIT, queue};
 use crate::contain::Ability;
 use crate::logs::{Finished, Shown};
+use crate::own::Executable;
 use crate::plan::Devices;
 use crate::signals::Signals;
 use crate::supervisor::{Event, Phase};
@@ -38,8 +38,7 @@ const OUTPUT: usize = 1 << 20;
 pub struct Setup {
     /// From which all its times count.
     pub start: Instant,
-    /// This executable.
-    pub shim: PathBuf,
+    pub shim: Executable,
     pub host: String,
     pub devices: Devices,
     pub join: Join,

@@ -21,6 +21,7 @@ use super::ring::{LATE, LEFT, Measured};
 use super::{OwnNode, Scale, Task};
 use crate::cluster::key::Key;
 use crate::cluster::message::Finding;
+use crate::own::Executable;
 use crate::plan::{self, Devices};
 use crate::shim;
 use crate::text::count;
@@ -42,13 +43,12 @@ pub struct GpuTask {
     pub key: Key,
     /// What this node measures with. CPUs sum over Gloo instead of NCCL.
     pub devices: Devices,
-    /// This executable.
-    pub launcher: PathBuf,
+    pub launcher: Executable,
 }
 
 impl GpuTask {
     /// For this node alone.
-    pub fn alone(devices: Devices, launcher: PathBuf, scale: &Scale) -> GpuTask {
+    pub fn alone(devices: Devices, launcher: Executable, scale: &Scale) -> GpuTask {
         GpuTask {
             task: Task::new(Vec::new(), 0, scale),
             key: Key::random(),
@@ -91,8 +91,8 @@ impl GpuTask {
             ..
         } = &self.task;
         // The shim ends it with the thread that starts it.
-        let mut command = Command::new(&self.launcher);
-        command.args(shim::plain()).arg(&self.launcher);
+        let mut command = self.launcher.command();
+        command.args(shim::plain()).arg(self.launcher.program());
         let (flag, visible) = match &self.devices {
             Devices::Gpus(gpus) => {
                 let ids: Vec<&str> = gpus.iter().map(|gpu| gpu.id.as_str()).collect();
