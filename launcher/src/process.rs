@@ -4,6 +4,7 @@
 //! done by [`crate::shim`], which becomes the worker by exec.
 
 use anyhow::Context;
+use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::{
     Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getrlimit,
     kill_process_group, pidfd_open, pidfd_send_signal, setrlimit, waitid,
@@ -188,33 +189,35 @@ impl Guard {
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot start {}", shim.name()))?;
-        child
-            .stdin
-            .take()
-            .map(Guard)
-            .context("the guard has no stdin")
+        let stdin = child.stdin.take().context("the guard has no stdin")?;
+        // A guard that is stopped must not stop this process, when it has not read for long.
+        fcntl_setfl(&stdin, OFlags::NONBLOCK).context("cannot write to the guard")?;
+        Ok(Guard(stdin))
     }
 
     /// Names the sessions to end.
     pub fn watch(&mut self, workers: &[Worker]) {
-        use std::io::Write;
         let pids: Vec<String> = workers
             .iter()
             .map(|w| w.pid.as_raw_nonzero().to_string())
             .collect();
-        // Without its guard the launcher still works; only grandchildren could outlive a SIGKILL.
-        let _ = writeln!(self.0, "{}", pids.join(" "));
+        self.tell(&pids.join(" "));
     }
 
     /// Kills all processes of the generation unless this is called again within `time`.
     pub fn lease(&mut self, time: std::time::Duration) {
-        use std::io::Write;
-        let _ = writeln!(self.0, "{} {}", crate::shim::LEASE, time.as_millis());
+        self.tell(&format!("{} {}", crate::shim::LEASE, time.as_millis()));
     }
 
     /// Lets the guard go without doing anything.
     pub fn dismiss(mut self) {
+        self.tell(crate::shim::DISMISS);
+    }
+
+    /// Without its guard the launcher still works; only grandchildren could outlive a SIGKILL.
+    fn tell(&mut self, line: &str) {
         use std::io::Write;
-        let _ = writeln!(self.0, "{}", crate::shim::DISMISS);
+        // In one piece, which is written whole or not at all.
+        let _ = self.0.write(format!("{line}\n").as_bytes());
     }
 }

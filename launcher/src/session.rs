@@ -83,6 +83,8 @@ struct Running {
     published: Option<Duration>,
     /// When the loop last had something to do.
     ran_at: Duration,
+    /// A node had its turn: a signal, and whatever else waits, comes first, once.
+    others_first: bool,
     /// SLURM is being asked why it stops the job.
     asking: Option<JoinHandle<StopCause>>,
     stopped: Option<StopCause>,
@@ -122,6 +124,7 @@ impl Session {
             described: None,
             published: None,
             ran_at: now,
+            others_first: false,
             asking: None,
             stopped: None,
             refused: 0,
@@ -156,10 +159,14 @@ impl Running {
         // It wakes up often enough to notice when it is not run.
         let wake = asked + self.session.settings.lease / 4;
         let wake = self.state.deadline().unwrap_or(wake).min(wake);
+        let others_first = std::mem::take(&mut self.others_first);
         let event = tokio::select! {
             biased;
-            heard = self.session.hub.next() => match heard {
-                Heard::Said { node, local, message } => Event::Said { node, local, message },
+            heard = self.session.hub.next(), if !others_first => match heard {
+                Heard::Said { node, local, message } => {
+                    self.others_first = true;
+                    Event::Said { node, local, message }
+                }
                 Heard::Lost { node, how } => Event::Lost { node, how },
                 Heard::Refused(refusal) => {
                     self.refused(refusal);
@@ -196,6 +203,7 @@ impl Running {
                 }
             }
             () = tokio::time::sleep_until((start + wake).into()) => Event::Deadline,
+            () = std::future::ready(()), if others_first => return,
         };
         let now = start.elapsed();
         self.ran_at = now;

@@ -98,10 +98,12 @@ impl Group {
         Group { path, _lock }
     }
 
-    /// One that is gone is empty.
+    /// One that is gone is empty; one that cannot be looked at, since no descriptor is left, need not be.
     pub fn is_empty(&self) -> bool {
-        let events = fs_err::read_to_string(self.path.join("cgroup.events"));
-        events.map_or(true, |text| text.lines().any(|line| line == "populated 0"))
+        match fs_err::read_to_string(self.path.join("cgroup.events")) {
+            Ok(text) => text.lines().any(|line| line == "populated 0"),
+            Err(_) => !self.path.exists(),
+        }
     }
 
     pub fn look(&self) -> Look {
@@ -333,6 +335,16 @@ mod tests {
             assert!(made >= 100, "{made} of 200 were made");
         });
         fs_err::remove_dir(&own).unwrap();
+    }
+
+    #[test]
+    fn a_group_that_cannot_be_looked_at_is_not_taken_for_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, _lock) = (folder.path().join("group"), None);
+        let group = Group { path, _lock };
+        assert!(group.is_empty(), "it is gone");
+        fs_err::create_dir(&group.path).unwrap();
+        assert!(!group.is_empty());
     }
 
     #[test]

@@ -57,8 +57,8 @@ fn measure(dir: &Path, ranks: u32, lines: u64, block: usize, shown: bool) -> (u6
         let texts = threads.into_iter().map(|thread| thread.join().unwrap());
         texts.collect()
     });
-    let output = logs.finish(Duration::from_secs(600));
-    assert!(output.all && output.missing.is_none(), "{output:?}");
+    let limit = Duration::from_secs(600);
+    assert_eq!(logs.finish(limit, limit), Finished::default());
     let wall = start.elapsed();
     screen.finish(Duration::from_secs(600));
     for (rank, text) in texts.iter().enumerate() {

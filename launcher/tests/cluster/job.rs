@@ -1,9 +1,10 @@
 //! A job over the nodes of a [`Cluster`]: one `tsm-launch` on each, in order of the nodes.
 
-use crate::demo::{write_lists, write_program};
+use crate::demo::write_lists;
 use crate::ground::Ground;
 use crate::harness::{FAKE, send, until};
 use crate::nodes::Cluster;
+use crate::program::write_program;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -12,6 +13,9 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
+
+/// Where losses are not what is tested, a busy machine must not look like one.
+const NODE_TIMEOUT: &str = "4s";
 
 /// A job with a name, which is that of its run folder, and a meeting point on `node-1`.
 pub struct Job<'a> {
@@ -114,6 +118,9 @@ impl<'a> Job<'a> {
             &key,
         ];
         let mut command = scene.command(&common);
+        if !words.iter().any(|word| word.starts_with("--node-timeout")) {
+            command.args(["--node-timeout", NODE_TIMEOUT]);
+        }
         let stream = |kind| fs_err::File::create(self.stream(n, kind)).expect("a file");
         command.args(words);
         command.stdout(stream("out").into_parts().0);

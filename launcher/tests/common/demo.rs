@@ -1,7 +1,5 @@
-//! The demo's config, its lists without videos, and programs to stand in for its trainer and others.
+//! The demo's config, and its lists without videos.
 
-use fs_err::os::unix::fs::OpenOptionsExt;
-use std::io::Write;
 use std::path::Path;
 
 pub const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
@@ -13,12 +11,4 @@ pub fn write_lists(folder: &Path) {
     for name in ["train.txt", "val.txt", "classes.txt"] {
         fs_err::write(data.join(name), "").expect("a folder for a test");
     }
-}
-
-/// Writes a script that can be executed.
-pub fn write_program(path: &Path, script: &str) {
-    let mut options = fs_err::OpenOptions::new();
-    let file = options.write(true).create(true).truncate(true).mode(0o755);
-    let written = file.open(path).map(|mut f| f.write_all(script.as_bytes()));
-    written.flatten().expect("a folder for a test");
 }

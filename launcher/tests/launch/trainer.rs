@@ -1,7 +1,8 @@
 //! A config, and a stand-in for the trainer.
 
-use crate::demo::{DEMO, write_lists, write_program};
+use crate::demo::{DEMO, write_lists};
 use crate::harness::{Outcome, Scene, finish, start};
+use crate::program::write_program;
 use std::path::Path;
 
 /// A scene with the demo's data files and a trainer that is this shell script.

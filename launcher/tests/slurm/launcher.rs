@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use crate::cluster;
 use crate::cluster::Cluster;
-use crate::demo::{DEMO, write_lists, write_program};
+use crate::demo::{DEMO, write_lists};
+use crate::program::write_program;
 
 const LAUNCH: &str = env!("CARGO_BIN_EXE_tsm-launch");
 

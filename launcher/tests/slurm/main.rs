@@ -9,6 +9,8 @@ mod contract;
 #[path = "../common/demo.rs"]
 mod demo;
 mod launcher;
+#[path = "../common/program.rs"]
+mod program;
 mod step;
 mod submit;
 

@@ -8,7 +8,7 @@ use tsm_launch::start::slurm::{Options, Submit, render};
 
 use crate::cluster;
 use crate::cluster::Cluster;
-use crate::demo::write_program;
+use crate::program::write_program;
 
 fn options(cluster: &Cluster, program: &Path, directory: &Path, words: &[&str]) -> Options {
     let config = cluster

@@ -429,9 +429,9 @@ fn an_endless_answer_is_cut() {
 
 #[test]
 fn errors_say_where_and_what_to_do() {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = free.local_addr().unwrap().to_string();
-    drop(free);
+    // Nobody listens there, nor can.
+    let held = crate::port::Port::reserve().unwrap();
+    let address = format!("127.0.0.1:{}", held.number);
     let error = format!("{:#}", ask(&address, PATIENCE).unwrap_err());
     assert!(
         error.contains(&address) && error.contains("NCCL_RAS_ENABLE"),
