@@ -24,6 +24,7 @@ use crate::contain::Ability;
 use crate::logs::{Finished, Shown};
 use crate::own::Executable;
 use crate::plan::Devices;
+use crate::say::say;
 use crate::signals::Signals;
 use crate::supervisor::{Event, Phase};
 use generation::Generation;
@@ -312,7 +313,7 @@ impl Agent {
             ToAgent::Inspect { generation } if number == Some(generation) => {
                 self.inspect(generation)
             }
-            ToAgent::Tell { text } => eprintln!("tsm-launch: {text}"),
+            ToAgent::Tell { text } => say(text),
             ToAgent::Exit { code, message } => {
                 self.decide(&[Event::KillAll]);
                 self.leaving = Some(Leave { code, message });
