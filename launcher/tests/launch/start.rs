@@ -212,7 +212,7 @@ fn a_hard_limit_of_open_files_below_the_need_is_said_before_the_start() {
     ));
     assert_eq!(outcome.code, 69, "{}", outcome.err);
     let said =
-        "448 open files are needed for 64 ranks, and the hard limit is 64\n  hint: ulimit -Hn 448";
+        "512 open files are needed for 64 ranks, and the hard limit is 64\n  hint: ulimit -Hn 512";
     assert!(outcome.err.contains(said), "{}", outcome.err);
 }
 

@@ -16,9 +16,9 @@ use crate::start::adopt::mpi;
 use crate::text::count;
 
 /// Open files of the launcher itself, generously, and those that it has for each rank: two pipes, two logs,
-/// a pidfd and a socket.
+/// a pidfd, and a socket twice.
 const FILES: u64 = 64;
-const FILES_PER_RANK: u64 = 6;
+const FILES_PER_RANK: u64 = 7;
 
 /// What [`prepare`] makes ready.
 pub struct Prepared {
@@ -85,7 +85,7 @@ fn plans(setup: &Setup, start: &Start, master_port: u16) -> anyhow::Result<Vec<W
     let devices = setup.devices.first(start.num_ranks as usize);
     // NCCL may not share the port, so it is only kept apart from MASTER_PORT.
     let ras = matches!(devices, Devices::Gpus(_))
-        .then(|| Port::reserve())
+        .then(Port::reserve)
         .transpose()?;
     let allowed = if start.affinity {
         cores::allowed()
