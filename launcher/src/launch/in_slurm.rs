@@ -2,6 +2,7 @@
 
 use anyhow::Context as _;
 use std::ffi::OsString;
+use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Instant;
@@ -12,6 +13,7 @@ use crate::cli::{Args, Gpus, Preflight};
 use crate::cluster::fit;
 use crate::cluster::key::Key;
 use crate::cluster::wire;
+use crate::console;
 use crate::own::{self, Executable};
 use crate::plan::{self, Workers};
 use crate::start::children::Starter;
@@ -52,19 +54,20 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
     match turn.entry(&folder) {
         Entry::AlreadyFinished(code) => {
             let job = turn.allocation.job;
-            println!(
-                "tsm-launch: job {job} has finished in {} with exit code {code}",
-                folder.display()
-            );
+            let folder = folder.display();
+            let text =
+                format!("tsm-launch: job {job} has finished in {folder} with exit code {code}");
+            // Nobody may read it.
+            let _ = writeln!(std::io::stdout(), "{text}");
             return Some(code);
         }
         Entry::Resume => target.resume = Some(Resume::Run(folder)),
         Entry::Fresh if turn.allocation.restart_count > 0 => {
             let job = turn.allocation.job;
-            eprintln!(
-                "tsm-launch: warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
+            console::say(&format!(
+                "warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
                 folder.display()
-            );
+            ));
             args.run_dir = Some(folder);
         }
         Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),

@@ -16,6 +16,7 @@ use crate::cluster::coordinator::{Job, Settings};
 use crate::cluster::key::Key;
 use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
+use crate::console;
 use crate::console::painter::Style;
 use crate::console::screen::{Outputs, Screen};
 use crate::doctor::preflight::Scale;
@@ -127,7 +128,7 @@ impl Prepared {
         let turn = end.turn.as_ref();
         let again = |turn: &Turn| turn.end(end.code, end.outcome, &folder, end.stopped, end.saves);
         if let Some(text) = turn.and_then(again) {
-            eprintln!("tsm-launch: {text}");
+            console::say(&text);
         }
         Ok(end.code)
     }

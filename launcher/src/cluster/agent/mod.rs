@@ -19,6 +19,7 @@ use tsm_job::exit;
 use super::key::Key;
 use super::link::{Link, Outbox};
 use super::message::{Beat, FromAgent, Join, ToAgent};
+use crate::console;
 use crate::console::queue::{LIMIT, queue};
 use crate::contain::Ability;
 use crate::logs::{Finished, Shown};
@@ -312,7 +313,7 @@ impl Agent {
             ToAgent::Inspect { generation } if number == Some(generation) => {
                 self.inspect(generation)
             }
-            ToAgent::Tell { text } => eprintln!("tsm-launch: {text}"),
+            ToAgent::Tell { text } => console::say(&text),
             ToAgent::Exit { code, message } => {
                 self.decide(&[Event::KillAll]);
                 self.leaving = Some(Leave { code, message });
