@@ -91,7 +91,7 @@ fn plans(setup: &Setup, start: &Start, master_port: u16) -> anyhow::Result<Vec<W
     let devices = setup.devices.first(start.num_ranks as usize);
     // NCCL may not share the port, so it is only kept apart from MASTER_PORT.
     let ras = matches!(devices, Devices::Gpus(_))
-        .then(|| Port::reserve())
+        .then(Port::reserve)
         .transpose()?;
     let allowed = if start.affinity {
         cores::allowed()
