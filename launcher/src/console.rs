@@ -12,11 +12,6 @@ pub mod screen;
 
 use std::io::Write;
 
-/// The launcher's own words where there is no screen. Nobody may read them: that is no failure, as it is to `eprintln!`.
-pub fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "tsm-launch: {text}");
-}
-
 /// Stdout or stderr. Once its reader is gone, text goes nowhere.
 pub struct Console {
     to: Option<Box<dyn Write + Send>>,

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use tsm_job::exit::{self, Coded};
 use tsm_job::{Config, RunDir};
 
-use crate::console;
 use crate::replace::replace;
+use crate::say::say;
 
 /// A run folder that this launcher alone writes to.
 pub struct Folder {
@@ -119,7 +119,7 @@ impl Folder {
                 bail!(Coded::new(exit::USAGE, text));
             }
             // Such as Lustre that is mounted without `flock`.
-            Err(e) => console::say(&format!(
+            Err(e) => say(format_args!(
                 "warning: files in {shown} cannot be locked ({e}): a second tsm-launch there would not be noticed"
             )),
         }

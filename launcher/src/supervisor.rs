@@ -11,6 +11,7 @@ use std::time::Duration;
 use tsm_job::exit;
 use tsm_job::message::FailureRecord;
 
+use crate::blame::{self, Role};
 use crate::end::End;
 
 /// How long the kernel may take to end a process after SIGKILL before it is named as stuck.
@@ -213,7 +214,20 @@ impl State {
         self.send(signal, actions);
     }
 
+    /// Of the ranks that are known to have failed the one that the report will most likely call the first, though
+    /// `rank` was seen to end before: that it was dying had shown later.
+    fn first_failed(&self, rank: usize) -> usize {
+        let failed = (0..self.ranks.len()).filter(|&rank| !self.ranks[rank].is_well());
+        // What they have written is not read to its end yet.
+        let place = |rank: usize| (blame::role(&self.ranks[rank], String::new), rank);
+        let failed = failed.map(place).filter(|(role, _)| *role < Role::Stopped);
+        let first = failed.min_by_key(|(role, rank)| (*role, self.ranks[*rank].order));
+        first.map_or(rank, |(_, rank)| rank)
+    }
+
+    /// Stops all ranks since `rank` has failed.
     fn fail(&mut self, rank: usize, now: Duration, actions: &mut Vec<Action>) {
+        let rank = self.first_failed(rank);
         let end = self.ranks[rank].end;
         self.stop(libc::SIGTERM, self.grace, now, actions);
         actions.push(Action::Failing { rank, end });

@@ -2,7 +2,6 @@
 
 use anyhow::Context as _;
 use std::ffi::OsString;
-use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Instant;
@@ -13,9 +12,9 @@ use crate::cli::{Args, Gpus, Preflight};
 use crate::cluster::fit;
 use crate::cluster::key::Key;
 use crate::cluster::wire;
-use crate::console;
 use crate::own::{self, Executable};
 use crate::plan::{self, Workers};
+use crate::say::{print, say};
 use crate::start::children::Starter;
 use crate::start::slurm::{self, Allocation, Entry, Place, Request, Turn};
 use crate::start::{agent, run_here};
@@ -54,17 +53,17 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
     match turn.entry(&folder) {
         Entry::AlreadyFinished(code) => {
             let job = turn.allocation.job;
-            let folder = folder.display();
-            let text =
-                format!("tsm-launch: job {job} has finished in {folder} with exit code {code}");
-            // Nobody may read it.
-            let _ = writeln!(std::io::stdout(), "{text}");
+            // Whoever asks for it has the exit code, too.
+            let _ = print(&format!(
+                "tsm-launch: job {job} has finished in {} with exit code {code}\n",
+                folder.display()
+            ));
             return Some(code);
         }
         Entry::Resume => target.resume = Some(Resume::Run(folder)),
         Entry::Fresh if turn.allocation.restart_count > 0 => {
             let job = turn.allocation.job;
-            console::say(&format!(
+            say(format_args!(
                 "warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
                 folder.display()
             ));

@@ -16,7 +16,6 @@ use crate::cluster::coordinator::{Job, Settings};
 use crate::cluster::key::Key;
 use crate::cluster::link::{Hub, Link};
 use crate::cluster::policy;
-use crate::console;
 use crate::console::painter::Style;
 use crate::console::screen::{Outputs, Screen};
 use crate::doctor::preflight::Scale;
@@ -25,6 +24,7 @@ use crate::hang::progress::Limits;
 use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Devices};
+use crate::say::say;
 use crate::session::{Session, Voice};
 use crate::start::agent::{self as start_agent, Parts};
 use crate::start::children::Children;
@@ -128,7 +128,7 @@ impl Prepared {
         let turn = end.turn.as_ref();
         let again = |turn: &Turn| turn.end(end.code, end.outcome, &folder, end.stopped, end.saves);
         if let Some(text) = turn.and_then(again) {
-            console::say(&text);
+            say(text);
         }
         Ok(end.code)
     }

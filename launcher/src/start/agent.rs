@@ -21,7 +21,7 @@ use crate::doctor::{self, Context};
 use crate::logs::Shown;
 use crate::own::Executable;
 use crate::plan::{self, Devices};
-use crate::{gpus, manifest};
+use crate::{gpus, manifest, say};
 
 /// First argument of an agent that was started by the coordinator: `__agent`.
 pub const AGENT: &str = "__agent";
@@ -187,7 +187,7 @@ async fn unfit(mut link: Link, host: String, e: &Coded) -> i32 {
 pub fn finish(leave: Leave) -> i32 {
     if let Some(message) = leave.message {
         // Its reader may be gone, as mpirun is when it was killed.
-        let _ = writeln!(std::io::stderr(), "error: {message}");
+        say::tell(format_args!("error: {message}"));
     }
     leave.code
 }

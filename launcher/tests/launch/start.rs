@@ -212,6 +212,6 @@ fn a_hard_limit_of_open_files_below_the_need_is_said_before_the_start() {
             .current_dir(scene.path(".")),
     ));
     assert_eq!(outcome.code, 69, "{}", outcome.err);
-    let said = "64 ranks need 448 open files, and the hard limit is 64\n  hint: ulimit -Hn 448";
+    let said = "64 ranks need 512 open files, and the hard limit is 64\n  hint: ulimit -Hn 512";
     assert!(outcome.err.contains(said), "{}", outcome.err);
 }

@@ -19,12 +19,12 @@ use tsm_job::exit;
 use super::key::Key;
 use super::link::{Link, Outbox};
 use super::message::{Beat, FromAgent, Join, ToAgent};
-use crate::console;
 use crate::console::queue::{LIMIT, queue};
 use crate::contain::Ability;
 use crate::logs::{Finished, Shown};
 use crate::own::Executable;
 use crate::plan::Devices;
+use crate::say::say;
 use crate::signals::Signals;
 use crate::supervisor::{Event, Phase};
 use generation::Generation;
@@ -313,7 +313,7 @@ impl Agent {
             ToAgent::Inspect { generation } if number == Some(generation) => {
                 self.inspect(generation)
             }
-            ToAgent::Tell { text } => console::say(&text),
+            ToAgent::Tell { text } => say(text),
             ToAgent::Exit { code, message } => {
                 self.decide(&[Event::KillAll]);
                 self.leaving = Some(Leave { code, message });

@@ -16,9 +16,9 @@ use crate::replace::replace;
 use crate::start::adopt::mpi;
 
 /// Open files of the launcher itself, generously, and those that it has for each rank: two pipes, two logs,
-/// a pidfd and a socket.
+/// a pidfd, and a socket twice.
 const FILES: u64 = 64;
-const FILES_PER_RANK: u64 = 6;
+const FILES_PER_RANK: u64 = 7;
 
 /// What [`prepare`] makes ready.
 pub struct Prepared {
