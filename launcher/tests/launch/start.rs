@@ -7,7 +7,9 @@ use std::net::TcpListener;
 #[test]
 fn success_leaves_logs_and_a_manifest() {
     let scene = Scene::new();
-    let outcome = scene.launch("--cpus 3", "--say done");
+    // It is written while the job runs, when the machine has been looked at; a short run may end before.
+    let actions = "--say done --wait-for run/manifest.json";
+    let outcome = scene.launch("--cpus 3", actions);
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     for rank in 0..3 {
         assert_eq!(scene.log(rank, "err"), b"done\n");
