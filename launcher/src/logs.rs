@@ -4,6 +4,7 @@
 //! One thread reads all pipes of a node, so that a slow disk does not delay the supervision, and lines of
 //! different ranks never mix.
 
+pub mod keep;
 pub mod throughput;
 
 use anyhow::Context;
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use crate::console::lines::{Batch, Lines, visible};
 use crate::console::queue::Feed;
+use keep::Keep;
 
 /// Bytes of a stream's end that are kept for the report.
 const TAIL: usize = 32 << 10;
@@ -101,7 +103,16 @@ impl Tail {
 
 /// The thread that reads.
 pub struct Logs {
-    finished: Receiver<Vec<String>>,
+    finished: Receiver<Option<String>>,
+}
+
+/// What became of the output.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Finished {
+    /// Every stream has ended.
+    pub all: bool,
+    /// Why some of it is not in the files.
+    pub missing: Option<String>,
 }
 
 impl Logs {
@@ -129,26 +140,26 @@ impl Logs {
         let mut reader = Reader {
             epoll,
             sources: sources.into_iter().map(Some).collect(),
+            keep: Keep::new(&shown.host),
             shown,
             start: Instant::now(),
-            lost: Vec::new(),
         };
         std::thread::Builder::new()
             .name("logs".into())
             .spawn(move || {
                 reader.run();
-                let _ = done.send(reader.lost);
+                let _ = done.send(reader.keep.missing());
             })
             .context("cannot start the thread that reads the workers' output")?;
         Ok(Logs { finished })
     }
 
     /// Waits until every stream has ended, but not longer than `wait`: a process that left its session may
-    /// hold a pipe open for ever. Returns what could not be written, and whether all was read.
-    pub fn finish(self, wait: Duration) -> (Vec<String>, bool) {
+    /// hold a pipe open for ever.
+    pub fn finish(self, wait: Duration) -> Finished {
         match self.finished.recv_timeout(wait) {
-            Ok(lost) => (lost, true),
-            Err(_) => (Vec::new(), false),
+            Ok(missing) => Finished { all: true, missing },
+            Err(_) => Finished::default(),
         }
     }
 }
@@ -159,8 +170,7 @@ struct Reader {
     shown: Shown,
     /// From which the time of progress bars counts.
     start: Instant,
-    /// Files that could not be written, with the reason.
-    lost: Vec<String>,
+    keep: Keep,
 }
 
 impl Reader {
@@ -170,7 +180,8 @@ impl Reader {
         while self.sources.iter().any(Option::is_some) {
             events.clear();
             let deadline = self.lines().filter_map(|lines| lines.deadline()).min();
-            let wait = deadline.map(|at| at.saturating_sub(self.start.elapsed()));
+            let wake = deadline.into_iter().chain(self.keep.next_look()).min();
+            let wait = wake.map(|at| at.saturating_sub(self.start.elapsed()));
             let wait = wait.map(|wait| Timespec::try_from(wait).unwrap_or_default());
             if rustix::io::retry_on_intr(|| {
                 epoll::wait(&self.epoll, spare_capacity(&mut events), wait.as_ref())
@@ -191,6 +202,10 @@ impl Reader {
             if deadline.is_some_and(|at| now >= at) {
                 self.lines()
                     .for_each(|lines| lines.show_bar(now, &mut batch));
+            }
+            let files = self.sources.iter().flatten().map(|source| &source.to.file);
+            if let Some(text) = self.keep.look(now, files) {
+                own_words(&mut batch, &text);
             }
             if !batch.is_empty() {
                 self.shown.feed.send(batch, self.shown.patience);
@@ -220,20 +235,18 @@ impl Reader {
             Ok(n) => &buffer[..n],
             Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => return,
             Err(e) => {
-                self.lost
-                    .push(format!("a worker's output could not be read: {e}"));
+                let text = format!("warning: a worker's output could not be read: {e}");
+                own_words(batch, &text);
                 self.sources[index] = None;
                 return;
             }
         };
         let to = &mut source.to;
         // The worker must not stop because its log cannot be written: say it once and read on.
-        if let Err(e) = to.file.write_all(bytes) {
-            let what = format!("output is lost: {e}");
-            if !self.lost.contains(&what) {
-                batch.push(None, true, format!("warning: {what}").as_bytes());
-                self.lost.push(what);
-            }
+        if let Err(e) = to.file.write_all(bytes)
+            && let Some(text) = self.keep.failed(&e)
+        {
+            own_words(batch, &text);
         }
         if to.stderr {
             to.tail.push(bytes);
@@ -241,6 +254,14 @@ impl Reader {
         if let Some(lines) = &mut to.shown {
             lines.push(bytes, self.start.elapsed(), batch);
         }
+    }
+}
+
+/// What the launcher itself has to say, in order with the lines of the workers.
+fn own_words(batch: &mut Batch, text: &str) {
+    let text = format!("tsm-launch: {text}");
+    for line in text.split('\n') {
+        batch.push(None, true, line.as_bytes());
     }
 }
 
@@ -260,6 +281,11 @@ mod tests {
     use super::*;
     use crate::console::lines::Bars;
     use crate::console::queue::{LIMIT, Taken, queue};
+
+    const ALL: Finished = Finished {
+        all: true,
+        missing: None,
+    };
 
     #[test]
     fn a_tail_keeps_the_last_lines() {
@@ -297,7 +323,7 @@ mod tests {
         let logs = Logs::start(vec![Source { pipe, to }], shown(feed)).unwrap();
         write.write_all(b"a\nb\r\n\xff").unwrap();
         drop(write);
-        assert_eq!(logs.finish(Duration::from_secs(10)), (Vec::new(), true));
+        assert_eq!(logs.finish(Duration::from_secs(10)), ALL);
         let mut lines = Vec::new();
         while let Taken::Batch(batch) = tap.wait(None) {
             assert_eq!(batch.host, "gpu-01");
@@ -333,7 +359,7 @@ mod tests {
         assert_eq!(lines, [b" 20%"]);
         write.write_all(b"\r100%\n").unwrap();
         drop(write);
-        assert!(logs.finish(Duration::from_secs(10)).1);
+        assert!(logs.finish(Duration::from_secs(10)).all);
         assert_eq!(fs_err::read(&path).unwrap(), b"\r 10%\r 20%\r100%\n");
     }
 
@@ -349,7 +375,7 @@ mod tests {
         };
         let pipe = read.into();
         let logs = Logs::start(vec![Source { pipe, to }], shown(queue(LIMIT).0)).unwrap();
-        assert!(!logs.finish(Duration::from_millis(1)).1);
+        assert!(!logs.finish(Duration::from_millis(1)).all);
     }
 
     /// Nobody takes a line out, as behind a terminal stopped with Ctrl-S.
@@ -370,7 +396,7 @@ mod tests {
         let text = "a line of the worker\n".repeat(200_000);
         write.write_all(text.as_bytes()).unwrap();
         drop(write);
-        assert_eq!(logs.finish(Duration::from_secs(60)), (Vec::new(), true));
+        assert_eq!(logs.finish(Duration::from_secs(60)), ALL);
         assert_eq!(fs_err::read_to_string(&path).unwrap(), text);
         let (mut shown, mut missed) = (0, 0);
         while let Taken::Batch(batch) = tap.wait(None) {

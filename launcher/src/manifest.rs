@@ -232,6 +232,8 @@ fn commit() -> Option<Commit> {
 /// The launcher's diary. A line that cannot be written is left out: the job matters more.
 pub struct Events {
     file: Option<File>,
+    /// What is written next begins a line: the last one may have been written in part.
+    broken: bool,
     start: Instant,
 }
 
@@ -243,22 +245,29 @@ impl Events {
                 .append(true)
                 .open(dir.events())
                 .ok(),
+            broken: false,
             start,
         }
     }
 
     /// Adds a line: `fields` after the time, the milliseconds since the start, and the kind.
-    pub fn write(&mut self, kind: &str, fields: Value) {
-        let Some(file) = &mut self.file else { return };
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&mut self, kind: &str, fields: Value) -> std::io::Result<()> {
+        let Some(file) = &mut self.file else {
+            return Ok(());
+        };
         let ms = self.start.elapsed().as_secs_f64() * 1e3;
         let mut line =
             json!({"time": Utc::now().rfc3339(), "ms": (ms * 1e3).round() / 1e3, "event": kind});
         if let (Value::Object(line), Value::Object(fields)) = (&mut line, fields) {
             line.extend(fields);
         }
-        if writeln!(file, "{line}").is_err() {
-            self.file = None;
-        }
+        let before = if self.broken { "\n" } else { "" };
+        let written = file.write_all(format!("{before}{line}\n").as_bytes());
+        self.broken = written.is_err();
+        written
     }
 }
 

@@ -130,6 +130,8 @@ pub struct Run<'a> {
     /// Of ranks that hang.
     pub stacks: Option<&'a str>,
     pub earlier: &'a [Incident],
+    /// Why some output of ranks is not in the log files.
+    pub missing: Option<&'a str>,
     /// The command that continues the run, where the workers know how to.
     pub resume: Option<&'a str>,
 }
@@ -319,10 +321,10 @@ fn hint(run: &Run, advice: &str) -> String {
             format!("once the cause is gone, continue with: {command}")
         }
         Some(command) => format!("{advice}; then continue with: {command}"),
-        None if advice.is_empty() => format!(
-            "the whole output of every rank is in {}",
-            run.dir.join("logs").display()
-        ),
+        None if advice.is_empty() => match (run.missing, run.dir.join("logs").display()) {
+            (None, logs) => format!("the whole output of every rank is in {logs}"),
+            (Some(why), logs) => format!("not all output of the ranks is in {logs}: {why}"),
+        },
         None => advice.into(),
     }
 }

@@ -3,7 +3,7 @@
 //! One loop on one thread owns all state, and does nothing that could wait: lines are shown on another
 //! thread, the machine is described on a third.
 
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -21,6 +21,7 @@ use crate::cluster::wire::Refusal;
 use crate::console::lines::Batch;
 use crate::console::queue::Feed;
 use crate::folder::Folder;
+use crate::logs::keep::remedy;
 use crate::manifest::generations::{self, Culprit};
 use crate::manifest::{Events, LeftOut, Manifest, Node, RankEntry, versions, write_json};
 use crate::process;
@@ -88,6 +89,8 @@ struct Running {
     stopped: Option<StopCause>,
     /// Connections that were refused.
     refused: u64,
+    /// The user knows that files of the run folder cannot be written.
+    unwritten: bool,
 }
 
 /// How a job ended.
@@ -122,6 +125,7 @@ impl Session {
             asking: None,
             stopped: None,
             refused: 0,
+            unwritten: false,
             session: self,
         };
         while running.state.finished().is_none() {
@@ -165,7 +169,7 @@ impl Running {
             },
             signal = signals.next() => Event::Signal(signal),
             ended = self.session.children.next() => {
-                self.events.write("starter", json!({"host": ended.host, "code": ended.code}));
+                self.event("starter", json!({"host": ended.host, "code": ended.code}));
                 // Later its agent's connection tells.
                 if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }) {
                     self.ran_at = start.elapsed();
@@ -184,7 +188,7 @@ impl Running {
                 self.asking = None;
                 self.stopped = Some(cause);
                 let why = json!({"cause": format!("{cause:?}")});
-                self.events.write("slurm", why);
+                self.event("slurm", why);
                 match cause {
                     // The job is to go on later.
                     StopCause::Preempted { .. } | StopCause::TimeLimit | StopCause::Requeued => Event::Signal(libc::SIGUSR2),
@@ -216,7 +220,7 @@ impl Running {
             match action {
                 Action::Send { .. } | Action::Drop { .. } => {}
                 Action::Notice(text) => self.session.voice.notice(&text),
-                Action::Record { kind, fields } => self.events.write(kind, fields),
+                Action::Record { kind, fields } => self.event(kind, fields),
                 Action::LeftOut(excluded) => {
                     let left_out = LeftOut::at(Utc::now(), *excluded);
                     self.session.manifest.left_out.push(left_out);
@@ -240,7 +244,7 @@ impl Running {
         let host = self.state.host_at(&refusal.peer).map(str::to_owned);
         let (peer, why) = (&refusal.peer, refusal.why.to_string());
         let fields = json!({"peer": peer, "host": host, "why": why, "number": self.refused});
-        self.events.write("refused", fields);
+        self.event("refused", fields);
         if let Some(host) = host {
             refusal.peer = format!("{host} ({})", refusal.peer);
         }
@@ -430,10 +434,24 @@ impl Running {
 
     fn report(&mut self, failure: &Failure) {
         self.session.voice.say(&failure.to_string());
-        if let Err(e) = write_json(&self.session.folder.dir.failure(), failure) {
-            self.session
-                .voice
-                .notice(&format!("warning: failure.json is not written: {e}"));
+        let written = write_json(&self.session.folder.dir.failure(), failure);
+        self.noted(written);
+    }
+
+    fn event(&mut self, kind: &str, fields: Value) {
+        let written = self.events.write(kind, fields);
+        self.noted(written);
+    }
+
+    /// Says it once where something cannot be written into the run folder.
+    fn noted(&mut self, written: std::io::Result<()>) {
+        if let Err(e) = written
+            && !std::mem::replace(&mut self.unwritten, true)
+        {
+            let hint = remedy(e.kind());
+            self.session.voice.notice(&format!(
+                "warning: events.jsonl, failure.json or manifest.json is not complete: {e}\n  hint: {hint}"
+            ));
         }
     }
 
@@ -443,10 +461,9 @@ impl Running {
         if manifest.outcome == "running" {
             manifest.outcome = "failed";
         }
-        self.events.write(
-            "end",
-            json!({"outcome": manifest.outcome, "exit_code": code}),
-        );
+        let fields = json!({"outcome": manifest.outcome, "exit_code": code});
+        self.event("end", fields);
+        let manifest = &mut self.session.manifest;
         if let Some(described) = self.described.take()
             && let Ok(done) = described.recv_timeout(DESCRIBE)
         {
@@ -458,11 +475,8 @@ impl Running {
         }
         manifest.goodput = manifest.generations.goodput(self.session.start.elapsed());
         (manifest.ended, manifest.exit_code) = (Some(Utc::now().rfc3339()), Some(code));
-        if let Err(e) = manifest.write(&self.session.folder.dir) {
-            self.session
-                .voice
-                .notice(&format!("warning: the manifest is not written: {e}"));
-        }
+        let written = manifest.write(&self.session.folder.dir);
+        self.noted(written);
     }
 }
 

@@ -174,6 +174,7 @@ fn clean(generation: u32, mut report: NodeReport, max: usize) -> Vec<FromAgent> 
             list.push(format!("and {more} more"));
         }
     }
+    report.missing = report.missing.map(|text| cut(&text, 1 << 10));
     let mut entries = std::mem::take(&mut report.ranks);
     let ranks: Vec<Rank> = entries.iter().map(|(rank, _)| rank.clone()).collect();
     // The words that matter are those of the one that is to blame.

@@ -367,6 +367,9 @@ pub struct NodeReport {
     /// Lines of the kernel's log about GPUs (`Xid`) since the start of the generation.
     pub xids: Vec<String>,
     pub warnings: Vec<String>,
+    /// Why some of the output is not in the log files; it was said when it was noticed.
+    #[serde(default)]
+    pub missing: Option<String>,
 }
 
 /// Words of the system are nearly always UTF-8. As the bytes that serde makes of them, an environment of a megabyte would

@@ -88,8 +88,9 @@ pub fn measure(
         texts.collect::<Result<_, _>>()
     })
     .context("a pipe was closed")?;
-    let (lost, all) = logs.finish(Duration::from_secs(600));
-    ensure!(all && lost.is_empty(), "not all was read: {lost:?}");
+    let output = logs.finish(Duration::from_secs(600));
+    let all = output.all && output.missing.is_none();
+    ensure!(all, "not all was read: {output:?}");
     let wall = start.elapsed();
     screen.finish(Duration::from_secs(600));
     let mut bytes = 0;

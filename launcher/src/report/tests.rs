@@ -24,6 +24,7 @@ fn run<'a>() -> Run<'a> {
         homes: &[],
         stacks: None,
         earlier: &[],
+        missing: None,
         resume: Some("tsm-launch --cpus 6 --resume runs/r"),
     }
 }

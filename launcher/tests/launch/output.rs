@@ -1,6 +1,7 @@
 //! Logs: nothing lost, nothing torn.
 
-use crate::harness::{FAKE, Scene, finish, until};
+use crate::harness::{FAKE, Running, Scene, finish, start, until};
+use crate::refusals::Mount;
 use fs_err::File;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use std::process::Child;
@@ -226,4 +227,91 @@ fn a_stopped_terminal_holds_up_no_worker() {
             assert_eq!(lines, LINES);
         }
     }
+}
+
+/// Also where nothing of the run folder can be written any more.
+#[test]
+fn a_disk_that_fills_up_while_the_job_runs_is_said_once_when_it_is_noticed() {
+    let scene = Scene::new();
+    let full = scene.path("full");
+    fs_err::create_dir(&full).unwrap();
+    let Some(_mount) = Mount::tmpfs(&full) else {
+        return;
+    };
+    let options = [
+        "--cpus=2",
+        "--preflight=off",
+        "--run-dir=full/run",
+        "--",
+        FAKE,
+    ];
+    let go = scene.path("go").display().to_string();
+    let actions = ["--spam", "2000", "--wait-for", &go, "--exit", "3"];
+    let running = start_writing(&scene, &[&options[..], &actions].concat());
+    let lost = "warning: output of the ranks on ";
+    until("the full disk to be said", || {
+        read_err(&scene).contains(lost).then_some(())
+    });
+    fs_err::write(&go, "").unwrap();
+    let code = finish(running).code;
+    let err = read_err(&scene);
+    assert_eq!(code, 3, "{err}");
+    assert_eq!(err.matches(lost).count(), 1, "{err}");
+    let said = err.lines().skip_while(|line| !line.contains(lost)).take(2);
+    let said = said.collect::<Vec<_>>().join("\n");
+    let file = full.join("run/logs").display().to_string();
+    assert!(
+        said.contains(&file) && said.contains("No space left"),
+        "{said}"
+    );
+    assert!(said.contains("hint: free some space"), "{said}");
+    let of_folder = "events.jsonl, failure.json or manifest.json is not complete";
+    assert_eq!(err.matches(of_folder).count(), 1, "{err}");
+    assert!(!err.contains("the whole output"), "{err}");
+    let hint = format!("  hint: not all output of the ranks is in {file}: ");
+    assert!(err.contains(&hint), "{err}");
+}
+
+#[test]
+fn a_run_folder_that_is_removed_is_said_while_the_job_runs() {
+    let scene = Scene::new();
+    let go = scene.path("go").display().to_string();
+    let ready = scene.path("ready{rank}").display().to_string();
+    let words = ["--cpus=2", "--run-dir=run", "--", FAKE, "--touch", &ready];
+    let actions = ["--wait-for", &go, "--exit", "3"];
+    let running = start_writing(&scene, &[&words[..], &actions].concat());
+    scene.wait_for_pids("ready", 2);
+    fs_err::remove_dir_all(scene.run_dir()).unwrap();
+    let removed = "warning: the run folder was removed while the job runs";
+    until("the removed folder to be said", || {
+        read_err(&scene).contains(removed).then_some(())
+    });
+    fs_err::write(&go, "").unwrap();
+    let code = finish(running).code;
+    let err = read_err(&scene);
+    assert_eq!(code, 3, "{err}");
+    assert_eq!(err.matches(removed).count(), 1, "{err}");
+    assert!(
+        err.contains(&format!(
+            "goes nowhere: {}\n  hint: ",
+            scene.run_dir().display()
+        )),
+        "{err}"
+    );
+    assert!(
+        err.contains("logs: ") && !err.contains("the whole output"),
+        "{err}"
+    );
+}
+
+/// `tsm-launch` with its output in files: nobody reads a pipe while it runs. See [`read_err`].
+fn start_writing(scene: &Scene, words: &[&str]) -> Running {
+    let mut shell = scene.command_of("sh");
+    let launcher = env!("CARGO_BIN_EXE_tsm-launch");
+    shell.args(["-c", r#"exec "$0" "$@" > out 2> err"#, launcher]);
+    start(shell.args(words))
+}
+
+fn read_err(scene: &Scene) -> String {
+    fs_err::read_to_string(scene.path("err")).unwrap_or_default()
 }

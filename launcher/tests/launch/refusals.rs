@@ -419,10 +419,10 @@ fn a_full_disk_is_no_fault_of_the_job() {
 }
 
 /// A file system of 64 KiB, until it is dropped.
-struct Mount(std::path::PathBuf);
+pub struct Mount(std::path::PathBuf);
 
 impl Mount {
-    fn tmpfs(at: &std::path::Path) -> Option<Mount> {
+    pub fn tmpfs(at: &std::path::Path) -> Option<Mount> {
         let mut command = std::process::Command::new("mount");
         command
             .args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"])

@@ -113,6 +113,7 @@ fn lines(ends: &[NodeEnds], fault: &Fault, ranks: &[Vec<Rank>]) -> String {
         homes: &homes,
         stacks: None,
         earlier: &[],
+        missing: None,
         resume: None,
     };
     let text = failure(&run, fault, &all, &places).to_string();

@@ -19,7 +19,7 @@ use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::contain::{self, Ability, Containment, Left, Process};
 use crate::cores;
 use crate::doctor::kmsg;
-use crate::logs::{Logs, Shown, Sink, Source, Tail};
+use crate::logs::{Finished, Logs, Shown, Sink, Source, Tail};
 use crate::manifest::environment::{self, Change};
 use crate::plan::{self, REMOVED_VARIABLES, Seat, Shape, WorkerPlan, error_file};
 use crate::port::Port;
@@ -40,6 +40,7 @@ const NAMED: usize = 8;
 /// Between two looks for them, at first and later.
 const LOOK: Duration = Duration::from_millis(5);
 const LOOK_LATER: Duration = Duration::from_millis(50);
+const HELD_OPEN: &str = "a process that is not known as one of this job's holds a worker's output open; it was left alone";
 /// Workers started before the agent looks at anything else.
 const AT_ONCE: usize = 8;
 
@@ -574,7 +575,11 @@ impl Generation {
     }
 
     /// What became of the generation. Frees the process table and lets the guard go.
-    pub fn conclude(self, mut warnings: Vec<String>) -> NodeReport {
+    pub fn conclude(self, output: Finished) -> NodeReport {
+        let mut warnings = Vec::new();
+        if !output.all {
+            warnings.push(HELD_OPEN.into());
+        }
         let dir_path = self.dir.path();
         let place = |i: usize| {
             let plan = &self.plans[i];
@@ -612,6 +617,7 @@ impl Generation {
             oom_kills: oom_kills().saturating_sub(self.oom_before),
             xids,
             warnings,
+            missing: output.missing,
         }
     }
 }
@@ -625,15 +631,8 @@ fn names(processes: &[Process]) -> String {
 }
 
 /// Reads the rest of the output; waits, so not for the thread of the event loop.
-pub fn drain(logs: Logs) -> Vec<String> {
-    let (mut warnings, drained) = logs.finish(DRAIN);
-    if !drained {
-        warnings.push(
-            "a process that is not known as one of this job's holds a worker's output open; it was left alone"
-                .into(),
-        );
-    }
-    warnings
+pub fn drain(logs: Logs) -> Finished {
+    logs.finish(DRAIN)
 }
 
 /// How many processes the kernel's out-of-memory killer has ended since the machine started.

@@ -22,7 +22,7 @@ use crate::contain::Ability;
 use crate::doctor::preflight::{Measured, OwnNode};
 use crate::hang::report::Inspection;
 use crate::hang::{self, ras};
-use crate::logs::Shown;
+use crate::logs::{Finished, Shown};
 use crate::plan::Devices;
 use crate::port::Port;
 use crate::signals::Signals;
@@ -67,7 +67,7 @@ enum Wake {
     Workers(anyhow::Result<Vec<Event>>),
     Signal(i32),
     Found(Found),
-    Drained(Vec<String>),
+    Drained(Finished),
     StartMore,
     Time,
 }
@@ -83,7 +83,7 @@ struct Agent {
     lease: Lease,
     /// The coordinator is gone, or said so: leave when nothing runs any more.
     leaving: Option<Leave>,
-    draining: Option<tokio::task::JoinHandle<Vec<String>>>,
+    draining: Option<tokio::task::JoinHandle<Finished>>,
     /// Debuggers are at work.
     looking: bool,
     reach: (UnboundedSender<Found>, UnboundedReceiver<Found>),
@@ -201,12 +201,12 @@ impl Agent {
             } => Wake::Signal(signal),
             Some(found) = self.reach.1.recv() => Wake::Found(found),
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Wake::Time,
-            warnings = async {
+            output = async {
                 match draining {
                     Some(task) => task.await.unwrap_or_default(),
                     None => std::future::pending().await,
                 }
-            } => Wake::Drained(warnings),
+            } => Wake::Drained(output),
             () = std::future::ready(()), if starting => Wake::StartMore,
         }
     }
@@ -254,7 +254,7 @@ impl Agent {
             Wake::Found(Found::Measured(round, result)) => {
                 self.say(FromAgent::Measured { round, result });
             }
-            Wake::Drained(warnings) => self.conclude(warnings),
+            Wake::Drained(output) => self.conclude(output),
             Wake::StartMore => self.start_more(),
             Wake::Time => {}
         }
@@ -455,7 +455,7 @@ impl Agent {
                 // Its workers are killed; they go with it.
                 if let Some(generation) = self.generation.take() {
                     generation.kill();
-                    drop(generation.conclude(Vec::new()));
+                    drop(generation.conclude(Finished::default()));
                 }
                 self.cannot_start(number, &e);
             }
@@ -585,14 +585,14 @@ impl Agent {
         }
     }
 
-    fn conclude(&mut self, warnings: Vec<String>) {
+    fn conclude(&mut self, output: Finished) {
         self.draining = None;
         // What ranks said last is for the status.
         let now = self.now();
         self.beat(now);
         if let Some(generation) = self.generation.take() {
             let number = generation.start.generation;
-            let report: NodeReport = generation.conclude(warnings);
+            let report: NodeReport = generation.conclude(output);
             self.reserved = None;
             // Ranks that were killed since this node was cut off did not fail: the node is lost.
             if self.leaving.is_none() {

@@ -204,6 +204,7 @@ impl State {
             homes: &homes,
             stacks: stacks.as_deref(),
             earlier: &self.incidents,
+            missing: self.reports.values().find_map(|r| r.missing.as_deref()),
             resume: self.settings.job.resume.as_deref(),
         };
         let failure = report::failure(&run, &fault, &ranks, &places);

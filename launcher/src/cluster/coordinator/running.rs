@@ -75,6 +75,7 @@ impl State {
                 oom_kills: 0,
                 xids: Vec::new(),
                 warnings: Vec::new(),
+                missing: None,
             },
         );
         // It would fail again, here and elsewhere.

@@ -244,6 +244,7 @@ impl Scene {
             oom_kills: 0,
             xids: Vec::new(),
             warnings: Vec::new(),
+            missing: None,
         };
         let generation = self.state.generation;
         let report = Box::new(report);

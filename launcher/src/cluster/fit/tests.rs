@@ -33,6 +33,7 @@ fn report(ranks: Vec<(Rank, crate::report::Place)>) -> FromAgent {
             oom_kills: 0,
             xids: vec!["NVRM: Xid 79".into(); 10_000],
             warnings: vec!["w".repeat(1 << 20)],
+            missing: Some("m".repeat(1 << 20)),
         }),
     }
 }

@@ -96,6 +96,7 @@ async fn a_report_that_no_frame_holds_does_not_lose_the_node() {
         oom_kills: 0,
         xids: Vec::new(),
         warnings: Vec::new(),
+        missing: None,
     };
     let report = Box::new(report);
     let generation = 7;

@@ -408,6 +408,7 @@ impl Agent {
             oom_kills: 0,
             xids: Vec::new(),
             warnings: Vec::new(),
+            missing: None,
         };
         if !self.mute && self.leaving.is_none() {
             effects.push(Effect::Say(FromAgent::Clean {

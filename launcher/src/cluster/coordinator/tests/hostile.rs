@@ -171,6 +171,7 @@ fn message() -> impl Strategy<Value = FromAgent> {
                 started_at,
                 oom_kills: u64::MAX,
                 xids: vec![warning.clone()],
+                missing: Some(warning.clone()),
                 warnings: vec![warning],
             };
             FromAgent::Clean { generation, report: Box::new(report) }

@@ -101,6 +101,7 @@ fn messages_of_an_older_generation_are_dropped() {
         oom_kills: 0,
         xids: Vec::new(),
         warnings: Vec::new(),
+        missing: None,
     };
     let report = Box::new(report);
     scene.says(
