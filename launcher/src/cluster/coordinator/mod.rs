@@ -122,6 +122,8 @@ pub enum Event {
     Lost { node: NodeId, how: String },
     /// To the coordinator itself.
     Signal(i32),
+    /// The same, by a scheduler that has signalled all agents too.
+    StepSignal(i32),
     /// The coordinator was not run for this long, though there was something to do.
     Stalled(Duration),
     /// [`State::deadline`] has come.
@@ -429,6 +431,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         } => state.said(node, local, message, now, &mut actions),
         Event::Lost { node, how } => state.lost_connection(node, &how, now, &mut actions),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
+        Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
         Event::Stalled(time) => state.stalled(time, now, &mut actions),
         Event::Deadline => state.expired(now, &mut actions),
     }
@@ -466,6 +469,10 @@ impl State {
             FromAgent::Signal { signal } if HEARD.contains(&signal) => {
                 let host = self.nodes[&id].join.host.clone();
                 self.signal(signal, &format!(" on {host}"), now, actions);
+            }
+            FromAgent::StepSignal { signal } if HEARD.contains(&signal) => {
+                let host = self.nodes[&id].join.host.clone();
+                self.step_signal(signal, &format!(" on {host}"), now, actions);
             }
             FromAgent::Notice { text } => actions.push(Action::Notice(text)),
             FromAgent::Output { batch } => actions.push(Action::Show(batch)),

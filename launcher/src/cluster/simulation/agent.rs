@@ -308,6 +308,7 @@ impl Agent {
             }
             ToAgent::Stop { .. }
             | ToAgent::Signal { .. }
+            | ToAgent::StepSignal { .. }
             | ToAgent::Kill { .. }
             | ToAgent::Inspect { .. }
             | ToAgent::Tell { .. } => {}
