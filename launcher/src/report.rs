@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::blame::{Culprit, Fault, Role, role};
-use crate::class::{self, Again, Class, Facts, classify};
+use crate::class::{self, Again, Class, Facts, classify, unstarted};
 use crate::cluster::policy::Incident;
 use crate::end::End;
 use crate::logs::read_small;
@@ -301,8 +301,10 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
 
 /// What usually stands behind such an end; nothing for one that the launcher brought about.
 fn meaning(run: &Run, end: Option<End>, facts: &Facts) -> Option<String> {
+    let unstarted = facts.record.and_then(unstarted::meaning);
     match end? {
         _ if facts.hung => None,
+        _ if unstarted.is_some() => unstarted.map(str::to_string),
         End::Signal(signal) if facts.sent.contains(&signal) => None,
         End::Signal(libc::SIGKILL) if run.oom_kills > 0 => Some(format!(
             "the kernel's out-of-memory killer ended {} process(es) during the run",

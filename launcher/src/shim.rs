@@ -1,18 +1,25 @@
 //! What this executable does when the launcher starts it again: become a worker, or guard.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Access, access};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal, setsid};
 use rustix::thread::sched_setaffinity;
-use std::ffi::OsString;
+use std::ffi::{CString, OsStr, OsString};
+use std::io::{ErrorKind, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
+use tsm_job::exit;
+use tsm_job::message::{AgentLink, FailureRecord, WorkerMessage};
+
+use crate::class::unstarted::{UNEXECUTED, UNPREPARED};
 use crate::contain::{self, Containment};
 use crate::cores;
 
-/// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP PROGRAM ARGS...`.
+/// First argument of a shim: `__worker PARENT_PID CORES OPTIONS GROUP PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
 /// First argument of the guard: `__guard`, then [`Containment::words`].
 pub const GUARD: &str = "__guard";
@@ -24,32 +31,46 @@ pub const DISMISS: &str = "done";
 /// Before the milliseconds within which the next such line must come.
 pub const LEASE: &str = "lease";
 
-/// Third argument of a worker that is to ignore SIGTERM.
+/// Option of a worker that is to ignore SIGTERM.
 const SHIELD: &str = "shield";
 
 /// How long the guard tries to end processes: in state D they may take a while.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The code of a shell for a program that cannot be executed.
-const CANNOT_EXECUTE: u8 = 126;
+/// The same of one that tells its agent why its program was not executed.
+const TELL: &str = "tell";
+
+/// The codes of a shell for a program that cannot be executed, and for one that is not there.
+const CANNOT_EXECUTE: i32 = 126;
+const NOT_FOUND: i32 = 127;
 
 /// The first arguments of a shim that only binds a process to the life of this one: it gets no cores, shield or
 /// control group of its own. The program and its arguments follow.
 pub fn plain() -> [OsString; 5] {
-    bound(&[], false, None)
+    words("", "", Path::new(""))
 }
 
-/// The same for a worker, with what it gets of its own.
+/// The same for a worker with an agent, with what it gets of its own.
 pub fn bound(cores: &[usize], shielded: bool, group: Option<&Path>) -> [OsString; 5] {
+    let options = if shielded {
+        [TELL, SHIELD].join(",")
+    } else {
+        TELL.into()
+    };
+    words(
+        &cores::to_list(cores),
+        &options,
+        group.unwrap_or(Path::new("")),
+    )
+}
+
+fn words(cores: &str, options: &str, group: &Path) -> [OsString; 5] {
     let parent = std::process::id().to_string();
-    let shield = if shielded { SHIELD } else { "" };
-    let group = group.unwrap_or(Path::new(""));
-    let cores = cores::to_list(cores);
     [
         WORKER.into(),
         parent.into(),
         cores.into(),
-        shield.into(),
+        options.into(),
         group.into(),
     ]
 }
@@ -59,41 +80,112 @@ pub fn bound(cores: &[usize], shielded: bool, group: Option<&Path>) -> [OsString
 pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let parent = args.next().and_then(|a| a.to_str()?.parse::<i32>().ok());
     let cores = args.next().unwrap_or_default();
-    let shield = args.next().unwrap_or_default();
+    let options = args.next().unwrap_or_default();
+    let options = options.to_string_lossy();
+    let has = |option| options.split(',').any(|given| given == option);
     let group = args.next().unwrap_or_default();
     let (Some(parent), Some(program)) = (parent, args.next()) else {
         eprintln!("error: {WORKER} is for tsm-launch itself");
-        return ExitCode::from(tsm_job::exit::USAGE as u8);
+        return ExitCode::from(exit::USAGE as u8);
     };
-    let fail = |what: &str, error: &dyn std::fmt::Display| {
-        eprintln!("error: cannot start {}: {what}: {error}", program.display());
-        ExitCode::from(CANNOT_EXECUTE)
+    let end = |cause: &str, code: i32, what: &str, error: std::io::Error| {
+        let message = format!("cannot start {}: {what}: {error}", program.display());
+        eprintln!("error: {message}");
+        if has(TELL) {
+            tell(cause, code, message);
+        }
+        ExitCode::from(code as u8)
     };
+    let fail = |what: &str, error: std::io::Error| end(UNPREPARED, exit::PREFLIGHT, what, error);
     if let Err(e) = setsid() {
-        return fail("no session of its own", &e);
+        return fail("no session of its own", e.into());
     }
     if let Err(e) = set_parent_process_death_signal(Some(Signal::KILL)) {
-        return fail("no parent-death signal", &e);
+        return fail("no parent-death signal", e.into());
     }
     // The launcher may have died before the line above; its death signal then never comes.
     if getppid().map(|p| p.as_raw_nonzero().get()) != Some(parent) {
-        return ExitCode::from(CANNOT_EXECUTE);
+        return ExitCode::from(exit::PREFLIGHT as u8);
     }
     if !group.is_empty()
         && let Err(e) = contain::enter(Path::new(&group))
     {
-        return fail("cannot enter its control group", &e);
+        return fail("cannot enter its control group", e);
     }
     if let Some(set) = cores.to_str().and_then(cores::from_list)
         && let Err(e) = sched_setaffinity(None, &set)
     {
-        return fail("its cores are not available", &e);
+        return fail("its cores are not available", e.into());
     }
-    if shield == SHIELD {
+    if has(SHIELD) {
         ignore_sigterm();
     }
-    let error = Command::new(&program).args(args).exec();
-    fail("exec", &error)
+    let error = exec(&program, args.collect());
+    let code = match error.kind() {
+        ErrorKind::NotFound => NOT_FOUND,
+        _ => CANNOT_EXECUTE,
+    };
+    end(UNEXECUTED, code, "exec", error)
+}
+
+/// Becomes the program; why not, if it returns.
+fn exec(program: &OsStr, args: Vec<OsString>) -> std::io::Error {
+    match find(program).filter(|path| is_elf(path)) {
+        Some(path) => exec_binary(&path, program, &args),
+        None => Command::new(program).args(args).exec(),
+    }
+}
+
+/// Where the program is.
+fn find(program: &OsStr) -> Option<PathBuf> {
+    if program.as_bytes().contains(&b'/') {
+        return Some(program.into());
+    }
+    let folders = std::env::var_os("PATH")?;
+    let mut paths = std::env::split_paths(&folders).map(|folder| folder.join(program));
+    paths.find(|path| access(path, Access::EXEC_OK).is_ok() && path.is_file())
+}
+
+fn is_elf(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = fs_err::File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+    read.is_ok() && magic == *b"\x7fELF"
+}
+
+/// libc would take a binary that the kernel cannot execute for a script, and have `sh` read it.
+#[expect(unsafe_code, reason = "std executes by way of execvp alone")]
+fn exec_binary(path: &Path, name: &OsStr, args: &[OsString]) -> std::io::Error {
+    let words = std::iter::once(name).chain(args.iter().map(OsString::as_os_str));
+    let words: Result<Vec<CString>, _> = words.map(|word| CString::new(word.as_bytes())).collect();
+    let (Ok(words), Ok(path)) = (words, CString::new(path.as_os_str().as_bytes())) else {
+        return ErrorKind::InvalidInput.into();
+    };
+    let mut argv: Vec<_> = words.iter().map(|word| word.as_ptr()).collect();
+    argv.push(std::ptr::null());
+    // SAFETY: both are what execv asks for, and live until it returns; no other thread changes the environment. What
+    // std's start-up did to signals is undone, as it does itself before an exec.
+    unsafe {
+        let mut none = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        libc::execv(path.as_ptr(), argv.as_ptr());
+    }
+    std::io::Error::last_os_error()
+}
+
+/// Says on the worker's socket why it ends. What became of the program is then no guess from its exit code.
+fn tell(cause: &str, code: i32, message: String) {
+    let number = |name: &str| std::env::var(name).ok()?.parse::<i32>().ok();
+    let record = FailureRecord {
+        rank: number("RANK").unwrap_or(0) as u32,
+        step: None,
+        code,
+        cause: cause.into(),
+        message,
+        backtrace: None,
+    };
+    AgentLink::open(number("TSM_AGENT_FD")).send(&WorkerMessage::Failure(record));
 }
 
 /// Both dispositions outlive the exec. SIGINT may have been ignored by a shell that started us in the background.
@@ -123,7 +215,7 @@ pub fn guard(args: impl Iterator<Item = OsString>) -> ExitCode {
     let words = args.filter_map(|word| word.into_string().ok());
     let Some(mut containment) = Containment::join(words) else {
         eprintln!("error: {GUARD} is for tsm-launch itself");
-        return ExitCode::from(tsm_job::exit::USAGE as u8);
+        return ExitCode::from(exit::USAGE as u8);
     };
     // A signal to the launcher's process group or terminal must not end the guard first.
     if setsid().is_err() {
