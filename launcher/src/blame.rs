@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use tsm_job::exit;
 
+use crate::class::words;
 use crate::end::End;
 use crate::supervisor::Rank;
 
@@ -26,6 +27,9 @@ pub enum Role {
     OwnError,
     /// It was being stopped, and left by a code that is no answer to a signal.
     OwnCode,
+    /// The signal of the stop ended it, but what it had written last is an error of its own: Python may take seconds
+    /// from an exception to the end of the process, and its peers lose their connections before.
+    LastWords,
     /// It says that it lost another rank.
     LostPeer,
     /// It ended because the launcher told it to.
@@ -80,6 +84,15 @@ fn speaks_of_lost_peer(text: &str) -> bool {
     LOST_PEER.iter().any(|phrase| text.contains(phrase))
 }
 
+/// Whether the last error in `text` is neither a lost peer nor a stop.
+fn tells_own_error(text: &str) -> bool {
+    let lines: Vec<String> = text.lines().map(String::from).collect();
+    let stop = ["KeyboardInterrupt", "SystemExit"];
+    words::of_stderr(&lines).last().is_some_and(|last| {
+        !speaks_of_lost_peer(text) && !stop.iter().any(|name| last.text.starts_with(name))
+    })
+}
+
 /// How the end of `rank` stands to the first failure.
 pub fn role(rank: &Rank, stderr: impl FnOnce() -> String) -> Role {
     let own_record = rank
@@ -103,6 +116,13 @@ pub fn role(rank: &Rank, stderr: impl FnOnce() -> String) -> Role {
         Some(End::Code(exit::PEER)) => Role::LostPeer,
         // It saved, as it was asked to.
         Some(End::Code(exit::REQUEUE)) if rank.sent.contains(&libc::SIGUSR2) => Role::Succeeded,
+        // After a first signal it may have written its answer to that.
+        Some(End::Signal(signal)) if rank.sent.first() == Some(&signal) => {
+            match tells_own_error(&stderr()) {
+                true => Role::LastWords,
+                false => Role::Stopped,
+            }
+        }
         Some(End::Signal(signal)) if rank.sent.contains(&signal) => Role::Stopped,
         // An abort is how collective libraries end a process that lost a peer; other signals come from elsewhere.
         Some(End::Signal(signal)) if signal != libc::SIGABRT => Role::Origin,
@@ -202,6 +222,47 @@ pub mod tests {
             found.reason,
             "rank 0 failed earlier, but by what it says it lost another rank"
         );
+    }
+
+    #[test]
+    fn an_exception_counts_also_when_the_stop_was_faster_than_the_end_of_python() {
+        let traceback =
+            "Traceback (most recent call last):\n  File \"a.py\", line 1, in <module>\n";
+        let raised = |what: &str| format!("{traceback}{what}\n");
+        let peer = raised("RuntimeError: [pair.cc:598] Connection closed by peer [::1]:1");
+        let stopped = |end, sent: &[i32]| Rank {
+            after_stop: true,
+            sent: sent.to_vec(),
+            ..rank(2, end)
+        };
+        let ended = |raising: Rank, words: String| {
+            let ranks = [rank(1, End::Code(1)), raising];
+            let found = fault(&ranks, |i| [peer.clone(), words.clone()][i].clone()).unwrap();
+            (found.culprit, found.reason)
+        };
+        let by_term = || stopped(End::Signal(15), &[15]);
+        let (culprit, reason) = ended(by_term(), raised("ValueError: broken clip"));
+        assert_eq!(culprit, Culprit::Rank(1));
+        assert_eq!(
+            reason,
+            "rank 0 failed earlier, but by what it says it lost another rank"
+        );
+        // What it wrote after the first signal may be an answer; and not every traceback is a failure.
+        for (raising, words) in [
+            (
+                stopped(End::Signal(9), &[15, 9]),
+                raised("ValueError: broken clip"),
+            ),
+            (by_term(), raised("KeyboardInterrupt")),
+            (by_term(), peer.clone()),
+            (by_term(), "epoch 1".into()),
+        ] {
+            assert_eq!(ended(raising, words.clone()).0, Culprit::Rank(0), "{words}");
+        }
+        // One that failed by itself counts before.
+        let ranks = [rank(1, End::Code(17)), by_term()];
+        let found = fault(&ranks, |i| ["", &raised("ValueError: x")][i].into()).unwrap();
+        assert_eq!(found.culprit, Culprit::Rank(0));
     }
 
     #[test]

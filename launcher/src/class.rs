@@ -7,7 +7,7 @@
 mod signature;
 mod texts;
 pub mod unstarted;
-mod words;
+pub mod words;
 pub mod xid;
 
 pub use signature::signature;

@@ -250,7 +250,12 @@ pub struct Nodes {
 }
 
 impl Nodes {
-    pub const ONE: Nodes = Nodes { min: 1, max: 1 };
+    pub const ONE: Nodes = Nodes::exactly(1);
+
+    pub const fn exactly(number: u32) -> Nodes {
+        let (min, max) = (number, number);
+        Nodes { min, max }
+    }
 }
 
 impl std::fmt::Display for Nodes {

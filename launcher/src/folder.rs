@@ -68,15 +68,22 @@ impl Folder {
     /// [`exit::USAGE`] when it holds a run already.
     pub fn at(path: &Path) -> anyhow::Result<Folder> {
         let path = std::path::absolute(path)?;
-        if RunDir::new(&path).manifest().exists() {
-            let text = format!(
-                "{} holds a run already\n  hint: continue it with --resume {0}, or give another --run-dir",
-                path.display()
-            );
-            bail!(Coded::new(exit::USAGE, text));
-        }
+        let is_new = || match RunDir::new(&path).manifest().exists() {
+            false => Ok(()),
+            true => Err(Coded::new(
+                exit::USAGE,
+                format!(
+                    "{} holds a run already\n  hint: continue it with --resume {0}, or give another --run-dir",
+                    path.display()
+                ),
+            )),
+        };
+        is_new()?;
         fs_err::create_dir_all(&path).map_err(|e| refuse(&e))?;
-        Folder::open(path)
+        let folder = Folder::open(path.clone())?;
+        // Another launcher may have come and gone before the lock.
+        is_new()?;
+        Ok(folder)
     }
 
     /// Takes up the run in `path`; what its last launcher wrote at the end is kept under a number.
@@ -179,6 +186,25 @@ mod tests {
         assert!(error.to_string().contains("another tsm-launch"), "{error}");
         drop(first);
         assert!(Folder::resume(root.path()).is_ok());
+    }
+
+    #[test]
+    fn of_launchers_that_start_together_one_has_the_folder() {
+        for i in 0..200 {
+            let root = tempfile::tempdir().unwrap();
+            let run = || {
+                let folder = Folder::at(root.path()).ok()?;
+                fs_err::write(folder.dir.manifest(), "{}").unwrap();
+                Some(())
+            };
+            let runs = std::thread::scope(|scope| {
+                let runs = [0; 4].map(|_| scope.spawn(run));
+                runs.into_iter()
+                    .filter_map(|run| run.join().unwrap())
+                    .count()
+            });
+            assert_eq!(runs, 1, "round {i}");
+        }
     }
 
     #[test]

@@ -72,7 +72,7 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     let order = adopted
         .as_ref()
         .map(|a| a.order)
-        .or(adopt::completion_index(lookup));
+        .or(adopt::kubernetes::completion_index(lookup));
     let node = Node {
         args,
         target,

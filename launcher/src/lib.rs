@@ -34,6 +34,7 @@ pub mod launch;
 pub mod logs;
 pub mod machine;
 pub mod manifest;
+mod median;
 pub mod plan;
 pub mod port;
 pub mod process;

@@ -1,5 +1,6 @@
 //! `manifest.json` and `events.jsonl`: what was run, on what, and what became of it.
 
+pub mod description;
 pub mod environment;
 pub mod files;
 pub mod generations;

@@ -2,9 +2,9 @@
 
 use anyhow::Context;
 use rustix::net::{
-    AddressFamily, SocketAddrAny, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt,
+    AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt,
 };
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
 /// A bound socket that does not listen. With `SO_REUSEADDR` on both sides (torch's store, gloo and Rust's
@@ -16,31 +16,30 @@ pub struct Port {
 }
 
 impl Port {
-    /// Takes a free port of the loopback interface, or with `everywhere` one that is free on all of them.
+    /// Takes a port that is free on all interfaces, also for a job of one node: torch's store listens on all of them,
+    /// and NCCL of another job may have the same number on one.
     ///
     /// # Errors
     /// When there is none.
-    pub fn reserve(everywhere: bool) -> anyhow::Result<Port> {
-        let address = if everywhere {
-            Ipv4Addr::UNSPECIFIED
-        } else {
-            Ipv4Addr::LOCALHOST
-        };
-        let what = "cannot reserve a port for MASTER_PORT";
-        let socket = socket_with(
-            AddressFamily::INET,
-            SocketType::STREAM,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .context(what)?;
-        sockopt::set_socket_reuseaddr(&socket, true).context(what)?;
-        bind(&socket, &SocketAddrV4::new(address, 0)).context(what)?;
-        let address: SocketAddrAny = getsockname(&socket).context(what)?;
-        let address = SocketAddrV4::try_from(address).context(what)?;
+    pub fn reserve() -> anyhow::Result<Port> {
+        // A kernel without IPv6 has only the second.
+        Port::bind(AddressFamily::INET6, Ipv6Addr::UNSPECIFIED.into())
+            .or_else(|_| Port::bind(AddressFamily::INET, Ipv4Addr::UNSPECIFIED.into()))
+            .context("cannot reserve a port for MASTER_PORT")
+    }
+
+    fn bind(family: AddressFamily, address: IpAddr) -> rustix::io::Result<Port> {
+        let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        if family == AddressFamily::INET6 {
+            // net.ipv6.bindv6only may be set.
+            sockopt::set_ipv6_v6only(&socket, false)?;
+        }
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        bind(&socket, &SocketAddr::new(address, 0))?;
+        let bound = SocketAddr::try_from(getsockname(&socket)?)?;
         Ok(Port {
             _held: socket,
-            number: address.port(),
+            number: bound.port(),
         })
     }
 }
@@ -48,22 +47,45 @@ impl Port {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::{Ipv6Addr, TcpListener};
+    use std::io::ErrorKind;
+    use std::net::TcpListener;
 
     #[test]
     fn the_worker_can_listen_on_a_held_port() {
-        for everywhere in [false, true] {
-            let port = Port::reserve(everywhere).unwrap();
-            drop(TcpListener::bind((Ipv4Addr::LOCALHOST, port.number)).unwrap());
-            drop(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port.number)).unwrap());
-            drop(TcpListener::bind((Ipv6Addr::UNSPECIFIED, port.number)).unwrap());
-        }
+        let port = Port::reserve().unwrap();
+        drop(TcpListener::bind((Ipv4Addr::LOCALHOST, port.number)).unwrap());
+        drop(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port.number)).unwrap());
+        drop(TcpListener::bind((Ipv6Addr::UNSPECIFIED, port.number)).unwrap());
     }
 
     #[test]
     fn held_ports_differ() {
-        let ports: Vec<Port> = (0..64).map(|_| Port::reserve(false).unwrap()).collect();
+        let ports: Vec<Port> = (0..64).map(|_| Port::reserve().unwrap()).collect();
         let numbers: std::collections::HashSet<u16> = ports.iter().map(|p| p.number).collect();
         assert_eq!(numbers.len(), ports.len());
+    }
+
+    /// As NCCL and gloo, which listen on one address, and do not share a port.
+    #[test]
+    fn nobody_else_gets_a_held_port_on_any_address() {
+        let port = Port::reserve().unwrap();
+        for address in ["127.0.0.1", "127.0.0.2", "::1"] {
+            let address: IpAddr = address.parse().unwrap();
+            let family = match address {
+                IpAddr::V4(_) => AddressFamily::INET,
+                IpAddr::V6(_) => AddressFamily::INET6,
+            };
+            let flags = SocketFlags::CLOEXEC;
+            let Ok(socket) = socket_with(family, SocketType::STREAM, flags, None) else {
+                continue;
+            };
+            let taken = bind(&socket, &SocketAddr::new(address, port.number)).unwrap_err();
+            let expected = match TcpListener::bind((address, 0)) {
+                Ok(_) => ErrorKind::AddrInUse,
+                // No such address on this machine.
+                Err(e) => e.kind(),
+            };
+            assert_eq!(taken.kind(), expected, "{address}");
+        }
     }
 }

@@ -4,24 +4,18 @@
 //! done by [`crate::shim`], which becomes the worker by exec.
 
 use anyhow::Context;
-use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{
     Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getrlimit,
     kill_process_group, pidfd_open, pidfd_send_signal, setrlimit, waitid,
 };
 use std::ffi::OsString;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 
 use crate::contain::{self, Containment, Stat};
 use crate::end::End;
-
-/// Lowest number of a worker's agent socket, above the files and sockets that it opens itself. A dying process
-/// closes its descriptors from the highest down (Linux 4.4 and newer, `task_work_run`), so the launcher hears of
-/// a death before the peers do, however long the driver then takes to close the GPU.
-const AGENT_FD: i32 = 1000;
 
 /// What to start.
 pub struct Spec<'a> {
@@ -72,16 +66,11 @@ pub struct Streams {
 }
 
 /// Starts a worker, with `agent` as its `TSM_AGENT_FD`. Call from the main thread only: the worker's parent-death signal
-/// fires when the *thread* that started it ends, and no other thread may spawn meanwhile,
-/// since the worker's end of the agent socket is inheritable until this returns.
+/// fires when the *thread* that started it ends.
 ///
 /// # Errors
 /// When the shim cannot be started, or the kernel has no pidfd.
 pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)> {
-    // Where the limit of open files is lower, it stays at the number that it has.
-    let agent = fcntl_dupfd_cloexec(&agent, AGENT_FD).unwrap_or(agent.into());
-    fcntl_setfd(&agent, FdFlags::empty()).context("cannot make a socket for a worker")?;
-
     let mut command = Command::new(spec.shim);
     let group = spec.containment.group();
     command
@@ -96,10 +85,11 @@ pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)
     }
     command
         .envs(spec.env.iter().map(|(k, v)| (k, v)))
-        .env(contain::MARK, spec.containment.mark())
-        .env("TSM_AGENT_FD", agent.as_raw_fd().to_string());
+        .env(contain::MARK, spec.containment.mark());
+    // As its stdin, which the shim moves: a descriptor of this process that can be inherited would also be by what
+    // other threads start in the same moment, and the socket would stay open when the worker has died.
     command
-        .stdin(Stdio::null())
+        .stdin(Stdio::from(OwnedFd::from(agent)))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let mut child = command
@@ -107,8 +97,17 @@ pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)
         .with_context(|| format!("cannot start {}", spec.shim.display()))?;
 
     let pid = Pid::from_child(&child);
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())
-        .context("cannot watch a worker: pidfd_open failed; tsm-launch needs Linux 5.4 or newer")?;
+    let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(e) => {
+            // Nobody else knows of it.
+            let _ = child.kill();
+            let _ = child.wait();
+            let what =
+                "cannot watch a worker: pidfd_open failed; tsm-launch needs Linux 5.4 or newer";
+            return Err(e).context(what);
+        }
+    };
     let (Some(out), Some(err)) = (child.stdout.take(), child.stderr.take()) else {
         unreachable!("both streams were asked for")
     };

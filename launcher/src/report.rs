@@ -236,6 +236,10 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
         hung: !subject.late.is_empty(),
         sent: rank.map_or(&[], |rank| &rank.sent),
     };
+    let own_role = match (rank, place) {
+        (Some(rank), Some(place)) => role(rank, || own_words(place)),
+        _ => Role::NodeLost,
+    };
     let verdict = classify(&facts);
     let signature = class::signature(&verdict, &facts);
     let ms = |d: Duration| (d.as_secs_f64() * 1e6).round() / 1e3;
@@ -282,7 +286,7 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
         after_ms: ms(subject.at),
         step,
         section: rank.and_then(|rank| rank.section.clone()),
-        meaning: meaning(run, end, &facts),
+        meaning: meaning(run, end, &facts, own_role),
         cause,
         message: record.map(|r| r.message.clone()).or(exception.clone()),
         backtrace: record.and_then(|r| r.backtrace.clone()),
@@ -299,13 +303,16 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
     }
 }
 
-/// What usually stands behind such an end; nothing for one that the launcher brought about.
-fn meaning(run: &Run, end: Option<End>, facts: &Facts) -> Option<String> {
+/// What usually stands behind such an end.
+fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<String> {
     let unstarted = facts.record.and_then(unstarted::meaning);
     match end? {
         _ if facts.hung => None,
         _ if unstarted.is_some() => unstarted.map(str::to_string),
-        End::Signal(signal) if facts.sent.contains(&signal) => None,
+        End::Signal(signal) if facts.sent.contains(&signal) => {
+            let told = matches!(role, Role::OwnError | Role::LastWords);
+            told.then(|| "the launcher stopped it before its own end was done".into())
+        }
         End::Signal(libc::SIGKILL) if run.oom_kills > 0 => Some(format!(
             "the kernel's out-of-memory killer ended {} process(es) during the run",
             run.oom_kills

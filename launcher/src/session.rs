@@ -4,9 +4,7 @@
 //! thread, the machine is described on a third.
 
 use serde_json::{Value, json};
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -22,6 +20,7 @@ use crate::console::lines::Batch;
 use crate::console::queue::Feed;
 use crate::folder::Folder;
 use crate::logs::keep::remedy;
+use crate::manifest::description::Description;
 use crate::manifest::generations::{self, Culprit};
 use crate::manifest::{Events, LeftOut, Manifest, Node, RankEntry, versions, write_json};
 use crate::process;
@@ -80,7 +79,7 @@ struct Running {
     session: Session,
     state: State,
     events: Events,
-    described: Option<Receiver<Manifest>>,
+    described: Option<Description>,
     published: Option<Duration>,
     /// When the loop last had something to do.
     ran_at: Duration,
@@ -101,7 +100,8 @@ pub struct End {
     /// Why SLURM stopped it, where it did.
     pub stopped: Option<StopCause>,
     pub turn: Option<Turn>,
-    pub folder: PathBuf,
+    /// Still locked: the caller has files in it.
+    pub folder: Folder,
     /// The workers are ours.
     pub saves: bool,
 }
@@ -143,7 +143,7 @@ impl Session {
             stopped,
             turn: session.turn,
             saves: session.settings.job.saves,
-            folder: session.folder.dir.path().to_path_buf(),
+            folder: session.folder,
         })
     }
 }
@@ -361,7 +361,9 @@ impl Running {
         };
         manifest.ranks = launched.members.iter().flat_map(of).collect();
         if self.described.is_none() {
-            self.described = Some(describe(manifest.clone(), &self.session.folder));
+            let dir = self.session.folder.dir.clone();
+            let described = Description::begin(manifest.clone(), dir, Manifest::complete);
+            self.described = Some(described);
         }
     }
 
@@ -468,7 +470,7 @@ impl Running {
         self.event("end", fields);
         let manifest = &mut self.session.manifest;
         if let Some(described) = self.described.take()
-            && let Ok(done) = described.recv_timeout(DESCRIBE)
+            && let Some(done) = described.end(DESCRIBE)
         {
             (manifest.machine, manifest.commit, manifest.binaries) =
                 (done.machine, done.commit, done.binaries);
@@ -498,25 +500,6 @@ fn received(mut event: Event) -> Event {
         join.received_ms = crate::doctor::now_ms();
     }
     event
-}
-
-/// Completes the manifest on a thread of its own, and writes it.
-fn describe(manifest: Manifest, folder: &Folder) -> Receiver<Manifest> {
-    let (send, receive) = channel();
-    let dir = folder.dir.clone();
-    let unfinished = manifest.clone();
-    let sender = send.clone();
-    let describe = move || {
-        let mut manifest = manifest.complete();
-        // What goes wrong here goes wrong again, and is said, at the end.
-        let _ = manifest.write(&dir);
-        let _ = sender.send(manifest);
-    };
-    let thread = std::thread::Builder::new().name("manifest".into());
-    if thread.spawn(describe).is_err() {
-        let _ = send.send(unfinished);
-    }
-    receive
 }
 
 #[cfg(test)]

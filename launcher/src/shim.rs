@@ -1,15 +1,17 @@
 //! What this executable does when the launcher starts it again: become a worker, or guard.
 
+mod exec;
+
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Access, access};
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal, setsid};
+use rustix::stdio::dup2_stdin;
 use rustix::thread::sched_setaffinity;
-use std::ffi::{CString, OsStr, OsString};
-use std::io::{ErrorKind, Read};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::ffi::OsString;
+use std::io::ErrorKind;
+use std::os::fd::IntoRawFd;
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use tsm_job::exit;
@@ -19,7 +21,7 @@ use crate::class::unstarted::{UNEXECUTED, UNPREPARED};
 use crate::contain::{self, Containment};
 use crate::cores;
 
-/// First argument of a shim: `__worker PARENT_PID CORES OPTIONS GROUP PROGRAM ARGS...`.
+/// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP AGENT PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
 /// First argument of the guard: `__guard`, then [`Containment::words`].
 pub const GUARD: &str = "__guard";
@@ -31,47 +33,46 @@ pub const DISMISS: &str = "done";
 /// Before the milliseconds within which the next such line must come.
 pub const LEASE: &str = "lease";
 
-/// Option of a worker that is to ignore SIGTERM.
+/// Third argument of a worker that is to ignore SIGTERM.
 const SHIELD: &str = "shield";
+
+/// Fifth argument of a worker whose stdin is its agent socket.
+const AGENT: &str = "agent";
+
+/// Lowest number of a worker's agent socket, above the files and sockets that it opens itself. A dying process
+/// closes its descriptors from the highest down (Linux 4.4 and newer, `task_work_run`), so the launcher hears of
+/// a death before the peers do, however long the driver then takes to close the GPU.
+const AGENT_FD: i32 = 1000;
 
 /// How long the guard tries to end processes: in state D they may take a while.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// The same of one that tells its agent why its program was not executed.
-const TELL: &str = "tell";
 
 /// The codes of a shell for a program that cannot be executed, and for one that is not there.
 const CANNOT_EXECUTE: i32 = 126;
 const NOT_FOUND: i32 = 127;
 
-/// The first arguments of a shim that only binds a process to the life of this one: it gets no cores, shield or
-/// control group of its own. The program and its arguments follow.
-pub fn plain() -> [OsString; 5] {
-    words("", "", Path::new(""))
+/// The first arguments of a shim that only binds a process to the life of this one: it gets no cores, shield,
+/// control group or agent socket of its own. The program and its arguments follow.
+pub fn plain() -> [OsString; 6] {
+    arguments("", "", Path::new(""), "")
 }
 
-/// The same for a worker with an agent, with what it gets of its own.
-pub fn bound(cores: &[usize], shielded: bool, group: Option<&Path>) -> [OsString; 5] {
-    let options = if shielded {
-        [TELL, SHIELD].join(",")
-    } else {
-        TELL.into()
-    };
-    words(
-        &cores::to_list(cores),
-        &options,
-        group.unwrap_or(Path::new("")),
-    )
+/// The same for a worker, with what it gets of its own. Its stdin is its agent socket.
+pub fn bound(cores: &[usize], shielded: bool, group: Option<&Path>) -> [OsString; 6] {
+    let shield = if shielded { SHIELD } else { "" };
+    let group = group.unwrap_or(Path::new(""));
+    arguments(&cores::to_list(cores), shield, group, AGENT)
 }
 
-fn words(cores: &str, options: &str, group: &Path) -> [OsString; 5] {
+fn arguments(cores: &str, shield: &str, group: &Path, agent: &str) -> [OsString; 6] {
     let parent = std::process::id().to_string();
     [
         WORKER.into(),
         parent.into(),
         cores.into(),
-        options.into(),
+        shield.into(),
         group.into(),
+        agent.into(),
     ]
 }
 
@@ -80,23 +81,25 @@ fn words(cores: &str, options: &str, group: &Path) -> [OsString; 5] {
 pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let parent = args.next().and_then(|a| a.to_str()?.parse::<i32>().ok());
     let cores = args.next().unwrap_or_default();
-    let options = args.next().unwrap_or_default();
-    let options = options.to_string_lossy();
-    let has = |option| options.split(',').any(|given| given == option);
+    let shield = args.next().unwrap_or_default();
     let group = args.next().unwrap_or_default();
+    let agent = args.next().unwrap_or_default();
     let (Some(parent), Some(program)) = (parent, args.next()) else {
         eprintln!("error: {WORKER} is for tsm-launch itself");
         return ExitCode::from(exit::USAGE as u8);
     };
+    let agent = (agent == AGENT).then(take_agent).transpose();
+    let socket = agent.as_ref().ok().copied().flatten();
     let end = |cause: &str, code: i32, what: &str, error: std::io::Error| {
         let message = format!("cannot start {}: {what}: {error}", program.display());
         eprintln!("error: {message}");
-        if has(TELL) {
-            tell(cause, code, message);
-        }
+        tell(socket, cause, code, message);
         ExitCode::from(code as u8)
     };
     let fail = |what: &str, error: std::io::Error| end(UNPREPARED, exit::PREFLIGHT, what, error);
+    if let Err(e) = agent {
+        return fail("no agent socket", e);
+    }
     if let Err(e) = setsid() {
         return fail("no session of its own", e.into());
     }
@@ -117,10 +120,10 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     {
         return fail("its cores are not available", e.into());
     }
-    if has(SHIELD) {
+    if shield == SHIELD {
         ignore_sigterm();
     }
-    let error = exec(&program, args.collect());
+    let error = exec::exec(&program, args.collect());
     let code = match error.kind() {
         ErrorKind::NotFound => NOT_FOUND,
         _ => CANNOT_EXECUTE,
@@ -128,64 +131,34 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     end(UNEXECUTED, code, "exec", error)
 }
 
-/// Becomes the program; why not, if it returns.
-fn exec(program: &OsStr, args: Vec<OsString>) -> std::io::Error {
-    match find(program).filter(|path| is_elf(path)) {
-        Some(path) => exec_binary(&path, program, &args),
-        None => Command::new(program).args(args).exec(),
-    }
-}
-
-/// Where the program is.
-fn find(program: &OsStr) -> Option<PathBuf> {
-    if program.as_bytes().contains(&b'/') {
-        return Some(program.into());
-    }
-    let folders = std::env::var_os("PATH")?;
-    let mut paths = std::env::split_paths(&folders).map(|folder| folder.join(program));
-    paths.find(|path| access(path, Access::EXEC_OK).is_ok() && path.is_file())
-}
-
-fn is_elf(path: &Path) -> bool {
-    let mut magic = [0; 4];
-    let read = fs_err::File::open(path).and_then(|mut file| file.read_exact(&mut magic));
-    read.is_ok() && magic == *b"\x7fELF"
-}
-
-/// libc would take a binary that the kernel cannot execute for a script, and have `sh` read it.
-#[expect(unsafe_code, reason = "std executes by way of execvp alone")]
-fn exec_binary(path: &Path, name: &OsStr, args: &[OsString]) -> std::io::Error {
-    let words = std::iter::once(name).chain(args.iter().map(OsString::as_os_str));
-    let words: Result<Vec<CString>, _> = words.map(|word| CString::new(word.as_bytes())).collect();
-    let (Ok(words), Ok(path)) = (words, CString::new(path.as_os_str().as_bytes())) else {
-        return ErrorKind::InvalidInput.into();
-    };
-    let mut argv: Vec<_> = words.iter().map(|word| word.as_ptr()).collect();
-    argv.push(std::ptr::null());
-    // SAFETY: both are what execv asks for, and live until it returns; no other thread changes the environment. What
-    // std's start-up did to signals is undone, as it does itself before an exec.
-    unsafe {
-        let mut none = std::mem::zeroed();
-        libc::sigemptyset(&mut none);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
-        libc::execv(path.as_ptr(), argv.as_ptr());
-    }
-    std::io::Error::last_os_error()
-}
-
-/// Says on the worker's socket why it ends. What became of the program is then no guess from its exit code.
-fn tell(cause: &str, code: i32, message: String) {
-    let number = |name: &str| std::env::var(name).ok()?.parse::<i32>().ok();
+/// Says to the agent why the worker ends. What became of the program is then no guess from its exit code.
+fn tell(socket: Option<i32>, cause: &str, code: i32, message: String) {
+    let rank = std::env::var("RANK")
+        .ok()
+        .and_then(|rank| rank.parse().ok());
     let record = FailureRecord {
-        rank: number("RANK").unwrap_or(0) as u32,
+        rank: rank.unwrap_or(0),
         step: None,
         code,
         cause: cause.into(),
         message,
         backtrace: None,
     };
-    AgentLink::open(number("TSM_AGENT_FD")).send(&WorkerMessage::Failure(record));
+    AgentLink::open(socket).send(&WorkerMessage::Failure(record));
+}
+
+/// Moves the agent socket from stdin to the number that it has in the worker, and notes that for the worker.
+#[expect(unsafe_code, reason = "the environment is changed before the exec")]
+fn take_agent() -> std::io::Result<i32> {
+    let stdin = rustix::stdio::stdin();
+    // Where the limit of open files is lower, it gets the next that is free.
+    let agent = fcntl_dupfd_cloexec(stdin, AGENT_FD).or_else(|_| fcntl_dupfd_cloexec(stdin, 3))?;
+    dup2_stdin(fs_err::File::open("/dev/null")?)?;
+    fcntl_setfd(&agent, FdFlags::empty())?;
+    let number = agent.into_raw_fd();
+    // SAFETY: a shim has one thread.
+    unsafe { std::env::set_var("TSM_AGENT_FD", number.to_string()) };
+    Ok(number)
 }
 
 /// Both dispositions outlive the exec. SIGINT may have been ignored by a shell that started us in the background.

@@ -35,6 +35,8 @@ pub enum Happening {
 pub struct Watch {
     epoll: AsyncFd<OwnedFd>,
     agents: Vec<Agent>,
+    /// Workers whose end was told.
+    ended: Vec<bool>,
 }
 
 struct Agent {
@@ -58,6 +60,7 @@ impl Watch {
         Ok(Watch {
             epoll: epoll.context("cannot watch workers")?,
             agents: Vec::new(),
+            ended: Vec::new(),
         })
     }
 
@@ -81,6 +84,7 @@ impl Watch {
             stream: Some(agent),
             pending: Vec::new(),
         });
+        self.ended.push(false);
         Ok(())
     }
 
@@ -90,12 +94,13 @@ impl Watch {
     /// As [`Self::add_agent`].
     pub fn add_worker(&mut self, worker: &Worker) -> anyhow::Result<()> {
         let token = EventData::new_u64((self.agents.len() as u64 - 1) << 1);
-        // A pidfd stays readable after the death, so it must fire once only.
+        // A pidfd stays readable after the death. But it must not fire once only: the end of a process that dies under
+        // a debugger can be waited for only when the debugger has let go of it, which is an edge of its own.
         epoll::add(
             self.epoll.get_ref(),
             worker,
             token,
-            EventFlags::IN | EventFlags::ONESHOT,
+            EventFlags::IN | EventFlags::ET,
         )
         .context("cannot watch a worker")
     }
@@ -123,7 +128,11 @@ impl Watch {
                 if was_open && agent.stream.is_none() {
                     happenings.push((index, Happening::Left));
                 }
-                if !said && let Some(end) = workers[index].end() {
+                if !said
+                    && !self.ended[index]
+                    && let Some(end) = workers[index].end()
+                {
+                    self.ended[index] = true;
                     happenings.push((index, Happening::Ended(end)));
                 }
             }

@@ -35,6 +35,8 @@ pub fn reason(nodes: &[NodeEnds], all: &[Suspect], first: &Suspect) -> String {
         (Role::OwnError, When::Together),
         (Role::OwnCode, When::Before),
         (Role::OwnCode, When::Together),
+        (Role::LastWords, When::Before),
+        (Role::LastWords, When::Together),
     ] {
         let alike = not_after
             .iter()
@@ -94,6 +96,7 @@ fn clause(one: &str, more: usize, (role, when): (Role, When), first: Role) -> St
         Role::OwnError => {
             format!("{who} told of an own error {at}, but while {they} {were} being stopped")
         }
+        Role::LastWords => format!("{who} had told of an error {at}, but ended by the stop"),
         // The one that is named was being stopped too.
         _ if first == Role::OwnError => {
             format!("{who} ended {at} with an own code, but told of no error")

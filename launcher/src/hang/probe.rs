@@ -38,8 +38,6 @@ impl Default for Probe {
 
 impl Probe {
     /// Looks into a process that this one may look into: its own descendants. Waits up to [`Probe::timeout`].
-    ///
-    /// A new worker must not be started meanwhile: a debugger would inherit its agent socket.
     pub fn inspect(&self, pid: i32) -> Process {
         self.inspect_all(&[pid]).remove(0)
     }

@@ -4,6 +4,8 @@
 //! that a rank did not spend waiting does. A rank is slow when the median of its last steps is far above the
 //! medians of the others, measured by how much those medians scatter and by how uncertain each of them is.
 
+use crate::median::median;
+
 /// When a rank is slow.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rule {
@@ -133,7 +135,7 @@ impl Stragglers {
         }
         let levels: Vec<Level> = (self.ranks.iter().enumerate())
             .filter(|(_, series)| counted(series))
-            .map(|(rank, series)| level(rank, &series.samples))
+            .filter_map(|(rank, series)| level(rank, &series.samples))
             .collect();
         if levels.len() < 2 {
             return Vec::new();
@@ -179,11 +181,11 @@ impl Stragglers {
 
 /// For every rank, the median of the others and the scatter that its distance is measured in.
 fn compare<'a>(levels: &'a [Level], rule: &Rule) -> impl Iterator<Item = (&'a Level, f64, f64)> {
-    let medians: Vec<f64> = levels.iter().map(|l| l.median).collect();
-    let center = median(&medians);
-    let distances: Vec<f64> = medians.iter().map(|m| (m - center).abs()).collect();
+    let mut medians: Vec<f64> = levels.iter().map(|l| l.median).collect();
+    let center = median(&mut medians).unwrap_or_default();
+    let mut distances: Vec<f64> = medians.iter().map(|m| (m - center).abs()).collect();
     // 1.4826 makes the median distance of a normal distribution its standard deviation.
-    let between = 1.4826 * median(&distances);
+    let between = 1.4826 * median(&mut distances).unwrap_or_default();
     // The error of one rank is itself known badly, that of all together well.
     let squares: f64 = levels.iter().map(|l| l.error * l.error).sum();
     let pooled = (squares / levels.len() as f64).sqrt();
@@ -205,34 +207,19 @@ fn compare<'a>(levels: &'a [Level], rule: &Rule) -> impl Iterator<Item = (&'a Le
 /// The error comes from the order statistics two standard deviations of a fair coin away from the middle. Unlike
 /// one from the spread, it is right for any distribution: where steps are either quick or slow, the median may
 /// be either, and the error says so.
-fn level(rank: usize, samples: &[f64]) -> Level {
+fn level(rank: usize, samples: &[f64]) -> Option<Level> {
     let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
+    let median = median(&mut sorted)?;
     let (steps, reach) = (sorted.len(), (sorted.len() as f64).sqrt());
     let middle = (steps as f64 - 1.0) / 2.0;
     let low = (middle - reach).floor().max(0.0) as usize;
     let high = ((middle + reach).ceil() as usize).min(steps - 1);
-    Level {
+    Some(Level {
         rank,
-        median: median_of_sorted(&sorted),
+        median,
         error: (sorted[high] - sorted[low]) / 4.0,
         steps,
-    }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    median_of_sorted(&sorted)
-}
-
-fn median_of_sorted(sorted: &[f64]) -> f64 {
-    let half = sorted.len() / 2;
-    if sorted.len().is_multiple_of(2) {
-        (sorted[half - 1] + sorted[half]) / 2.0
-    } else {
-        sorted[half]
-    }
+    })
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::cluster::link::Link;
 use crate::cluster::tls::Tls;
 use crate::cluster::wire::Connection;
 use crate::plan::Devices;
-use crate::start::adopt;
+use crate::start::adopt::{kubernetes, mpi};
 use crate::start::agent::{self as start_agent, Parts};
 use crate::start::by_hand::{self, Part};
 use crate::start::slurm::Turn;
@@ -38,7 +38,7 @@ impl Node<'_> {
     /// At a point that everybody was told, whoever can listen there coordinates.
     pub fn meet_by_hand(self, point: &str) -> anyhow::Result<i32> {
         let (args, key, tls) = (self.args, self.args.key()?, self.args.tls()?);
-        let late = adopt::names_come_late(|name| std::env::var(name).ok());
+        let late = kubernetes::names_come_late(|name| std::env::var(name).ok());
         let patience = if late {
             args.join_timeout
         } else {
@@ -70,7 +70,7 @@ impl Node<'_> {
 
     /// By a file in a folder that all nodes share; `id` is the same on all, and `by` has started them.
     pub async fn meet_by_file(self, by: &str, id: &str) -> anyhow::Result<i32> {
-        if let Some(text) = adopt::too_few_cores(by, &cores::allowed(), cores::online()) {
+        if let Some(text) = mpi::too_few_cores(by, &cores::allowed(), cores::online()) {
             eprintln!("tsm-launch: warning: {text}");
         }
         let run_dir = run_dir(self.args, &self.target)?;

@@ -44,7 +44,7 @@ pub(super) struct Prepared {
     pub session: Session,
     screen: Screen,
     /// Ends with the job.
-    _status: Option<Server>,
+    status: Option<Server>,
     /// The config differs from the one that the run folder had.
     revised: bool,
     config: PathBuf,
@@ -101,7 +101,7 @@ impl Prepared {
         let Prepared {
             session,
             screen,
-            _status,
+            status,
             revised,
             config,
         } = self;
@@ -118,10 +118,13 @@ impl Prepared {
             // The next `--resume` takes the newest config, which must not be one the workers refused.
             fs_err::rename(&config, config.with_extension("yaml.refused"))?;
         }
+        // Removes a file from the folder, which from then on is the next launcher's.
+        drop(status);
+        let folder = end.folder.dir.path().to_path_buf();
+        drop(end.folder);
         // Last of all, since SLURM may end this process for it.
         let turn = end.turn.as_ref();
-        let again =
-            |turn: &Turn| turn.end(end.code, end.outcome, &end.folder, end.stopped, end.saves);
+        let again = |turn: &Turn| turn.end(end.code, end.outcome, &folder, end.stopped, end.saves);
         if let Some(text) = turn.and_then(again) {
             eprintln!("tsm-launch: {text}");
         }
@@ -174,7 +177,7 @@ pub(super) fn prepare(
             snapshots,
         },
         screen,
-        _status: status,
+        status,
         revised,
     })
 }

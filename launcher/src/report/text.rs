@@ -196,6 +196,7 @@ fn how_it_ended(other: &Other) -> String {
             "had an error of its own, and could not be ended".into()
         }
         Role::OwnError => format!("had an error of its own: {end}"),
+        Role::LastWords => format!("had told of an error, and was stopped by the launcher: {end}"),
         Role::Stuck => {
             let state = other.stuck_in.as_deref().unwrap_or("state unknown");
             format!("did not end after SIGKILL, {state}")

@@ -212,10 +212,7 @@ impl Plan {
 
 /// With hosts there are as many nodes, unless fewer are asked for.
 fn nodes(given: Option<Nodes>, hosts: u32) -> Result<Nodes, Coded> {
-    let nodes = given.unwrap_or(Nodes {
-        min: hosts,
-        max: hosts,
-    });
+    let nodes = given.unwrap_or(Nodes::exactly(hosts));
     if nodes.max > hosts {
         let text = format!(
             "--nodes asks for {}, {} named\n  hint: name as many hosts, or leave out --nodes",

@@ -118,3 +118,23 @@ fn a_rank_that_lost_its_peer_is_not_blamed() {
         outcome.err
     );
 }
+
+/// Between an exception and the end of its process Python may take seconds, and a peer ends in the meantime.
+#[test]
+fn an_exception_is_named_also_when_its_process_is_still_ending() {
+    let scene = Scene::new();
+    let said = scene.path("said").display().to_string();
+    let traceback = "Traceback (most recent call last):\\n  File \"a.py\", line 23, in train\\nValueError: broken clip\\n";
+    let peer = "RuntimeError: [pair.cc:598] Connection closed by peer [127.0.0.1]:2473\\n";
+    let script = format!(
+        "if [ $RANK = 1 ]; then printf '{traceback}' >&2; exec $0 --touch {said} --hang; \
+         else $0 --wait-for {said}; printf '{peer}' >&2; exit 1; fi"
+    );
+    let outcome = scene.shell("--cpus 2", &script);
+    let failure = scene.json("failure.json");
+    assert_eq!(failure["rank"], 1, "{}", outcome.err);
+    assert_eq!(failure["others"][0]["role"], "lost_peer");
+    assert_eq!(outcome.code, 1, "{}", outcome.err);
+    let told = "ValueError: broken clip, at a.py:23 in train";
+    assert!(outcome.err.contains(told), "{}", outcome.err);
+}

@@ -6,7 +6,7 @@ line() {
 }
 case $(basename "$0") in
   right) line null ;;
-  wrong) if [ "$RANK" = 1 ]; then line '"1 of 2 sums are wrong"'; exit 69; else line null; fi ;;
+  wrong) if [ "$RANK" = 1 ]; then line '"1 of 2 sums are wrong"'; exit 69; else sleep 1000; fi ;;
   dies) if [ "$RANK" = 1 ]; then echo 'error: no GPU can be used: the driver is gone' >&2; exit 69; else sleep 1000; fi ;;
   hangs) printf %s $$ >"$(dirname "$0")/pid$RANK.part"; mv "$(dirname "$0")/pid$RANK.part" "$(dirname "$0")/pid$RANK"; sleep 1000 ;;
   arguments) line "\"$* in $PWD, devices '$CUDA_VISIBLE_DEVICES', $SLURM_JOB_ID\"" ;;

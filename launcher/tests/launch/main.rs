@@ -16,6 +16,7 @@ mod manifest;
 mod output;
 mod preflight;
 mod pytorch;
+mod races;
 mod refusals;
 mod resume;
 mod start;

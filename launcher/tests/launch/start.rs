@@ -1,12 +1,11 @@
 //! Success, environment, plan, folders.
 
 use crate::harness::{FAKE, Scene, finish, start};
-use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use std::collections::BTreeMap;
 use std::fs::Permissions;
 use std::io::Read;
 use std::net::TcpListener;
-use std::os::fd::AsRawFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use tsm_job::exit;
@@ -227,16 +226,13 @@ fn a_hard_limit_of_open_files_below_the_need_is_said_before_the_start() {
 fn a_worker_that_cannot_be_prepared_says_so_to_its_agent() {
     let scene = Scene::new();
     let (mut ours, theirs) = UnixStream::pair().unwrap();
-    let fd = fcntl_dupfd_cloexec(&theirs, 100).unwrap();
-    fcntl_setfd(&fd, FdFlags::empty()).unwrap();
-    drop(theirs);
     let gone = scene.path("gone").display().to_string();
     let parent = std::process::id().to_string();
-    let mut shim = scene.command(&["__worker", &parent, "", "tell", &gone, "true"]);
-    shim.env("TSM_AGENT_FD", fd.as_raw_fd().to_string());
-    shim.env("RANK", "3");
-    let outcome = finish(start(&mut shim));
-    drop(fd);
+    let mut shim = scene.command(&["__worker", &parent, "", "", &gone, "agent", "true"]);
+    shim.stdin(OwnedFd::from(theirs)).env("RANK", "3");
+    let running = start(&mut shim);
+    drop(shim);
+    let outcome = finish(running);
     let said =
         format!("cannot start true: cannot enter its control group: failed to open file `{gone}");
     assert_eq!(outcome.code, exit::PREFLIGHT, "{}", outcome.err);

@@ -24,20 +24,34 @@ fn in_role(wanted: Role) -> Rank {
         },
         Role::OwnCode => stopped(End::Code(3)),
         Role::LostPeer => rank(0, End::Code(exit::PEER)),
-        Role::Stopped => stopped(End::Signal(libc::SIGTERM)),
+        Role::Stopped | Role::LastWords => stopped(End::Signal(libc::SIGTERM)),
         Role::Succeeded => rank(0, End::Code(0)),
         Role::Stuck | Role::NodeLost => Rank::default(),
     };
     if wanted != Role::NodeLost {
-        assert_eq!(role(&rank, String::new), wanted);
+        assert_eq!(role(&rank, || words(wanted).into()), wanted);
     }
     rank
+}
+
+/// The end of the stderr of a rank in this role.
+fn words(role: Role) -> &'static str {
+    match role {
+        Role::LastWords => "error: no such clip",
+        _ => "",
+    }
 }
 
 /// The sentence and the lines about the others, for ranks at these times; those of `nodes[i]` are on node `i`, whose
 /// clocks are off by up to 1 ms. The first rank of the first node is to be named.
 fn told(nodes: &[&[(Role, u64)]]) -> (String, String) {
     let mut ranks: Vec<Vec<Rank>> = Vec::new();
+    let words: Vec<&str> = nodes
+        .iter()
+        .copied()
+        .flatten()
+        .map(|(role, _)| words(*role))
+        .collect();
     for node in nodes {
         let mut of_node: Vec<Rank> = node
             .iter()
@@ -76,13 +90,13 @@ fn told(nodes: &[&[(Role, u64)]]) -> (String, String) {
             }),
         });
     }
-    let fault = first_failure(&ends, None, |_| String::new()).unwrap();
+    let fault = first_failure(&ends, None, |i| words[i].into()).unwrap();
     assert_eq!(fault.culprit, Culprit::Rank(0), "{nodes:?}");
-    let others = lines(&ends, &fault, &ranks);
+    let others = lines(&ends, &fault, &ranks, &words);
     (fault.reason, others)
 }
 
-fn lines(ends: &[NodeEnds], fault: &Fault, ranks: &[Vec<Rank>]) -> String {
+fn lines(ends: &[NodeEnds], fault: &Fault, ranks: &[Vec<Rank>], words: &[&str]) -> String {
     let all: Vec<Rank> = ranks.iter().flatten().cloned().collect();
     let (mut homes, mut places) = (Vec::new(), Vec::new());
     for (node_rank, node) in ends.iter().enumerate() {
@@ -99,7 +113,9 @@ fn lines(ends: &[NodeEnds], fault: &Fault, ranks: &[Vec<Rank>]) -> String {
                 stderr_file: "err".into(),
                 error_file: "/nonexistent".into(),
                 exception: None,
-                stderr: Vec::new(),
+                stderr: words
+                    .get(places.len())
+                    .map_or(Vec::new(), |w| vec![w.to_string()]),
                 stuck_in: None,
             });
         }
@@ -124,7 +140,9 @@ fn lines(ends: &[NodeEnds], fault: &Fault, ranks: &[Vec<Rank>]) -> String {
 
 #[test]
 fn the_sentence_is_true_beside_every_other_end() {
-    use Role::{LostPeer, NodeLost, Origin, OwnCode, OwnError, Stopped, Stuck, Succeeded};
+    use Role::{
+        LastWords, LostPeer, NodeLost, Origin, OwnCode, OwnError, Stopped, Stuck, Succeeded,
+    };
     let clocks = "less than the clocks tell";
     // The role of the one that is named, at 100 ms; role and time of another on its node, or on another node.
     let cases = [
@@ -184,6 +202,20 @@ fn the_sentence_is_true_beside_every_other_end() {
             None,
             "rank 1 ended earlier with an own code, but while it was being stopped",
             "rank 1: exit code 3, 2.0 ms before",
+        ),
+        (
+            Origin,
+            Some((LastWords, 98)),
+            None,
+            "rank 1 had told of an error earlier, but ended by the stop",
+            "rank 1: had told of an error, and was stopped by the launcher: signal 15 (SIGTERM), 2.0 ms before",
+        ),
+        (
+            LastWords,
+            Some((LostPeer, 98)),
+            None,
+            "rank 1 failed earlier, but by what it says it lost another rank",
+            "rank 1: lost another rank: exit code 76, 2.0 ms before",
         ),
         (
             OwnError,
@@ -387,7 +419,7 @@ fn what_ended_between_the_first_sign_and_the_end_is_after_it() {
     }];
     assert_eq!(fault.reason, "its end came first in the kernel's order");
     assert_eq!(
-        lines(&ends, &fault, &[ranks.to_vec()]),
+        lines(&ends, &fault, &[ranks.to_vec()], &[]),
         "rank 1: lost another rank: exit code 76, 100.0 ms after"
     );
 }

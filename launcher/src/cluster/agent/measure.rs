@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use tokio::task::JoinHandle;
 
-use super::{Agent, Found};
+use super::Agent;
 use crate::cluster::key::Key;
-use crate::cluster::message::Round;
+use crate::cluster::message::{FromAgent, Round};
 use crate::cluster::wire::prove_member;
 use crate::doctor::preflight::{GpuTask, OwnNode, Ring, Scale, Task, own_gpus, own_node};
 
@@ -30,7 +30,7 @@ impl Drop for Work {
 
 impl Agent {
     pub(super) fn measure_node(&mut self, round: Round, scale: Scale) {
-        let found = self.reach.0.clone();
+        let found = self.found.0.clone();
         let gpus = self.gpu_task(Task::new(Vec::new(), 0, &scale), Key::random());
         let wanted = Arc::new(());
         let is_wanted = Arc::downgrade(&wanted);
@@ -47,12 +47,12 @@ impl Agent {
                 own.findings.extend(gpus.findings);
             }
             // The agent may have left.
-            let _ = found.send(Found::NodeMeasured(round, own));
+            let _ = found.send(FromAgent::NodeMeasured { round, own });
         };
         let thread = std::thread::Builder::new().name("measure".into());
         if let Err(e) = thread.spawn(measure) {
             let own = OwnNode::failed(format!("no thread can be started: {e}"));
-            let _ = self.reach.0.send(Found::NodeMeasured(round, own));
+            let _ = self.found.0.send(FromAgent::NodeMeasured { round, own });
         }
     }
 
@@ -89,11 +89,11 @@ impl Agent {
             }
             None => ring.start(task, move |nonce| prove_member(&key, nonce, round)),
         };
-        let found = self.reach.0.clone();
+        let found = self.found.0.clone();
         let wait = async move {
             let ended = Err("the measuring thread ended".into());
             let result = result.await.unwrap_or(ended);
-            let _ = found.send(Found::Measured(round, result));
+            let _ = found.send(FromAgent::Measured { round, result });
         };
         self.measuring.work = Some(Work(tokio::task::spawn_local(wait)));
     }

@@ -5,9 +5,13 @@
 
 mod generation;
 pub mod lease;
+mod leftovers;
 mod measure;
+mod news;
+mod prepared;
+mod reach;
+mod running;
 
-use anyhow::Context;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -15,28 +19,21 @@ use tsm_job::exit;
 
 use super::key::Key;
 use super::link::{Link, Outbox};
-use super::message::{Beat, FromAgent, Join, NodeReport, Round, ToAgent};
-use crate::addresses::{self, ProbeListener};
+use super::message::{Beat, FromAgent, Join, ToAgent};
 use crate::console::queue::{LIMIT, queue};
 use crate::contain::Ability;
-use crate::doctor::preflight::{Measured, OwnNode};
-use crate::hang::report::Inspection;
-use crate::hang::{self, ras};
 use crate::logs::{Finished, Shown};
 use crate::plan::Devices;
-use crate::port::Port;
 use crate::signals::{Caught, Signals};
 use crate::start::slurm::step;
-use crate::supervisor::{Action, Event, Phase};
+use crate::supervisor::{Event, Phase};
 use generation::Generation;
 use lease::Lease;
 use measure::Measuring;
+use reach::Reserved;
 
 /// Bytes of output that may wait for the connection.
 const OUTPUT: usize = 1 << 20;
-/// How long a probe waits for the first answer, and after it for others.
-const PROBE: Duration = Duration::from_secs(5);
-const LINGER: Duration = Duration::from_millis(300);
 
 /// What an agent is made of.
 pub struct Setup {
@@ -67,7 +64,7 @@ enum Wake {
     Message(Option<ToAgent>),
     Workers(anyhow::Result<Vec<Event>>),
     Signal(Caught),
-    Found(Found),
+    Found(FromAgent),
     Drained(Finished),
     StartMore,
     Time,
@@ -78,8 +75,7 @@ struct Agent {
     link: Link,
     shown: Shown,
     generation: Option<Generation>,
-    /// Ports held for rank 0, and answers to probes, by generation.
-    reserved: Option<(Port, Option<ProbeListener>)>,
+    reserved: Option<Reserved>,
     measuring: Measuring,
     lease: Lease,
     /// The coordinator is gone, or said so: leave when nothing runs any more.
@@ -87,17 +83,11 @@ struct Agent {
     draining: Option<tokio::task::JoinHandle<Finished>>,
     /// Debuggers are at work.
     looking: bool,
-    reach: (UnboundedSender<Found>, UnboundedReceiver<Found>),
+    /// What its threads and tasks have found out, to be said.
+    found: (UnboundedSender<FromAgent>, UnboundedReceiver<FromAgent>),
     /// Whether generations can have control groups.
     ability: Ability,
     load: crate::machine::Load,
-}
-
-enum Found {
-    Reached(u32, u32, Vec<(std::net::IpAddr, String)>),
-    Inspected(u32, Vec<Inspection>, Option<ras::Answer>),
-    NodeMeasured(Round, OwnNode),
-    Measured(Round, Result<Measured, String>),
 }
 
 /// Runs an agent to its end. Call on the main thread, see [`crate::process::spawn`]; inside a `LocalSet`.
@@ -128,7 +118,7 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         leaving: None,
         draining: None,
         looking: false,
-        reach: unbounded_channel(),
+        found: unbounded_channel(),
         ability,
         load: crate::machine::Load::new(),
         setup,
@@ -178,10 +168,9 @@ impl Agent {
         let deadline = self
             .deadline()
             .map(|at| tokio::time::Instant::from_std(self.setup.start + at));
-        let starting = !self.looking
-            && self.generation.as_ref().is_some_and(|g| {
-                !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
-            });
+        let starting = self.generation.as_ref().is_some_and(|g| {
+            !g.is_started() && self.draining.is_none() && g.state.phase == Phase::Running
+        });
         let connected = self.leaving.is_none();
         let is_draining = self.draining.is_some();
         let (generation, draining) = (&mut self.generation, &mut self.draining);
@@ -201,7 +190,7 @@ impl Agent {
                 }
             } => Wake::Workers(events),
             message = self.link.from.recv(), if connected => Wake::Message(message),
-            Some(found) = self.reach.1.recv() => Wake::Found(found),
+            Some(found) = self.found.1.recv() => Wake::Found(found),
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Wake::Time,
             output = async {
                 match draining {
@@ -217,7 +206,7 @@ impl Agent {
         let generation = self.generation.as_ref().filter(|_| self.draining.is_none());
         let decided = generation.and_then(|g| match g.state.phase {
             // Looks again for processes that were left behind.
-            Phase::Finished => Some(g.next_look),
+            Phase::Finished => Some(g.next_look()),
             _ => g.state.deadline(),
         });
         let lease = (!self.setup.local && self.leaving.is_none()).then_some(self.lease.until);
@@ -240,25 +229,9 @@ impl Agent {
                 self.say(FromAgent::StepSignal { signal });
             }
             Wake::Signal(Caught { signal, .. }) => self.say(FromAgent::Signal { signal }),
-            Wake::Found(Found::Reached(generation, attempt, by)) => self.say(FromAgent::Reached {
-                generation,
-                attempt,
-                by,
-            }),
-            Wake::Found(Found::Inspected(generation, looks, ras)) => {
-                self.looking = false;
-                self.say(FromAgent::Inspected {
-                    generation,
-                    looks,
-                    ras,
-                    more: false,
-                });
-            }
-            Wake::Found(Found::NodeMeasured(round, own)) => {
-                self.say(FromAgent::NodeMeasured { round, own });
-            }
-            Wake::Found(Found::Measured(round, result)) => {
-                self.say(FromAgent::Measured { round, result });
+            Wake::Found(message) => {
+                self.looking &= !matches!(message, FromAgent::Inspected { .. });
+                self.say(message);
             }
             Wake::Drained(output) => self.conclude(output),
             Wake::StartMore => self.start_more(),
@@ -289,7 +262,7 @@ impl Agent {
             return;
         };
         let generation = running.start.generation;
-        for word in running.take_words() {
+        for word in running.news.take_words() {
             self.say(FromAgent::About { generation, word });
         }
     }
@@ -310,13 +283,16 @@ impl Agent {
             ToAgent::Reserve {
                 generation,
                 attempt,
-            } => match self.reserve(generation) {
-                Ok((master_port, probe_port)) => self.say(FromAgent::Reserved {
-                    generation,
-                    attempt,
-                    master_port,
-                    probe_port,
-                }),
+            } => match Reserved::new(self.setup.key.as_ref(), generation) {
+                Ok(reserved) => {
+                    self.say(FromAgent::Reserved {
+                        generation,
+                        attempt,
+                        master_port: reserved.master.number,
+                        probe_port: reserved.probes.as_ref().map_or(0, |probes| probes.port),
+                    });
+                    self.reserved = Some(reserved);
+                }
                 Err(e) => self.cannot_start(generation, &e),
             },
             ToAgent::Probe {
@@ -324,7 +300,10 @@ impl Agent {
                 attempt,
                 addresses,
                 port,
-            } => self.probe(generation, attempt, addresses, port),
+            } => {
+                let (key, found) = (self.setup.key.clone(), self.found.0.clone());
+                reach::probe(key, generation, attempt, addresses, port, found);
+            }
             ToAgent::MeasureNode { round, scale } => self.measure_node(round, scale),
             ToAgent::OpenRing { round } => {
                 let port = self.open_ring(round);
@@ -333,27 +312,7 @@ impl Agent {
             ToAgent::Measure { round, task } => self.measure_group(round, task),
             // It waited here while the agent was stopped: the coordinator may have given this node up since.
             ToAgent::Start(_) if !self.setup.local && self.lease.is_over(now) => {}
-            ToAgent::Start(start) => {
-                let generation = start.generation;
-                self.measuring = Measuring::default();
-                if number.is_some() {
-                    let e = anyhow::anyhow!(
-                        "the ranks of generation {} still run",
-                        number.unwrap_or(0)
-                    );
-                    return self.cannot_start(generation, &e);
-                }
-                match Generation::prepare(&self.setup, &mut self.ability, *start, now) {
-                    Ok(mut generation) => {
-                        if !self.setup.local {
-                            generation.lease(self.lease.guard(now));
-                        }
-                        self.generation = Some(generation);
-                        self.start_more();
-                    }
-                    Err(e) => self.cannot_start(generation, &e),
-                }
-            }
+            ToAgent::Start(start) => self.start(*start),
             ToAgent::Stop {
                 generation,
                 signal,
@@ -387,162 +346,6 @@ impl Agent {
         }
     }
 
-    fn reserve(&mut self, generation: u32) -> anyhow::Result<(u16, u16)> {
-        let port = Port::reserve(true)?;
-        let probes = match &self.setup.key {
-            Some(key) => {
-                let key = key.clone();
-                let prove = move |nonce| super::wire::prove(&key, nonce, u64::from(generation));
-                Some(
-                    ProbeListener::start(prove)
-                        .context("cannot listen for the other nodes' probes")?,
-                )
-            }
-            None => None,
-        };
-        let numbers = (port.number, probes.as_ref().map_or(0, |p| p.port));
-        self.reserved = Some((port, probes));
-        Ok(numbers)
-    }
-
-    fn probe(
-        &mut self,
-        generation: u32,
-        attempt: u32,
-        addresses: Vec<std::net::IpAddr>,
-        port: u16,
-    ) {
-        let (found, key) = (self.reach.0.clone(), self.setup.key.clone());
-        tokio::task::spawn_local(async move {
-            let check = |nonce: [u8; 16], answer: [u8; 32]| {
-                let of = u64::from(generation);
-                key.as_ref()
-                    .is_some_and(|key| super::wire::is_proof(key, nonce, of, &answer))
-            };
-            let by = addresses::reach(&addresses, port, check, PROBE, LINGER).await;
-            let _ = found.send(Found::Reached(generation, attempt, by));
-        });
-    }
-
-    /// Looks into the ranks with debuggers and the like, which takes its time. No worker is started meanwhile: a
-    /// debugger would inherit its socket.
-    fn inspect(&mut self, generation: u32) {
-        let Some(current) = self.generation.as_ref().filter(|_| !self.looking) else {
-            return;
-        };
-        self.looking = true;
-        let (pids, ras) = (current.pids(), current.ras_address());
-        let places: Vec<(u32, String)> = current.places();
-        let host = self.setup.host.clone();
-        let found = self.reach.0.clone();
-        let looked = hang::look_into(hang::probe::Probe::default(), pids, ras);
-        tokio::task::spawn_local(async move {
-            let findings = looked.await;
-            let (processes, ras) = findings.map_or((Vec::new(), None), |f| (f.processes, f.ras));
-            let look = |((rank, device), process): ((u32, String), _)| Inspection {
-                rank,
-                host: host.clone(),
-                device,
-                process,
-            };
-            let looks = places.into_iter().zip(processes).map(look);
-            let looks = looks.map(super::fit::look).collect();
-            let _ = found.send(Found::Inspected(generation, looks, ras));
-        });
-    }
-
-    fn start_more(&mut self) {
-        let Some(generation) = &mut self.generation else {
-            return;
-        };
-        let result = generation.start_some(&self.shown);
-        let (number, pids, done, containment) = (
-            generation.start.generation,
-            generation.pids(),
-            generation.is_started(),
-            generation.containment(),
-        );
-        match result {
-            Ok(()) if done => {
-                let at = self.now();
-                let environment = self
-                    .generation
-                    .as_ref()
-                    .map(Generation::environment)
-                    .unwrap_or_default();
-                self.say(FromAgent::Started {
-                    generation: number,
-                    pids,
-                    at,
-                    environment,
-                    containment,
-                });
-            }
-            Ok(()) => {}
-            Err(e) => {
-                // Its workers are killed; they go with it.
-                if let Some(generation) = self.generation.take() {
-                    generation.kill();
-                    drop(generation.conclude(Finished::default()));
-                }
-                self.cannot_start(number, &e);
-            }
-        }
-    }
-
-    fn cannot_start(&self, generation: u32, e: &anyhow::Error) {
-        let code = match exit::code_of(e) {
-            1 => exit::PREFLIGHT,
-            code => code,
-        };
-        self.say(FromAgent::CannotStart {
-            generation,
-            code,
-            message: format!("{e:#}"),
-        });
-    }
-
-    fn decide(&mut self, events: &[Event]) {
-        let now = self.now();
-        let Some(generation) = &mut self.generation else {
-            return;
-        };
-        let (number, first) = (generation.start.generation, generation.start.first_rank);
-        let actions = generation.decide(events, now);
-        if !generation.is_started()
-            && generation.state.phase != Phase::Running
-            && self.draining.is_none()
-        {
-            let _ = generation.give_up_starting(&self.shown);
-            // Those that were to be waited for may never have been started.
-            generation.decide(&[], now);
-        }
-        for action in actions {
-            match action {
-                Action::Failing { rank, end } => self.say(FromAgent::Failing {
-                    generation: number,
-                    local_rank: rank as u32,
-                    end,
-                    at: now,
-                }),
-                Action::Answered { rank, end } => self.say(FromAgent::Answered {
-                    generation: number,
-                    local_rank: rank as u32,
-                    end,
-                }),
-                Action::GraceOver { ranks } => {
-                    let ranks: Vec<String> = ranks
-                        .iter()
-                        .map(|&r| (first + r as u32).to_string())
-                        .collect();
-                    let text = format!("the grace is over: killing rank {}", ranks.join(", "));
-                    self.say(FromAgent::Notice { text });
-                }
-                Action::Signal { .. } | Action::Kill { .. } => {}
-            }
-        }
-    }
-
     /// What is due by the clock alone.
     fn tick(&mut self) {
         let now = self.now();
@@ -558,7 +361,7 @@ impl Agent {
         {
             self.decide(&[Event::Deadline]);
         }
-        self.finish(now);
+        self.finish();
     }
 
     fn beat(&mut self, now: Duration) {
@@ -567,7 +370,7 @@ impl Agent {
         let (ranks, metrics) = self
             .generation
             .as_mut()
-            .map(Generation::news)
+            .map(|generation| generation.news.take())
             .unwrap_or_default();
         let beat = Beat {
             seq,
@@ -593,42 +396,6 @@ impl Agent {
                 message: Some(why.into()),
             });
             self.decide(&[Event::KillAll]);
-        }
-    }
-
-    /// Brings a generation whose workers have all ended to its end.
-    fn finish(&mut self, now: Duration) {
-        let to = self.link.to.clone();
-        let at_once = self.leaving.is_some();
-        let Some(generation) = &mut self.generation else {
-            return;
-        };
-        if generation.state.phase != Phase::Finished || self.draining.is_some() {
-            return;
-        }
-        if generation.end_descendants(now, at_once, |text| to.send(FromAgent::Notice { text }))
-            && let Some(logs) = generation.take_logs()
-        {
-            self.draining = Some(tokio::task::spawn_blocking(move || generation::drain(logs)));
-        }
-    }
-
-    fn conclude(&mut self, output: Finished) {
-        self.draining = None;
-        // What ranks said last is for the status.
-        let now = self.now();
-        self.beat(now);
-        if let Some(generation) = self.generation.take() {
-            let number = generation.start.generation;
-            let report: NodeReport = generation.conclude(output);
-            self.reserved = None;
-            // Ranks that were killed since this node was cut off did not fail: the node is lost.
-            if self.leaving.is_none() {
-                self.say(FromAgent::Clean {
-                    generation: number,
-                    report: Box::new(report),
-                });
-            }
         }
     }
 }

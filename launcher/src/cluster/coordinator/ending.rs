@@ -365,6 +365,8 @@ fn exit_code(ranks: &[Rank], fault: &Fault) -> i32 {
         (Some(record), None) => record.code,
         (Some(record), Some(End::Signal(signal))) if rank.sent.contains(&signal) => record.code,
         (Some(record), Some(end)) if end.is_success() => record.code,
+        // It had failed when the stop overtook its end: the signal says nothing.
+        (None, Some(End::Signal(signal))) if rank.sent.contains(&signal) => 1,
         (_, Some(end)) => end.exit_code(),
         // Every failure has a rank that ended or announced it.
         (None, None) => exit::BUG,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::{Phase, State};
 use crate::cluster::message::Progress;
+use crate::median::median;
 use crate::status::{NodeStatus, RankStatus, Snapshot};
 
 /// Steps over which the median of a rank's own work is taken.
@@ -35,9 +36,8 @@ impl Rank {
     }
 
     fn median_ms(&self) -> Option<f64> {
-        let mut sorted: Vec<f32> = self.work_ms.iter().copied().collect();
-        sorted.sort_by(f32::total_cmp);
-        sorted.get(sorted.len() / 2).map(|&ms| f64::from(ms))
+        let mut work_ms: Vec<f64> = self.work_ms.iter().copied().map(f64::from).collect();
+        median(&mut work_ms)
     }
 }
 
@@ -143,5 +143,27 @@ impl State {
                 }
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_work_of_a_step_is_the_median_of_the_last_ones() {
+        let mut rank = Rank::default();
+        assert_eq!(rank.median_ms(), None);
+        let mut take = |work_ms: Vec<f32>| {
+            let progress = Progress {
+                work_ms,
+                ..Progress::default()
+            };
+            rank.take(&progress, Duration::ZERO);
+            rank.median_ms()
+        };
+        assert_eq!(take(vec![100.0, 200.0]), Some(150.0));
+        assert_eq!(take(vec![300.0]), Some(200.0));
+        assert_eq!(take(vec![1.0; WORK]), Some(1.0));
     }
 }

@@ -240,23 +240,26 @@ fn measure(task: &GpuTask, cancelled: impl Fn() -> bool) -> Result<Vec<AllReduce
         .map_err(|e| e.to_string())?;
     let stderr = fs_err::read_to_string(folders.own.join(STDERR)).unwrap_or_default();
     let failure = fs_err::read_to_string(RunDir::new(&folders.run).failure()).ok();
-    let lines = read_lines(&folders.own, task.devices.len());
-    let wrong = lines.iter().flatten().any(|line| line.wrong.is_some());
-    match lines {
-        // Another node's rank may have failed; the first member knows which.
-        Some(lines) if wrong || status.success() || !task.first() => Ok(lines),
-        _ => Err(reason(task.first(), failure.as_deref(), &stderr, status)),
+    let lines = read_lines(&folders.own);
+    // A rank that sums wrong ends the job, perhaps before the others come to their lines.
+    let wrong = lines.iter().any(|line| line.wrong.is_some());
+    let all = lines.len() == task.devices.len();
+    // Another node's rank may have failed; the first member knows which.
+    if wrong || (all && (status.success() || !task.first())) {
+        return Ok(lines);
     }
+    Err(reason(task.first(), failure.as_deref(), &stderr, status))
 }
 
-/// `None` where a rank has not come to the end.
-fn read_lines(dir: &Path, num_ranks: usize) -> Option<Vec<AllReduce>> {
-    let files = fs_err::read_dir(dir).ok()?.flatten().map(|e| e.path());
+/// Of the ranks that came to the end, by rank.
+fn read_lines(dir: &Path) -> Vec<AllReduce> {
+    let files = fs_err::read_dir(dir).into_iter().flatten().flatten();
+    let files = files.map(|e| e.path());
     let lines = files.filter(|path| path.extension().is_some_and(|e| e == "json"));
     let line = |path: PathBuf| serde_json::from_str(&fs_err::read_to_string(path).ok()?).ok();
     let mut lines: Vec<AllReduce> = lines.filter_map(line).collect();
     lines.sort_by_key(|line| line.rank);
-    (lines.len() == num_ranks).then_some(lines)
+    lines
 }
 
 /// Why the nested job failed, by its failure.json where there is one, and by its last words.

@@ -18,6 +18,7 @@ use tokio::time::timeout;
 
 use super::{GPU_WAIT, Scale};
 use crate::addresses::listen_on_all;
+use crate::median::median;
 
 /// Laps of a byte whose quickest is the round trip.
 const LAPS: u32 = 16;
@@ -193,8 +194,7 @@ async fn run(
         }
         wrong = wrong.or_else(|| compare(&data, num, round));
     }
-    seconds.sort_by(f64::total_cmp);
-    let median = seconds[seconds.len() / 2];
+    let median = median(&mut seconds).context("no round was measured")?;
     let sent = 4 * numbers / num * 2 * (num - 1);
     Ok(Measured {
         seconds: median,
