@@ -48,6 +48,7 @@ impl State {
                 id,
                 host,
                 address,
+                interface: interface.clone(),
                 own,
             })
         };

@@ -58,6 +58,7 @@ fn own(memory_gbyte_s: f64) -> OwnNode {
         memory_gbyte_s: Some(memory_gbyte_s),
         loopback_gbit_s: Some(20.0),
         all_reduce_gb_s: None,
+        links: [("eth0".into(), 10_000)].into(),
         findings: Vec::new(),
     }
 }
@@ -262,6 +263,27 @@ fn a_failure_without_a_culprit_ends_the_job_and_a_slow_one_does_not() {
     let text =
         "warning: n1 and n2 did badly together, and each well with another node: 1.00 Gbit/s";
     assert!(scene.notices().contains(text), "{}", scene.notices());
+}
+
+/// Each is the other's only yardstick, but for what the kernel says of their links.
+#[test]
+fn two_nodes_that_are_both_slow_are_told_and_start_all_the_same() {
+    for (gbit_s, told) in [(2.6, false), (0.94, true)] {
+        let mut scene = Scene::joined(measuring(2, 2), 2);
+        let others = match told {
+            true => scene.measure(|_| Ok(0.94)),
+            false => scene.measure(|_| Ok(2.6)),
+        };
+        assert_eq!(starts(&others), [1, 2]);
+        let text =
+            "warning: n1 and n2 reach 0.94 Gbit/s together, and eth0 on n1 is a link of 10 Gbit/s";
+        assert_eq!(
+            scene.notices().contains(text),
+            told,
+            "{gbit_s}: {}",
+            scene.notices()
+        );
+    }
 }
 
 #[test]
