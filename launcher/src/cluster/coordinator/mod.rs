@@ -22,6 +22,7 @@ mod passing;
 mod phases;
 mod rounds;
 mod running;
+mod trying;
 mod view;
 
 pub use ending::Ending;
@@ -285,6 +286,7 @@ pub struct State {
     compared: Vec<Join>,
     /// Nodes that were measured and are well.
     measured: BTreeMap<NodeId, OwnNode>,
+    trying: trying::Trying,
     /// The spares are measured too, to tell who is to blame; once in a generation.
     is_wide: bool,
     was_wide: bool,
@@ -357,6 +359,7 @@ impl State {
             convicted: Vec::new(),
             compared: Vec::new(),
             measured: BTreeMap::new(),
+            trying: trying::Trying::default(),
             is_wide: false,
             was_wide: false,
             warned: BTreeSet::new(),
@@ -409,7 +412,13 @@ impl State {
                 let inspection = self.inspection.as_ref().map(|i| i.deadline);
                 let look = inspection.unwrap_or(self.next_look);
                 let saves = [self.settings.save_at, self.passing.deadline];
-                saves.into_iter().flatten().chain([look]).min()
+                let tried = self.trying.deadline();
+                saves
+                    .into_iter()
+                    .chain([tried])
+                    .flatten()
+                    .chain([look])
+                    .min()
             }
             Phase::Finished { .. } => return None,
         };
