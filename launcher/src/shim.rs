@@ -20,6 +20,7 @@ use tsm_job::message::{AgentLink, FailureRecord, WorkerMessage};
 use crate::class::unstarted::{UNEXECUTED, UNPREPARED};
 use crate::contain::{self, Containment};
 use crate::cores;
+use crate::say::tell;
 
 /// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP AGENT PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
@@ -85,15 +86,15 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let group = args.next().unwrap_or_default();
     let agent = args.next().unwrap_or_default();
     let (Some(parent), Some(program)) = (parent, args.next()) else {
-        eprintln!("error: {WORKER} is for tsm-launch itself");
+        tell(format_args!("error: {WORKER} is for tsm-launch itself"));
         return ExitCode::from(exit::USAGE as u8);
     };
     let agent = (agent == AGENT).then(take_agent).transpose();
     let socket = agent.as_ref().ok().copied().flatten();
     let end = |cause: &str, code: i32, what: &str, error: std::io::Error| {
         let message = format!("cannot start {}: {what}: {error}", program.display());
-        eprintln!("error: {message}");
-        tell(socket, cause, code, message);
+        tell(format_args!("error: {message}"));
+        explain(socket, cause, code, message);
         ExitCode::from(code as u8)
     };
     let fail = |what: &str, error: std::io::Error| end(UNPREPARED, exit::PREFLIGHT, what, error);
@@ -132,7 +133,7 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 /// Says to the agent why the worker ends. What became of the program is then no guess from its exit code.
-fn tell(socket: Option<i32>, cause: &str, code: i32, message: String) {
+fn explain(socket: Option<i32>, cause: &str, code: i32, message: String) {
     let rank = std::env::var("RANK")
         .ok()
         .and_then(|rank| rank.parse().ok());
@@ -187,7 +188,7 @@ pub fn enter(mut args: impl Iterator<Item = OsString>) -> ExitCode {
 pub fn guard(args: impl Iterator<Item = OsString>) -> ExitCode {
     let words = args.filter_map(|word| word.into_string().ok());
     let Some(mut containment) = Containment::join(words) else {
-        eprintln!("error: {GUARD} is for tsm-launch itself");
+        tell(format_args!("error: {GUARD} is for tsm-launch itself"));
         return ExitCode::from(exit::USAGE as u8);
     };
     // A signal to the launcher's process group or terminal must not end the guard first.

@@ -8,11 +8,14 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::own;
+
 /// Becomes the program; why not, if it returns.
 pub fn exec(program: &OsStr, args: Vec<OsString>) -> Error {
+    let name = own::arg0(program);
     match find(program).filter(|path| is_elf(path)) {
-        Some(path) => exec_binary(&path, program, &args),
-        None => Command::new(program).args(args).exec(),
+        Some(path) => exec_binary(&path, &name, &args),
+        None => Command::new(program).arg0(name).args(args).exec(),
     }
 }
 

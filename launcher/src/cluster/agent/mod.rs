@@ -12,7 +12,6 @@ mod prepared;
 mod reach;
 mod running;
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tsm_job::exit;
@@ -23,7 +22,9 @@ use super::message::{Beat, FromAgent, Join, ToAgent};
 use crate::console::queue::{LIMIT, queue};
 use crate::contain::Ability;
 use crate::logs::{Finished, Shown};
+use crate::own::Executable;
 use crate::plan::Devices;
+use crate::say::say;
 use crate::signals::{Caught, Signals};
 use crate::start::slurm::step;
 use crate::supervisor::{Event, Phase};
@@ -39,8 +40,7 @@ const OUTPUT: usize = 1 << 20;
 pub struct Setup {
     /// From which all its times count.
     pub start: Instant,
-    /// This executable.
-    pub shim: PathBuf,
+    pub shim: Executable,
     pub host: String,
     pub devices: Devices,
     pub join: Join,
@@ -68,6 +68,8 @@ enum Wake {
     Drained(Finished),
     StartMore,
     Time,
+    /// Nobody but the workers has something to say.
+    Nothing,
 }
 
 struct Agent {
@@ -83,6 +85,8 @@ struct Agent {
     draining: Option<tokio::task::JoinHandle<Finished>>,
     /// Debuggers are at work.
     looking: bool,
+    /// The workers had their turn: whatever else waits comes first, once.
+    others_first: bool,
     /// What its threads and tasks have found out, to be said.
     found: (UnboundedSender<FromAgent>, UnboundedReceiver<FromAgent>),
     /// Whether generations can have control groups.
@@ -118,6 +122,7 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         leaving: None,
         draining: None,
         looking: false,
+        others_first: false,
         found: unbounded_channel(),
         ability,
         load: crate::machine::Load::new(),
@@ -173,6 +178,7 @@ impl Agent {
         });
         let connected = self.leaving.is_none();
         let is_draining = self.draining.is_some();
+        let others_first = std::mem::take(&mut self.others_first);
         let (generation, draining) = (&mut self.generation, &mut self.draining);
         tokio::select! {
             biased;
@@ -188,7 +194,7 @@ impl Agent {
                     Some(generation) if !is_draining => generation.next().await,
                     _ => std::future::pending().await,
                 }
-            } => Wake::Workers(events),
+            }, if !others_first => Wake::Workers(events),
             message = self.link.from.recv(), if connected => Wake::Message(message),
             Some(found) = self.found.1.recv() => Wake::Found(found),
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Wake::Time,
@@ -199,6 +205,7 @@ impl Agent {
                 }
             } => Wake::Drained(output),
             () = std::future::ready(()), if starting => Wake::StartMore,
+            () = std::future::ready(()), if others_first => Wake::Nothing,
         }
     }
 
@@ -219,6 +226,7 @@ impl Agent {
             Wake::Message(Some(message)) => self.told(message),
             Wake::Message(None) => self.cut_off("the connection to the coordinator is gone"),
             Wake::Workers(Ok(events)) => {
+                self.others_first = true;
                 self.pass_words_on();
                 self.decide(&events);
             }
@@ -235,7 +243,7 @@ impl Agent {
             }
             Wake::Drained(output) => self.conclude(output),
             Wake::StartMore => self.start_more(),
-            Wake::Time => {}
+            Wake::Time | Wake::Nothing => {}
         }
     }
 
@@ -332,7 +340,7 @@ impl Agent {
             ToAgent::Inspect { generation } if number == Some(generation) => {
                 self.inspect(generation)
             }
-            ToAgent::Tell { text } => eprintln!("tsm-launch: {text}"),
+            ToAgent::Tell { text } => say(text),
             ToAgent::Exit { code, message } => {
                 self.decide(&[Event::KillAll]);
                 self.leaving = Some(Leave { code, message });
