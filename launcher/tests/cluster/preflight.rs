@@ -2,8 +2,9 @@
 //!
 //! The cables are made slow enough that they, and not this machine, are what is measured.
 
+use crate::demo::DEMO;
 use crate::harness::until;
-use crate::job::{DEMO, Job};
+use crate::job::Job;
 use crate::nodes::Cluster;
 use rustix::process::Signal;
 use serde_json::Value;

@@ -276,9 +276,7 @@ while :; do sleep 0.05 & wait $!; done
         "--cpus 1 --run-dir run -- bash witness",
     );
     let id = job.to_string();
-    for rank in 0..2 {
-        scene.until_there(&heard(rank));
-    }
+    scene.until_both_have(&scene.dir, "heard");
     let scancel = |words: &[&str]| {
         scene.cluster.output("scancel", &[words, &[&id]].concat());
     };
@@ -294,13 +292,7 @@ while :; do sleep 0.05 & wait $!; done
     }
     // Whatever was passed on before comes before this.
     scancel(&["--batch", "--signal=USR2"]);
-    let end = scene.cluster.wait(job);
-    let said = scene.cluster.job_output(job);
-    assert_eq!(
-        (end.state.as_str(), end.exit),
-        ("COMPLETED", (0, 0)),
-        "{said}"
-    );
+    scene.wait(job, "COMPLETED", 0);
     for rank in 0..2 {
         let all = fs_err::read_to_string(heard(rank)).unwrap();
         assert_eq!(all, "USR1\nUSR2\n", "rank {rank}");
