@@ -25,9 +25,9 @@ use crate::manifest::generations::{self, Culprit};
 use crate::manifest::{Events, LeftOut, Manifest, Node, RankEntry, versions, write_json};
 use crate::process;
 use crate::report::Failure;
-use crate::signals::Signals;
+use crate::signals::{Caught, Signals};
 use crate::start::children::Children;
-use crate::start::slurm::{StopCause, Turn};
+use crate::start::slurm::{StopCause, Turn, step};
 use crate::status::Snapshot;
 use crate::text::count;
 
@@ -174,7 +174,10 @@ impl Running {
                     return;
                 }
             },
-            signal = signals.next() => Event::Signal(signal),
+            Caught { signal, sender } = signals.next() => match step::is_sent_to_all(sender) {
+                true => Event::StepSignal(signal),
+                false => Event::Signal(signal),
+            },
             ended = self.session.children.next() => {
                 self.event("starter", json!({"host": ended.host, "code": ended.code}));
                 // Later its agent's connection tells.
@@ -263,9 +266,9 @@ impl Running {
     /// Under SLURM a SIGTERM has many meanings, and SLURM has to be asked which.
     fn understand(&mut self, event: Event) -> Option<Event> {
         let is_term = match &event {
-            Event::Signal(signal) => *signal == libc::SIGTERM,
+            Event::Signal(signal) | Event::StepSignal(signal) => *signal == libc::SIGTERM,
             Event::Said {
-                message: FromAgent::Signal { signal },
+                message: FromAgent::Signal { signal } | FromAgent::StepSignal { signal },
                 ..
             } => *signal == libc::SIGTERM,
             Event::Said {

@@ -57,6 +57,10 @@ pub enum Event {
     Pass {
         signal: i32,
     },
+    /// The ranks have got a signal that somebody sent to all processes.
+    Got {
+        signal: i32,
+    },
     /// The coordinator wants all ranks dead, or is itself lost.
     KillAll,
     /// [`State::deadline`] has come.
@@ -112,7 +116,7 @@ pub struct Rank {
     pub after_stop: bool,
     /// When it closed its agent socket: position, time, and whether the job was being stopped.
     pub left: Option<(usize, Duration, bool)>,
-    /// Signals the launcher sent it, each once.
+    /// Signals the launcher sent it, or a scheduler to all, each once.
     pub sent: Vec<i32>,
     pub record: Option<FailureRecord>,
     /// It has said something: before, a worker has not got ready to save on a signal.
@@ -282,6 +286,7 @@ impl State {
             | Event::Hello { .. }
             | Event::Stop { .. }
             | Event::Pass { .. }
+            | Event::Got { .. }
             | Event::KillAll
             | Event::Deadline => {}
         }
@@ -362,6 +367,11 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
             state.stop(*signal, *grace, now, actions);
         }
         (Event::Pass { signal }, _) => state.send(*signal, actions),
+        (Event::Got { signal }, _) => {
+            for rank in state.alive().collect::<Vec<_>>() {
+                state.ranks[rank].note_sent(*signal);
+            }
+        }
         (Event::KillAll, Phase::Running | Phase::Stopping { .. }) => state.kill(now, actions),
         _ => {}
     }

@@ -229,16 +229,19 @@ fn for_other_programs_75_is_a_failure_like_any() {
 /// It is the coordinator that says how long the others may take.
 #[test]
 fn after_a_sigusr2_75_is_an_answer_and_so_is_a_death_by_it() {
-    let pass = Event::Pass {
-        signal: libc::SIGUSR2,
-    };
-    for end in [
+    let signal = libc::SIGUSR2;
+    let pass = Event::Pass { signal };
+    // The scheduler has sent it: not again.
+    let got = Event::Got { signal };
+    let ends = [
         End::Code(exit::REQUEUE),
-        End::Signal(libc::SIGUSR2),
-        End::Code(exit::SIGNAL_BASE + libc::SIGUSR2),
-    ] {
+        End::Signal(signal),
+        End::Code(exit::SIGNAL_BASE + signal),
+    ];
+    for (end, event, sent) in ends.iter().flat_map(|&e| [(e, &pass, 3), (e, &got, 0)]) {
         let mut state = State::new(3, GRACE, false, false);
-        decide(&mut state, std::slice::from_ref(&pass), at(1));
+        let actions = decide(&mut state, std::slice::from_ref(event), at(1));
+        assert_eq!(signals(&actions).len(), sent);
         let actions = decide(&mut state, &[ended(0, end)], at(2));
         assert_eq!(actions, [Action::Answered { rank: 0, end }]);
         assert_eq!(state.phase, Phase::Running);

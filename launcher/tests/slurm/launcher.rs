@@ -257,6 +257,49 @@ fn a_program_that_saves_on_sigusr2_is_queued_again_and_one_without_a_handler_is_
     scene.assert_nothing_is_left();
 }
 
+/// SLURM signals ranks and agents alike; a rank hears it once, however many agents tell of it.
+#[test]
+fn a_signal_to_the_step_reaches_each_rank_once() {
+    let Some(scene) = Scene::new("once") else {
+        return;
+    };
+    let heard = |rank: u32| scene.dir.join(format!("heard-{rank}"));
+    let script = r#"#!/bin/bash
+trap 'echo USR1 >> heard-$RANK' USR1
+trap 'echo USR2 >> heard-$RANK; exit 0' USR2
+: > heard-$RANK
+while :; do sleep 0.05 & wait $!; done
+"#;
+    fs_err::write(scene.dir.join("witness"), script).unwrap();
+    let job = scene.submit(
+        &["--nodelist=n[3-4]"],
+        "--cpus 1 --run-dir run -- bash witness",
+    );
+    let id = job.to_string();
+    scene.until_both_have(&scene.dir, "heard");
+    let scancel = |words: &[&str]| {
+        scene.cluster.output("scancel", &[words, &[&id]].concat());
+    };
+    scancel(&["--signal=USR1"]);
+    scene.cluster.until("word of both agents", || {
+        let events = scene.read("run/events.jsonl");
+        (events.matches(r#""signal":"SIGUSR1""#).count() == 2).then_some(())
+    });
+    for rank in 0..2 {
+        scene.cluster.until("the signal", || {
+            (fs_err::read_to_string(heard(rank)).unwrap() != "").then_some(())
+        });
+    }
+    // Whatever was passed on before comes before this.
+    scancel(&["--batch", "--signal=USR2"]);
+    scene.wait(job, "COMPLETED", 0);
+    for rank in 0..2 {
+        let all = fs_err::read_to_string(heard(rank)).unwrap();
+        assert_eq!(all, "USR1\nUSR2\n", "rank {rank}");
+    }
+    scene.assert_nothing_is_left();
+}
+
 #[test]
 fn a_job_that_does_not_find_its_run_again_says_so() {
     let Some(scene) = Scene::new("forgotten") else {
