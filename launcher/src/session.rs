@@ -6,8 +6,7 @@
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::{oneshot, watch};
 use tsm_job::exit;
 
 use crate::clock::Utc;
@@ -19,11 +18,11 @@ use crate::cluster::wire::Refusal;
 use crate::console::lines::Batch;
 use crate::console::queue::Feed;
 use crate::folder::Folder;
+use crate::limits;
 use crate::logs::keep::remedy;
 use crate::manifest::description::Description;
 use crate::manifest::generations::{self, Culprit};
 use crate::manifest::{Events, LeftOut, Manifest, Node, RankEntry, versions, write_json};
-use crate::process;
 use crate::report::Failure;
 use crate::signals::{Caught, Signals};
 use crate::start::children::Children;
@@ -86,7 +85,7 @@ struct Running {
     /// A node had its turn: a signal, and whatever else waits, comes first, once.
     others_first: bool,
     /// SLURM is being asked why it stops the job.
-    asking: Option<JoinHandle<StopCause>>,
+    asking: Option<oneshot::Receiver<StopCause>>,
     stopped: Option<StopCause>,
     /// Connections that were refused.
     refused: u64,
@@ -116,7 +115,7 @@ impl Session {
     pub async fn run(self) -> anyhow::Result<End> {
         let mut signals = Signals::catch()?;
         // Every node is a connection. One that finds no room is refused by the kernel, and says so itself.
-        let _ = process::allow_open_files(FILES + u64::from(self.settings.max_nodes));
+        let _ = limits::allow_open_files(FILES + u64::from(self.settings.max_nodes));
         let now = self.start.elapsed();
         let mut running = Running {
             state: State::new(self.settings.clone(), now),
@@ -287,8 +286,12 @@ impl Running {
             .filter(|_| is_term && saves && self.stopped.is_none());
         let Some(turn) = turn else { return Some(event) };
         if self.asking.is_none() {
+            let (answer, asking) = oneshot::channel();
             let ask = turn.asker();
-            self.asking = Some(tokio::task::spawn_blocking(ask));
+            limits::beside("ask", move || {
+                let _ = answer.send(ask());
+            });
+            self.asking = Some(asking);
         }
         None
     }

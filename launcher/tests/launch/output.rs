@@ -141,6 +141,27 @@ fn a_reader_that_has_seen_enough_of_a_plan_is_no_error_and_a_full_disk_is() {
     }
 }
 
+/// As the fifo of a script whose other half has died.
+#[test]
+fn whoever_waits_for_a_config_that_nobody_writes_hears_of_it() {
+    let scene = Scene::new();
+    let fifo = scene.path("job.yaml");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status();
+    assert!(made.unwrap().success());
+    let running = start_writing(&scene, &["--cpus=1", "job.yaml"]);
+    let said = "tsm-launch: still waiting for job.yaml: it is a fifo ";
+    until("the fifo to be named", || {
+        read_err(&scene).contains(said).then_some(())
+    });
+    // It still reads what comes.
+    fs_err::write(&fifo, "no_such_section: 1\n").unwrap();
+    let outcome = finish(running);
+    let err = read_err(&scene);
+    assert_eq!(outcome.code, 78, "{err}");
+    assert!(err.contains("no_such_section"), "{err}");
+    assert_eq!(err.matches("still waiting").count(), 1, "{err}");
+}
+
 /// The ranks in the labels of `line`, sorted: on a busy machine not all need to be folded into one.
 fn ranks_that_said(line: &str, console: &str) -> Vec<u32> {
     let ends = format!(" | {line}");

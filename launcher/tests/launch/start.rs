@@ -10,6 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use tsm_job::exit;
 use tsm_job::message::WorkerMessage;
+use std::os::unix::process::CommandExt;
 
 #[test]
 fn success_leaves_logs_and_a_manifest() {
@@ -219,7 +220,8 @@ fn a_hard_limit_of_open_files_below_the_need_is_said_before_the_start() {
             .current_dir(scene.path(".")),
     ));
     assert_eq!(outcome.code, 69, "{}", outcome.err);
-    let said = "64 ranks need 512 open files, and the hard limit is 64\n  hint: ulimit -Hn 512";
+    let said =
+        "512 open files are needed for 64 ranks, and the hard limit is 64\n  hint: ulimit -Hn 512";
     assert!(outcome.err.contains(said), "{}", outcome.err);
 }
 
@@ -334,4 +336,55 @@ fn a_program_starts_with_the_usual_signals() {
             "{program}: {masks:x?}"
         );
     }
+}
+/// Too few for the launcher itself.
+#[test]
+fn whatever_the_limit_of_open_files_is_the_launcher_says_what_it_needs() {
+    for limit in [6, 10, 30] {
+        let scene = Scene::new();
+        let launch = env!("CARGO_BIN_EXE_tsm-launch");
+        let script = format!("ulimit -n {limit}; exec {launch} --cpus 1 --run-dir run -- true");
+        let outcome = finish(start(scene.command_of("sh").args(["-c", &script])));
+        let said = format!(
+            "error: 64 open files are needed for the launcher and its connections, and the hard limit is {limit}\n  hint: ulimit -Hn 64"
+        );
+        assert_eq!(outcome.code, 69, "{limit}: {}", outcome.err);
+        assert!(outcome.err.contains(&said), "{limit}: {}", outcome.err);
+    }
+}
+
+/// `ulimit -u` counts the processes and threads of a user, who has to be one without others.
+#[test]
+fn whatever_the_limit_of_threads_is_the_job_runs_or_is_refused() {
+    let first = 2_000_000_000 + 100 * std::process::id();
+    let other = std::process::Command::new("true").uid(first).status();
+    if other.is_err() {
+        return eprintln!("skipped: to be another user needs root");
+    }
+    let (mut ran, mut refused) = (0, 0);
+    for limit in 1..=24 {
+        let scene = Scene::new();
+        let user = first + limit;
+        let all = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        fs_err::set_permissions(scene.path(""), all).unwrap();
+        let launch = scene.own_launcher().display().to_string();
+        let script = format!("ulimit -u {limit}; exec {launch} --cpus 1 --run-dir run -- true");
+        let mut command = scene.command_of("bash");
+        let outcome = finish(start(command.args(["-c", &script]).uid(user).gid(user)));
+        let err = &outcome.err;
+        match outcome.code {
+            0 => ran += 1,
+            69 => {
+                refused += 1;
+                assert!(
+                    err.contains("Resource temporarily unavailable"),
+                    "{limit}: {err}"
+                );
+            }
+            code => panic!("{limit}: {code}: {err}"),
+        }
+        assert!(!err.contains("panicked"), "{limit}: {err}");
+        scene.assert_nothing_survives();
+    }
+    assert!(ran > 0 && refused > 0, "{ran} ran, {refused} were refused");
 }

@@ -14,6 +14,7 @@ mod running;
 
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
 use tsm_job::exit;
 
 use super::key::Key;
@@ -82,7 +83,7 @@ struct Agent {
     lease: Lease,
     /// The coordinator is gone, or said so: leave when nothing runs any more.
     leaving: Option<Leave>,
-    draining: Option<tokio::task::JoinHandle<Finished>>,
+    draining: Option<oneshot::Receiver<Finished>>,
     /// Debuggers are at work.
     looking: bool,
     /// The workers had their turn: whatever else waits comes first, once.

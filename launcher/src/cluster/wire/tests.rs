@@ -552,7 +552,7 @@ fn loopback() -> SocketAddr {
 #[tokio::test]
 async fn a_thousand_agents_dial_at_once() {
     const NUM_AGENTS: usize = 1024;
-    crate::process::allow_open_files(2 * NUM_AGENTS as u64 + 500).unwrap();
+    crate::limits::allow_open_files(2 * NUM_AGENTS as u64 + 500).unwrap();
     let key = Key::random();
     let listener = listen(loopback()).unwrap();
     let address = listener.local_addr().unwrap();
