@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use tsm_job::exit::{self, Coded};
 use tsm_job::{Config, RunDir};
 
+use crate::manifest::killed;
+
 /// A run folder that this launcher alone writes to.
 pub struct Folder {
     pub dir: RunDir,
@@ -92,9 +94,10 @@ impl Folder {
     /// When another launcher runs in it.
     pub fn resume(path: &Path) -> anyhow::Result<Folder> {
         let folder = Folder::open(path.to_path_buf())?;
+        killed::tell(&folder.dir).map_err(|e| refuse(&e))?;
         for kept in [folder.dir.manifest(), folder.dir.failure()] {
             if kept.exists() {
-                fs_err::rename(&kept, free_number(&kept, 1))?;
+                fs_err::rename(&kept, free_number(&kept, 1)).map_err(|e| refuse(&e))?;
             }
         }
         Ok(folder)
