@@ -1,21 +1,19 @@
-//! `manifest.json` and `events.jsonl`: what was run, on what, and what became of it.
+//! `manifest.json`, and `events.jsonl` beside it: what was run, on what, and what became of it.
 
 mod course;
 pub mod description;
 pub mod environment;
+pub mod events;
 pub mod files;
 pub mod generations;
 pub mod killed;
 pub mod versions;
 pub mod writer;
 
-use fs_err::File;
 use serde::Serialize;
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tsm_job::RunDir;
 
 use self::description::{Commit, Machine};
@@ -174,48 +172,6 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> std::io::Result<()> {
     text.push(b'\n');
     fs_err::write(&partial, text)?;
     fs_err::rename(&partial, path)
-}
-
-/// The launcher's diary. A line that cannot be written is left out: the job matters more.
-pub struct Events {
-    file: Option<File>,
-    /// What is written next begins a line: the last one may have been written in part.
-    broken: bool,
-    start: Instant,
-}
-
-impl Events {
-    pub fn open(dir: &RunDir, start: Instant) -> Events {
-        Events {
-            file: File::options()
-                .create(true)
-                .append(true)
-                .open(dir.events())
-                .ok(),
-            broken: false,
-            start,
-        }
-    }
-
-    /// Adds a line: `fields` after the time, the milliseconds since the start, and the kind.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn write(&mut self, kind: &str, fields: Value) -> std::io::Result<()> {
-        let Some(file) = &mut self.file else {
-            return Ok(());
-        };
-        let ms = self.start.elapsed().as_secs_f64() * 1e3;
-        let mut line =
-            json!({"time": Utc::now().rfc3339(), "ms": (ms * 1e3).round() / 1e3, "event": kind});
-        if let (Value::Object(line), Value::Object(fields)) = (&mut line, fields) {
-            line.extend(fields);
-        }
-        let before = if self.broken { "\n" } else { "" };
-        let written = file.write_all(format!("{before}{line}\n").as_bytes());
-        self.broken = written.is_err();
-        written
-    }
 }
 
 /// This machine's name.
