@@ -38,6 +38,7 @@ written, 75 saved and to be continued, 76 a lost peer or node, 78 configuration,
                       tsm-launch [--gpus N|auto|0,1,3 | --cpus N] [OPTIONS] -- PROGRAM [ARGS ...]"
 )]
 #[command(group(ArgGroup::new("device").args(["gpus", "cpus"])))]
+#[command(group(ArgGroup::new("over_ssh").args(["hosts", "hostfile"])))]
 pub struct Args {
     /// Start one worker on each of N GPUs, on all visible ones (`auto`), or on those listed (`0,1,3`; `2,` for one).
     #[arg(long, allow_hyphen_values = true, value_name = "N|auto|LIST")]
@@ -53,7 +54,7 @@ pub struct Args {
     pub nodes: Option<Nodes>,
 
     /// Start the workers on these hosts by ssh; N: how many, of the kind that --gpus or --cpus says.
-    #[arg(long, value_name = "HOST[:N],...", conflicts_with_all = ["hostfile", "rendezvous"])]
+    #[arg(long, value_name = "HOST[:N],...", conflicts_with = "rendezvous")]
     pub hosts: Option<String>,
 
     /// The same, with one host a line: `gpu-01 slots=8`, or `gpu-01:8`.
@@ -61,11 +62,16 @@ pub struct Args {
     pub hostfile: Option<PathBuf>,
 
     /// The ssh to use for --hosts, and options of its own, separated by spaces.
-    #[arg(long, value_name = "COMMAND", default_value = "ssh")]
+    #[arg(
+        long,
+        value_name = "COMMAND",
+        default_value = "ssh",
+        requires = "over_ssh"
+    )]
     pub ssh: String,
 
     /// Where tsm-launch is on the other hosts [default: where it is here].
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", requires = "over_ssh")]
     pub remote_launcher: Option<PathBuf>,
 
     /// Where the nodes meet, for the same command on every node: whoever can listen there coordinates.
@@ -86,11 +92,11 @@ pub struct Args {
 
     /// Where processes that mpirun or srun started on several nodes find each other: a folder that all nodes share
     /// [default: the one of run folders].
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["over_ssh", "rendezvous"])]
     pub rendezvous_dir: Option<PathBuf>,
 
     /// Take several processes that mpirun started on one machine for nodes, as tests do.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["over_ssh", "rendezvous"])]
     pub share_host: bool,
 
     /// The job's key, in a file that is yours alone; `tsm-launch key FILE` makes one.
@@ -129,11 +135,11 @@ pub struct Args {
     #[arg(long, value_name = "HOW", value_enum, default_value = "quick")]
     pub preflight: Preflight,
 
-    /// How much `--preflight full` measures: BYTES,BUDGET,WAIT[,cpus].
+    /// How much `--preflight full` measures: `BYTES,BUDGET,WAIT[,cpus]`.
     #[arg(long, hide = true, default_value = "67108864,2s,30s")]
     pub preflight_scale: Scale,
 
-    /// A variable for the workers: with its value, or as it is here.
+    /// A variable for the workers: with its value, or as it is here. Not one that tsm-launch sets itself.
     #[arg(long = "env", value_name = "NAME[=VALUE]")]
     pub env: Vec<String>,
 
@@ -145,7 +151,8 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub run_dir: Option<PathBuf>,
 
-    /// Continue a run folder in place, or start from a checkpoint.
+    /// Continue a run folder in place, or start from a checkpoint. A program finds the path in TSM_RESUME_FROM, and
+    /// makes of it what it can.
     #[arg(long, value_name = "PATH")]
     pub resume: Option<PathBuf>,
 
@@ -166,7 +173,7 @@ pub struct Args {
     pub status_port: Port,
 
     /// Start this program for a config instead of the tsm-trainer beside tsm-launch.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with = "program")]
     pub trainer: Option<PathBuf>,
 
     /// Leave the workers on all cores instead of giving each its own share.

@@ -2,9 +2,11 @@
 
 mod again;
 mod dry_run;
+mod idle;
 mod in_slurm;
 mod node;
 mod prepared;
+mod variables;
 
 use anyhow::bail;
 use std::time::Instant;
@@ -13,6 +15,7 @@ use tsm_job::exit::{self, Coded};
 use crate::cli::Args;
 use crate::cluster::fit;
 use crate::cluster::key::Key;
+use crate::own::Executable;
 use crate::start::adopt::{self, Adopted, Kind};
 use crate::start::slurm::{Allocation, Place};
 use crate::start::{orphan, run_here, ssh};
@@ -38,6 +41,8 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     if !args.ignore_env {
         refuse_other_job(adopted.as_ref())?;
     }
+    idle::refuse(args, adopted.as_ref(), lookup)?;
+    variables::parse(&args.env, lookup)?;
     let mut target = Target::resolve(args)?;
     orphan::end_with_mpirun();
     if !args.dry_run && !is_told && adopted.is_none() {
@@ -59,10 +64,14 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
         None => args.clone(),
     };
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
+    let nodes = args.num_nodes().max;
+    if nodes == 1 {
+        // Others may have more ranks than this one.
+        idle::refuse_ranks(args.show_ranks.as_ref(), devices.len())?;
+    }
     if args.dry_run {
         return dry_run(args, target, &devices);
     }
-    let nodes = args.num_nodes().max;
     if nodes > 1 && adopted.is_none() && args.rendezvous.is_none() {
         let hint = "name them with --hosts, or give --rendezvous HOST:PORT and --key-file FILE on every node";
         let text = format!(
@@ -125,7 +134,7 @@ async fn over_ssh(
     env.push(("PWD".into(), job.directory.clone().into()));
     job.base_env = Some(env);
     fit::job(job)?;
-    let (shim, key) = (std::env::current_exe()?, Key::random());
+    let (shim, key) = (Executable::own()?, Key::random());
     for starter in plan.starters() {
         session
             .children

@@ -42,6 +42,44 @@ pub const REMOVED_VARIABLES: [&str; 8] = [
     "TSM_RESUME_FROM",
 ];
 
+const RANKS: &str = "it gives every rank its own; say how many with --gpus, --cpus and --nodes";
+const MEETING: &str = "it finds an address and a port that all ranks reach";
+const STARTS: &str = "it counts the starts; --max-restarts says how many there may be";
+const RUN: &str = "it calls a run after its folder, which --run-dir names";
+
+/// Variables that every worker gets from the launcher, whatever else is set, and how to choose their value.
+pub const SET_VARIABLES: [(&str, &str); 19] = [
+    ("RANK", RANKS),
+    ("LOCAL_RANK", RANKS),
+    ("WORLD_SIZE", RANKS),
+    ("LOCAL_WORLD_SIZE", RANKS),
+    ("GROUP_RANK", RANKS),
+    ("NODE_RANK", RANKS),
+    ("MASTER_ADDR", MEETING),
+    ("MASTER_PORT", MEETING),
+    ("CUDA_VISIBLE_DEVICES", "choose GPUs with --gpus 0,1,3"),
+    ("TORCHELASTIC_RUN_ID", RUN),
+    ("TORCHELASTIC_RESTART_COUNT", STARTS),
+    ("TORCHELASTIC_MAX_RESTARTS", STARTS),
+    (
+        "TORCHELASTIC_ERROR_FILE",
+        "it reads the file after a failure",
+    ),
+    ("TSM_RUN_DIR", RUN),
+    ("TSM_RUN_ID", RUN),
+    ("TSM_GENERATION", STARTS),
+    ("TSM_RESTART_COUNT", STARTS),
+    ("TSM_RESUME_FROM", "give --resume PATH"),
+    ("TSM_AGENT_FD", "it opens a socket for every rank"),
+];
+
+/// How else to choose the value of `name`, where it is one of [`SET_VARIABLES`].
+pub fn set_by_launcher(name: &str) -> Option<&'static str> {
+    let mut all = SET_VARIABLES.iter();
+    all.find(|(own, _)| *own == name)
+        .map(|(_, instead)| *instead)
+}
+
 /// What the workers of this node run on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Devices {

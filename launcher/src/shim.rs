@@ -9,11 +9,12 @@ use std::ffi::OsString;
 use std::os::fd::IntoRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use crate::contain::{self, Containment};
-use crate::cores;
+use crate::say::tell;
+use crate::{cores, own};
 
 /// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP AGENT PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
@@ -78,11 +79,14 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let group = args.next().unwrap_or_default();
     let agent = args.next().unwrap_or_default();
     let (Some(parent), Some(program)) = (parent, args.next()) else {
-        eprintln!("error: {WORKER} is for tsm-launch itself");
+        tell(format_args!("error: {WORKER} is for tsm-launch itself"));
         return ExitCode::from(tsm_job::exit::USAGE as u8);
     };
     let fail = |what: &str, error: &dyn std::fmt::Display| {
-        eprintln!("error: cannot start {}: {what}: {error}", program.display());
+        let program = program.display();
+        tell(format_args!(
+            "error: cannot start {program}: {what}: {error}"
+        ));
         ExitCode::from(CANNOT_EXECUTE)
     };
     if let Err(e) = setsid() {
@@ -108,7 +112,7 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     if shield == SHIELD {
         ignore_sigterm();
     }
-    let mut command = Command::new(&program);
+    let mut command = own::exec(&program);
     if agent == AGENT {
         match move_agent() {
             Ok(number) => command.env("TSM_AGENT_FD", number.to_string()),
@@ -155,7 +159,7 @@ pub fn enter(mut args: impl Iterator<Item = OsString>) -> ExitCode {
 pub fn guard(args: impl Iterator<Item = OsString>) -> ExitCode {
     let words = args.filter_map(|word| word.into_string().ok());
     let Some(mut containment) = Containment::join(words) else {
-        eprintln!("error: {GUARD} is for tsm-launch itself");
+        tell(format_args!("error: {GUARD} is for tsm-launch itself"));
         return ExitCode::from(tsm_job::exit::USAGE as u8);
     };
     // A signal to the launcher's process group or terminal must not end the guard first.

@@ -43,6 +43,20 @@ impl Signals {
     }
 }
 
+/// From now on a write beyond the limit of file size (`ulimit -f`) fails, and does not end this process. What it
+/// starts is ended as before: a handler, unlike a signal that is ignored, does not outlive an exec.
+#[expect(unsafe_code, reason = "rustix sets no dispositions")]
+pub fn outlive_file_limit() {
+    extern "C" fn nothing(_: i32) {}
+    let handler = nothing as extern "C" fn(i32) as libc::sighandler_t;
+    // SAFETY: a handler that does nothing may run at any time, and SIG_IGN runs no code of ours.
+    unsafe {
+        if libc::signal(libc::SIGXFSZ, handler) == libc::SIG_IGN {
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        }
+    }
+}
+
 /// The mask of ignored signals in the text of `/proc/self/status`; bit 0 is signal 1.
 fn ignored(status: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

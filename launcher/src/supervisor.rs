@@ -11,7 +11,7 @@ use std::time::Duration;
 use tsm_job::exit;
 use tsm_job::message::FailureRecord;
 
-use crate::cores::to_list;
+use crate::blame::{self, Role};
 use crate::end::End;
 
 /// How long the kernel may take to end a process after SIGKILL before it is named as stuck.
@@ -214,7 +214,20 @@ impl State {
         self.send(signal, actions);
     }
 
+    /// Of the ranks that are known to have failed the one that the report will most likely call the first, though
+    /// `rank` was seen to end before: that it was dying had shown later.
+    fn first_failed(&self, rank: usize) -> usize {
+        let failed = (0..self.ranks.len()).filter(|&rank| !self.ranks[rank].is_well());
+        // What they have written is not read to its end yet.
+        let place = |rank: usize| (blame::role(&self.ranks[rank], String::new), rank);
+        let failed = failed.map(place).filter(|(role, _)| *role < Role::Stopped);
+        let first = failed.min_by_key(|(role, rank)| (*role, self.ranks[*rank].order));
+        first.map_or(rank, |(_, rank)| rank)
+    }
+
+    /// Stops all ranks since `rank` has failed.
     fn fail(&mut self, rank: usize, now: Duration, actions: &mut Vec<Action>) {
+        let rank = self.first_failed(rank);
         let end = self.ranks[rank].end;
         self.stop(libc::SIGTERM, self.grace, now, actions);
         actions.push(Action::Failing { rank, end });
@@ -352,17 +365,6 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
         (Event::KillAll, Phase::Running | Phase::Stopping { .. }) => state.kill(now, actions),
         _ => {}
     }
-}
-
-/// `rank 3`, `ranks 0-6,8-63`.
-pub fn ranks_named(ranks: &[usize]) -> String {
-    let noun = if ranks.len() == 1 { "rank" } else { "ranks" };
-    format!("{noun} {}", to_list(ranks))
-}
-
-/// `1 worker`, `2 workers`.
-pub fn count(number: usize, noun: &str) -> String {
-    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

@@ -4,6 +4,9 @@
 //! descriptor to epoll's ready list at the moment it becomes ready, and reads the list from its
 //! head, so even when the launcher was kept off the CPU while several ranks died, one look
 //! gives them in the order of their deaths. No clock of ours could.
+//!
+//! A descriptor that is ready already keeps its place in the list: one with a message that nobody has read would be
+//! taken to have ended when that came. Each socket is therefore there twice, once for messages and once for its end.
 
 use anyhow::Context;
 use rustix::buffer::spare_capacity;
@@ -21,6 +24,9 @@ use crate::process::Worker;
 
 /// A worker that writes a longer line than this does not speak our language.
 const MAX_LINE: usize = 1 << 20;
+/// Bytes of one worker that are read before the others have their turn: more than a socket holds, so that all is read
+/// of one that has died, and a bound for one that writes without end.
+const TURN: usize = 1 << 20;
 
 /// Something a worker did.
 #[derive(Debug)]
@@ -39,9 +45,30 @@ pub struct Watch {
     ended: Vec<bool>,
 }
 
+/// What a descriptor in epoll is there for: the last bits of its token, before them the local rank.
+const ENDED: u64 = 0;
+const SAID: u64 = 1;
+const LEFT: u64 = 2;
+const KIND_BITS: u32 = 2;
+
 struct Agent {
     stream: Option<UnixStream>,
+    /// The same socket, in epoll for its end alone.
+    end: Option<OwnedFd>,
     pending: Vec<u8>,
+    /// There is more to read, of which epoll tells no second time.
+    has_more: bool,
+}
+
+impl Agent {
+    fn new(stream: UnixStream, end: OwnedFd) -> Agent {
+        Agent {
+            stream: Some(stream),
+            end: Some(end),
+            pending: Vec::new(),
+            has_more: false,
+        }
+    }
 }
 
 impl Watch {
@@ -69,21 +96,14 @@ impl Watch {
     /// # Errors
     /// When the kernel's limit of watches is reached.
     pub fn add_agent(&mut self, agent: UnixStream) -> anyhow::Result<()> {
-        agent
-            .set_nonblocking(true)
-            .context("cannot watch a worker")?;
-        let token = EventData::new_u64((self.agents.len() as u64) << 1 | 1);
-        epoll::add(
-            self.epoll.get_ref(),
-            &agent,
-            token,
-            EventFlags::IN | EventFlags::ET,
-        )
-        .context("cannot watch a worker")?;
-        self.agents.push(Agent {
-            stream: Some(agent),
-            pending: Vec::new(),
-        });
+        const CANNOT: &str = "cannot watch a worker";
+        agent.set_nonblocking(true).context(CANNOT)?;
+        let end = OwnedFd::from(agent.try_clone().context(CANNOT)?);
+        let epoll = self.epoll.get_ref();
+        let token = |kind| EventData::new_u64((self.agents.len() as u64) << KIND_BITS | kind);
+        epoll::add(epoll, &agent, token(SAID), EventFlags::IN | EventFlags::ET).context(CANNOT)?;
+        epoll::add(epoll, &end, token(LEFT), EventFlags::RDHUP | EventFlags::ET).context(CANNOT)?;
+        self.agents.push(Agent::new(agent, end));
         self.ended.push(false);
         Ok(())
     }
@@ -93,7 +113,7 @@ impl Watch {
     /// # Errors
     /// As [`Self::add_agent`].
     pub fn add_worker(&mut self, worker: &Worker) -> anyhow::Result<()> {
-        let token = EventData::new_u64((self.agents.len() as u64 - 1) << 1);
+        let token = EventData::new_u64((self.agents.len() as u64 - 1) << KIND_BITS | ENDED);
         // A pidfd stays readable after the death. But it must not fire once only: the end of a process that dies under
         // a debugger can be waited for only when the debugger has let go of it, which is an edge of its own.
         epoll::add(
@@ -111,24 +131,30 @@ impl Watch {
     /// When epoll fails, which it does not.
     pub async fn next(&mut self, workers: &[Worker]) -> anyhow::Result<Vec<(usize, Happening)>> {
         loop {
-            let mut ready = self.epoll.readable().await?;
-            let events = poll(self.epoll.get_ref().as_fd())?;
-            if events.is_empty() {
-                ready.clear_ready();
-                continue;
+            let mut more = self.unread();
+            if more.is_empty() {
+                let mut ready = self.epoll.readable().await?;
+                more = poll(self.epoll.get_ref().as_fd())?;
+                if more.is_empty() {
+                    ready.clear_ready();
+                    continue;
+                }
+            } else {
+                // Whoever else waits on this thread comes first.
+                tokio::task::yield_now().await;
+                // What has happened since comes behind: the rest was said before.
+                more.extend(poll(self.epoll.get_ref().as_fd())?);
             }
-            drop(ready);
             let mut happenings = Vec::new();
-            for event in events {
-                let (index, said) = ((event >> 1) as usize, event & 1 == 1);
+            for event in more {
+                let (index, kind) = ((event >> KIND_BITS) as usize, event % (1 << KIND_BITS));
                 // What a worker said, it said before it died, whatever is read first.
                 let agent = &mut self.agents[index];
-                let was_open = agent.stream.is_some();
                 agent.drain(|message| happenings.push((index, Happening::Said(message))));
-                if was_open && agent.stream.is_none() {
+                if kind == LEFT && agent.end.take().is_some() {
                     happenings.push((index, Happening::Left));
                 }
-                if !said
+                if kind == ENDED
                     && !self.ended[index]
                     && let Some(end) = workers[index].end()
                 {
@@ -138,6 +164,13 @@ impl Watch {
             }
             return Ok(happenings);
         }
+    }
+
+    /// Tokens of the agent sockets that were not read to the end.
+    fn unread(&self) -> Vec<u64> {
+        let agents = self.agents.iter().zip(0u64..);
+        let unread = agents.filter(|(agent, _)| agent.has_more);
+        unread.map(|(_, index)| index << KIND_BITS | SAID).collect()
     }
 }
 
@@ -157,13 +190,20 @@ impl Agent {
     /// Hands on every complete line that can be read as a message. Others are left out: a program may
     /// have put the descriptor to a use of its own.
     fn drain(&mut self, mut each: impl FnMut(WorkerMessage)) {
+        self.has_more = false;
         let Some(stream) = &mut self.stream else {
             return;
         };
         let mut buffer = [0u8; 16 << 10];
+        let mut left = TURN;
         loop {
+            self.has_more = left == 0;
+            if self.has_more {
+                return;
+            }
             match stream.read(&mut buffer) {
                 Ok(n) if n > 0 && self.pending.len() + n <= MAX_LINE => {
+                    left = left.saturating_sub(n);
                     self.pending.extend_from_slice(&buffer[..n]);
                     let Some(end) = self.pending.iter().rposition(|&b| b == b'\n') else {
                         continue;
@@ -176,8 +216,13 @@ impl Agent {
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
-                _ => {
+                Ok(0) => {
                     self.stream = None;
+                    return;
+                }
+                _ => {
+                    // So that it is told, and does not wait for a reader.
+                    (self.stream, self.end) = (None, None);
                     return;
                 }
             }
@@ -194,13 +239,8 @@ mod tests {
     fn agent() -> (Agent, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        (
-            Agent {
-                stream: Some(ours),
-                pending: Vec::new(),
-            },
-            theirs,
-        )
+        let end = ours.try_clone().unwrap().into();
+        (Agent::new(ours, end), theirs)
     }
 
     fn read(agent: &mut Agent) -> Vec<WorkerMessage> {
@@ -253,6 +293,63 @@ mod tests {
             read(&mut agent);
         }
         assert!(agent.stream.is_none());
+        assert!(worker.write_all(&chunk).is_err(), "it is told");
+    }
+
+    /// A message that nobody has read yet does not make an end earlier, nor the other way round.
+    #[tokio::test]
+    async fn the_ends_are_in_order_whatever_was_said_before() {
+        let mut watch = Watch::new().unwrap();
+        let mut workers = Vec::new();
+        for _ in 0..8 {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            watch.add_agent(ours).unwrap();
+            workers.push(Some(theirs));
+        }
+        let step = b"{\"kind\":\"step\",\"step\":6,\"epoch\":0}\n";
+        for worker in workers.iter_mut().flatten() {
+            worker.write_all(step).unwrap();
+        }
+        let order = [5, 2, 7, 0, 1, 6, 4, 3];
+        for rank in order {
+            let mut worker = workers[rank].take().unwrap();
+            worker.write_all(step).unwrap();
+        }
+        let happenings = watch.next(&[]).await.unwrap();
+        let left = happenings
+            .iter()
+            .filter_map(|(rank, happening)| match happening {
+                Happening::Left => Some(*rank),
+                _ => None,
+            });
+        assert_eq!(left.collect::<Vec<_>>(), order);
+        for rank in 0..8 {
+            let of_rank: Vec<_> = happenings.iter().filter(|(r, _)| *r == rank).collect();
+            let [
+                (_, Happening::Said(_)),
+                (_, Happening::Said(_)),
+                (_, Happening::Left),
+            ] = of_rank[..]
+            else {
+                panic!("{of_rank:?}");
+            };
+        }
+    }
+
+    #[test]
+    fn one_that_writes_without_end_leaves_the_others_their_turn() {
+        let (mut agent, mut worker) = agent();
+        let line = b"{\"kind\":\"section\",\"name\":\"x\"}\n".repeat(2000);
+        let writer = std::thread::spawn(move || while worker.write_all(&line).is_ok() {});
+        let mut num_lines = 0;
+        while !agent.has_more {
+            num_lines += read(&mut agent).len();
+        }
+        assert!(num_lines > 1000);
+        // Neither epoll nor anybody else would tell again.
+        assert!(agent.stream.is_some() && !read(&mut agent).is_empty());
+        drop(agent);
+        writer.join().unwrap();
     }
 
     /// What the order of events rests on: descriptors are read in the order in which they became ready.

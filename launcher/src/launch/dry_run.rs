@@ -1,13 +1,13 @@
 //! What a job would be, without one.
 
-use anyhow::Context as _;
-use std::io::Write;
 use std::path::PathBuf;
 use tsm_job::exit;
 
 use super::prepared::run_id;
+use super::variables;
 use crate::cli::Args;
 use crate::plan::{self, Devices, Seat, Shape};
+use crate::say::print;
 use crate::target::{Resume, Target};
 use crate::{clock, cores, folder, manifest};
 
@@ -33,13 +33,15 @@ pub(super) fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> any
         cores: &cores,
         parallelism: std::thread::available_parallelism().map_or(1, usize::from),
     };
-    let inherited = |name: &str| std::env::var_os(name).is_some();
+    let env = variables::parse(&args.env, |name| std::env::var(name).ok())?;
+    let inherited =
+        |name: &str| std::env::var_os(name).is_some() || env.iter().any(|(given, _)| given == name);
+    let mut workers = plan::workers(&shape, inherited);
+    for worker in &mut workers {
+        worker.env.splice(0..0, env.iter().cloned());
+    }
     let command = target.command(&tsm_job::RunDir::new(&dir).config());
-    show(&plan::describe(
-        &shape,
-        &plan::workers(&shape, inherited),
-        &command,
-    ))
+    show(&plan::describe(&shape, &workers, &command))
 }
 
 /// Where a dry run would have its folder.
@@ -54,8 +56,6 @@ pub(super) fn run_dir(args: &Args, target: &Target) -> std::io::Result<PathBuf> 
 }
 
 pub(super) fn show(text: &str) -> anyhow::Result<i32> {
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("cannot print the plan")?;
+    print(text)?;
     Ok(exit::OK)
 }

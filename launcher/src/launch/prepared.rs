@@ -1,14 +1,14 @@
 //! From what was asked for to a session that is ready to run: its folder, its settings, its screen.
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
-use tsm_job::exit::{self, Coded};
+use tsm_job::exit;
 
-use super::again;
+use super::{again, variables};
 use crate::cli::{Args, Preflight, Show};
 use crate::clock;
 use crate::cluster::agent;
@@ -24,6 +24,7 @@ use crate::hang::progress::Limits;
 use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
 use crate::plan::Devices;
+use crate::say::say;
 use crate::session::{Session, Voice};
 use crate::start::agent::{self as start_agent, Parts};
 use crate::start::children::Children;
@@ -127,7 +128,7 @@ impl Prepared {
         let turn = end.turn.as_ref();
         let again = |turn: &Turn| turn.end(end.code, end.outcome, &folder, end.stopped, end.saves);
         if let Some(text) = turn.and_then(again) {
-            eprintln!("tsm-launch: {text}");
+            say(text);
         }
         Ok(end.code)
     }
@@ -146,8 +147,7 @@ pub(super) fn prepare(
     if let Some(devices) = devices {
         target.settle(devices);
     }
-    let env = args.env.iter().map(|pair| variable(pair));
-    let env = env.collect::<anyhow::Result<_>>()?;
+    let env = variables::parse(&args.env, |name| std::env::var(name).ok())?;
     let now = clock::Utc::now();
     let (folder, revised) = open_folder(args, &target, &now)?;
     let job = job(args, &target, &folder, env)?;
@@ -291,21 +291,6 @@ fn style(args: &Args, settings: &Settings, devices: Option<&Devices>, folder: &F
         world_size,
         shown: shown.map_or(world_size as usize, Vec::len),
         run_dir: folder.dir.clone(),
-    }
-}
-
-/// `NAME=VALUE`, or `NAME` for the value that it has here.
-fn variable(pair: &str) -> anyhow::Result<(String, String)> {
-    let refuse = |why: &str| Coded::new(exit::USAGE, format!("--env {pair}: {why}"));
-    match pair.split_once('=') {
-        Some(("", _)) => bail!(refuse("a variable needs a name")),
-        Some((name, value)) => Ok((name.into(), value.into())),
-        None => match std::env::var(pair) {
-            Ok(value) => Ok((pair.into(), value)),
-            Err(_) => bail!(refuse(
-                "the variable is not set here\n  hint: write NAME=VALUE"
-            )),
-        },
     }
 }
 

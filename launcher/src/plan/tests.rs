@@ -134,6 +134,19 @@ fn the_environment_is_torchs_and_ours() {
     );
 }
 
+/// What is set although it was inherited is refused in `--env`.
+#[test]
+fn all_that_the_launcher_sets_has_a_name() {
+    let gpus = Devices::Gpus(machine(1));
+    let mut shape = shape(&gpus, &[]);
+    shape.resume_from = Some(Path::new("/r/old"));
+    let plan = workers(&shape, |_| true);
+    let set = plan[0].env.iter().map(|(name, _)| name.as_str());
+    // Each worker gets its socket when it is started.
+    let set: Vec<&str> = set.chain(["TSM_AGENT_FD"]).collect();
+    assert_eq!(set, SET_VARIABLES.map(|(name, _)| name));
+}
+
 #[test]
 fn what_the_user_set_stays() {
     let cpu = Devices::Cpu(16);

@@ -305,6 +305,28 @@ fn a_rank_was_dying_since_it_closed_its_agent_socket() {
 }
 
 #[test]
+fn of_ends_that_are_seen_together_the_one_is_told_that_the_report_calls_the_first() {
+    let left = |rank| Event::Left { rank };
+    let failed = |rank| ended(rank, End::Code(1 + rank as i32));
+    let lost_peer = ended(0, End::Code(exit::PEER));
+    for (seen, first) in [
+        (vec![left(2), left(1), failed(1), failed(2)], 2),
+        (vec![failed(1), failed(2)], 1),
+        (vec![lost_peer, failed(1)], 1),
+        (vec![ended(0, End::Code(0)), failed(1)], 1),
+    ] {
+        let mut state = State::new(3, GRACE, false, false);
+        let actions = decide(&mut state, &seen, at(1));
+        let told = actions.iter().filter_map(|action| match action {
+            Action::Failing { rank, .. } => Some(*rank),
+            _ => None,
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [first], "{seen:?}");
+        assert_eq!(blamed(&state), Some(first), "{seen:?}");
+    }
+}
+
+#[test]
 fn a_program_that_closed_the_socket_long_ago_was_not_dying() {
     let mut state = State::new(2, GRACE, false, false);
     decide(&mut state, &[Event::Left { rank: 1 }], at(1));

@@ -1,11 +1,16 @@
 //! The launcher with real processes: exit codes, reports, files, and that nothing survives.
 
-#[path = "../common/ground.rs"]
+#[path = "../common/demo.rs"]
 #[allow(dead_code, reason = "what only the other test programs use")]
+mod demo;
+#[path = "../common/ground.rs"]
+#[allow(dead_code, reason = "as above")]
 mod ground;
 #[path = "../common/harness.rs"]
 #[allow(dead_code, reason = "as above")]
 mod harness;
+#[path = "../common/program.rs"]
+mod program;
 
 mod all_reduce;
 mod cascade;
@@ -14,6 +19,7 @@ mod contain;
 mod hang;
 mod manifest;
 mod output;
+mod own;
 mod preflight;
 mod pytorch;
 mod races;

@@ -1,5 +1,6 @@
 //! What is refused, with which code, before anything starts.
 
+use crate::demo::DEMO;
 use crate::harness::{FAKE, Outcome, Scene, finish, start};
 use std::collections::BTreeSet;
 use std::net::TcpListener;
@@ -118,8 +119,7 @@ fn a_config_that_is_missing_or_broken() {
 
 /// Files with which something is wrong, in an empty folder.
 fn junk(scene: &Scene) {
-    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
-    let config = fs_err::read_to_string(config).unwrap();
+    let config = fs_err::read_to_string(DEMO).unwrap();
     let write = |name: &str, bytes: &[u8]| fs_err::write(scene.path(name), bytes).unwrap();
     write("ok.yaml", config.as_bytes());
     write(
@@ -320,6 +320,63 @@ const CASES: &[(&str, i32, &[&str])] = &[
             "hint: write NAME=VALUE",
         ],
     ),
+    (
+        "--env A=1 --env RANK=7 -- FAKE",
+        64,
+        &[
+            "--env RANK=7: the launcher sets RANK itself",
+            "hint: ",
+            "RANK, LOCAL_RANK, WORLD_SIZE",
+        ],
+    ),
+    (
+        "--dry-run --env A\u{a0}B=1 -- FAKE",
+        64,
+        &["is no name of a variable", "hint: write NAME=VALUE"],
+    ),
+    (
+        "--key-file good.key -- FAKE",
+        64,
+        &["--key-file would have no effect", "hint: give --rendezvous"],
+    ),
+    (
+        "--hosts a --key-file good.key -- FAKE",
+        64,
+        &["--key-file would have no effect", "--hosts"],
+    ),
+    (
+        "--share-host -- FAKE",
+        64,
+        &["--share-host would have no effect", "hint: leave it out"],
+    ),
+    (
+        "--rendezvous-dir folder -- FAKE",
+        64,
+        &[
+            "--rendezvous-dir would have no effect",
+            "hint: leave it out",
+        ],
+    ),
+    (
+        "--hosts a --rendezvous-dir folder -- FAKE",
+        64,
+        &["'--rendezvous-dir <PATH>' cannot be used with", "--hosts"],
+    ),
+    (
+        "--trainer FAKE -- FAKE",
+        64,
+        &["'--trainer <PATH>' cannot be used with"],
+    ),
+    ("--ssh x -- FAKE", 64, &["--hosts"]),
+    ("--remote-launcher /x -- FAKE", 64, &["--hosts"]),
+    (
+        "--show-ranks 0,5 -- FAKE",
+        64,
+        &[
+            "--show-ranks names rank 5, the job has rank 0 alone",
+            "hint: ",
+        ],
+    ),
     ("-- ./folder", 69, &["./folder: it is a folder"]),
     (
         "-- ./good.key",
@@ -329,7 +386,7 @@ const CASES: &[(&str, i32, &[&str])] = &[
 ];
 
 /// Far longer than any of them takes, and far shorter than a wait for another node.
-const AT_ONCE: Duration = Duration::from_secs(20);
+const AT_ONCE: Duration = Duration::from_secs(55);
 
 #[test]
 fn what_cannot_run_is_refused_with_one_error_that_says_what_to_do_and_leaves_nothing() {
@@ -341,8 +398,8 @@ fn what_cannot_run_is_refused_with_one_error_that_says_what_to_do_and_leaves_not
     };
     let before = files();
     for (line, code, parts) in CASES {
-        let mut words: Vec<&str> = line.split_whitespace().collect();
-        if let Some(fake) = words.iter_mut().find(|word| **word == "FAKE") {
+        let mut words: Vec<&str> = line.split_ascii_whitespace().collect();
+        for fake in words.iter_mut().filter(|word| **word == "FAKE") {
             *fake = FAKE;
         }
         if !line.contains("--gpus") && !line.contains("--cpus") {
@@ -441,6 +498,27 @@ impl Drop for Mount {
     fn drop(&mut self) {
         let mut command = std::process::Command::new("umount");
         let _ = command.arg("-l").arg(&self.0).status();
+    }
+}
+
+/// What the same command line needs elsewhere.
+#[test]
+fn a_dry_run_shows_the_variables_and_needs_no_more_than_its_options_mean() {
+    let scene = Scene::new();
+    junk(&scene);
+    for words in [
+        "--nodes 1 --rendezvous none.invalid:1 --key-file good.key",
+        "--env OMP_NUM_THREADS=3 --env NEW=b",
+    ] {
+        let mut command = scene.command(&["--cpus=2", "--dry-run"]);
+        command.args(words.split(' ')).args(["--", FAKE]);
+        let outcome = finish(start(&mut command));
+        assert_eq!(outcome.code, 0, "{words}\n{}", outcome.err);
+        if words.contains("--env") {
+            let lines = "every rank\n  OMP_NUM_THREADS=3\n  NEW=b\n";
+            assert!(outcome.out.contains(lines), "{}", outcome.out);
+            assert_eq!(outcome.out.matches("OMP_NUM_THREADS").count(), 1);
+        }
     }
 }
 

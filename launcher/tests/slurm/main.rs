@@ -6,7 +6,11 @@
 #[path = "../../../tests/slurm-cluster/cluster.rs"]
 mod cluster;
 mod contract;
+#[path = "../common/demo.rs"]
+mod demo;
 mod launcher;
+#[path = "../common/program.rs"]
+mod program;
 mod step;
 mod submit;
 

@@ -12,12 +12,13 @@ use crate::cores;
 use crate::plan::{self, Devices, REMOVED_VARIABLES, Seat, Shape, WorkerPlan};
 use crate::port::Port;
 use crate::process;
+use crate::replace::replace;
 use crate::start::adopt::mpi;
 
 /// Open files of the launcher itself, generously, and those that it has for each rank: two pipes, two logs,
-/// a pidfd and a socket.
+/// a pidfd, and a socket twice.
 const FILES: u64 = 64;
-const FILES_PER_RANK: u64 = 6;
+const FILES_PER_RANK: u64 = 7;
 
 /// What [`prepare`] makes ready.
 pub struct Prepared {
@@ -44,9 +45,10 @@ pub fn prepare(setup: &Setup, start: &Start) -> anyhow::Result<Prepared> {
     fs_err::create_dir_all(dir.logs()).context("cannot write to the run folder")?;
     if let Some((name, text)) = &start.config {
         let path = dir.path().join(name);
-        // Written by the coordinator where the file system is shared.
+        // Written by the coordinator where the file system is shared. A node that does not see it yet must not
+        // empty it for a moment, in which ranks of other nodes read it.
         if fs_err::read_to_string(&path).map_or(true, |old| old != *text) {
-            fs_err::write(&path, text).context("cannot write the resolved config")?;
+            replace(&path, text, 0o666).context("cannot write the resolved config")?;
         }
     }
     let port = match start.master_port {
@@ -89,7 +91,7 @@ fn plans(setup: &Setup, start: &Start, master_port: u16) -> anyhow::Result<Vec<W
     let devices = setup.devices.first(start.num_ranks as usize);
     // NCCL may not share the port, so it is only kept apart from MASTER_PORT.
     let ras = matches!(devices, Devices::Gpus(_))
-        .then(|| Port::reserve())
+        .then(Port::reserve)
         .transpose()?;
     let allowed = if start.affinity {
         cores::allowed()

@@ -10,6 +10,7 @@ use crate::addresses;
 use crate::cluster::message::{Finding, Start, ToAgent};
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
 use crate::hang::progress::Tracker;
+use crate::text::ranks_named;
 
 impl State {
     /// Nodes that can take ranks, in the order in which they joined; of those that are left out only as many as it
@@ -139,6 +140,23 @@ impl State {
     pub(super) fn warn(&mut self, finding: &Finding, actions: &mut Vec<Action>) {
         if self.warned.insert(finding.text.clone()) {
             actions.push(Action::Notice(format!("warning: {finding}")));
+        }
+    }
+
+    /// How many ranks there are is known only when the nodes have come.
+    fn look_for_shown_ranks(&mut self, actions: &mut Vec<Action>) {
+        let world_size = self.world_size();
+        let shown = self.settings.job.show.iter().flatten();
+        let missing: Vec<usize> = shown
+            .filter(|&&rank| rank >= world_size)
+            .map(|&rank| rank as usize)
+            .collect();
+        if !missing.is_empty() {
+            let missing = ranks_named(&missing);
+            let text = format!("--show-ranks names {missing}, this start has {world_size}");
+            if self.warned.insert(text.clone()) {
+                actions.push(Action::Notice(format!("warning: {text}")));
+            }
         }
     }
 
@@ -301,6 +319,7 @@ impl State {
         let hosts: Vec<&str> = self.members.iter().map(|m| self.host(m.id)).collect();
         let fields = json!({"generation": generation, "world_size": world_size, "hosts": hosts, "master": master_addr.to_string()});
         actions.push(record("start", fields));
+        self.look_for_shown_ranks(actions);
         actions.push(Action::Started(Box::new(launched)));
     }
 

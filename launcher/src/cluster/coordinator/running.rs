@@ -14,7 +14,8 @@ use crate::hang::progress::Event as Pace;
 use crate::hang::ras::Answer;
 use crate::hang::report::{Inspection as Look, report};
 use crate::report::Place;
-use crate::supervisor::{Rank, count};
+use crate::supervisor::Rank;
+use crate::text::count;
 
 /// Names of metrics that are taken in, and the bytes of each.
 const MAX_METRICS: usize = 1000;

@@ -37,6 +37,24 @@ fn nodes_beyond_the_most_are_spares_and_fewer_start_after_a_last_call() {
 }
 
 #[test]
+fn ranks_to_show_that_this_start_does_not_have_are_named_once() {
+    let mut settings = restarting(2, 2);
+    settings.job.show = Some(vec![3, 4, 5]);
+    let mut scene = Scene::new(settings);
+    scene.join(1);
+    scene.join(2);
+    let text = "warning: --show-ranks names ranks 4-5, this start has 4";
+    assert!(scene.notices().contains(text));
+    scene.step(5, Some(5));
+    scene.failing(1, 0, Some(End::Code(17)));
+    scene.clean(1, vec![rank(End::Code(17), 0), stopped(TERM, 1)]);
+    scene.all_stopped(2);
+    scene.pass(S(2));
+    assert_eq!(scene.state.generation, 1);
+    assert_eq!(scene.notices().matches(text).count(), 1);
+}
+
+#[test]
 fn who_does_not_fit_is_sent_away_with_the_reason() {
     let version = Join {
         version: "0.0.0-other".into(),
