@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use tsm_job::exit::{self, Coded};
 use tsm_job::{Config, RunDir};
 
+use crate::manifest::killed;
 use crate::replace::replace;
 use crate::say::say;
 
@@ -96,9 +97,10 @@ impl Folder {
     /// When another launcher runs in it.
     pub fn resume(path: &Path) -> anyhow::Result<Folder> {
         let folder = Folder::open(path.to_path_buf())?;
+        killed::tell(&folder.dir).map_err(|e| refuse(&e))?;
         for kept in [folder.dir.manifest(), folder.dir.failure()] {
             if kept.exists() {
-                fs_err::rename(&kept, free_number(&kept, 1))?;
+                fs_err::rename(&kept, free_number(&kept, 1)).map_err(|e| refuse(&e))?;
             }
         }
         Ok(folder)

@@ -160,8 +160,8 @@ pub enum Action {
     Started(Box<Launched>),
     /// What rank 0 says of itself.
     Told(About),
-    /// What the first node changed in the environment of its workers.
-    Environment(Vec<Change>),
+    /// The ranks of a node of it have their processes.
+    Spawned(Box<Spawned>),
     /// A generation is over.
     Ended(Box<Ending>),
 }
@@ -174,6 +174,18 @@ pub struct Launched {
     pub members: Vec<(Member, Node)>,
     /// What the ranks are told to go on from, where they do not say themselves what they found there.
     pub resumed_from: Option<String>,
+}
+
+/// The processes of a node's ranks.
+#[derive(Clone, Debug)]
+pub struct Spawned {
+    pub first_rank: u32,
+    /// Of this rank and the next ones.
+    pub pids: Vec<i32>,
+    /// Likewise; see [`FromAgent::Started`].
+    pub cores: Vec<String>,
+    /// What the first node changed in the environment of its workers; empty for the others.
+    pub environment: Vec<Change>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -505,11 +517,18 @@ impl State {
             FromAgent::Started {
                 generation,
                 pids,
+                cores,
                 at,
                 environment,
                 containment,
             } if self.runs(generation) => {
-                self.started(id, &pids, at, environment, containment, actions);
+                let spawned = Spawned {
+                    first_rank: 0,
+                    pids,
+                    cores,
+                    environment,
+                };
+                self.started(id, spawned, at, containment, actions);
             }
             FromAgent::About { generation, word }
                 if self.runs(generation) && self.members.first().is_some_and(|m| m.id == id) =>
