@@ -90,7 +90,7 @@ pub enum FromAgent {
         end: Option<End>,
         at: AgentTime,
     },
-    /// A rank ended in answer to a SIGUSR2 that was passed on: it saved, or has no handler. Its node goes on.
+    /// A rank saved and ended, or has no handler for a SIGUSR2 that was passed on. Its node goes on.
     Answered {
         generation: u32,
         local_rank: u32,

@@ -218,6 +218,8 @@ pub enum Cause {
     Signal(i32),
     /// The scheduler wants the nodes back: save and end.
     Preempt,
+    /// A rank has saved and ended by itself, and the others have not followed in time.
+    Saved,
     /// Ranks that no longer step.
     Hang {
         late: Vec<u32>,
