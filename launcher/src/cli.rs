@@ -135,7 +135,7 @@ pub struct Args {
     #[arg(long, value_name = "HOW", value_enum, default_value = "quick")]
     pub preflight: Preflight,
 
-    /// How much `--preflight full` measures: BYTES,BUDGET,WAIT[,cpus].
+    /// How much `--preflight full` measures: `BYTES,BUDGET,WAIT[,cpus]`.
     #[arg(long, hide = true, default_value = "67108864,2s,30s")]
     pub preflight_scale: Scale,
 

@@ -20,7 +20,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::cluster::message::Finding;
-pub use carriers::Stat;
+use crate::own::Executable;
+use crate::stat::Stat;
 use carriers::{Carriers, Look};
 use group::{Group, Trial};
 
@@ -67,8 +68,8 @@ pub struct Containment {
 pub struct Ability(Option<Trial>);
 
 impl Ability {
-    /// `shim` is this executable, see [`crate::shim`].
-    pub fn find_out(shim: &Path) -> Ability {
+    /// `shim`: see [`crate::shim`].
+    pub fn find_out(shim: &Executable) -> Ability {
         let name = group::name("trial", 0, &Carriers::new().mark);
         Ability(
             Group::create(&name)

@@ -14,6 +14,7 @@ use tsm_job::exit::{self, Coded};
 use crate::cli::Args;
 use crate::cluster::fit;
 use crate::cluster::key::Key;
+use crate::own::Executable;
 use crate::start::adopt::{self, Adopted, Kind};
 use crate::start::slurm::{Allocation, Place};
 use crate::start::{orphan, run_here, ssh};
@@ -132,7 +133,7 @@ async fn over_ssh(
     env.push(("PWD".into(), job.directory.clone().into()));
     job.base_env = Some(env);
     fit::job(job)?;
-    let (shim, key) = (std::env::current_exe()?, Key::random());
+    let (shim, key) = (Executable::own()?, Key::random());
     for starter in plan.starters() {
         session
             .children

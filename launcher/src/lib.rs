@@ -17,36 +17,40 @@
 
 pub mod addresses;
 mod ahead;
-pub mod blame;
-pub mod class;
+mod blame;
+mod class;
 pub mod cli;
-pub mod clock;
+mod clock;
 pub mod cluster;
-pub mod console;
+mod console;
 pub mod contain;
 pub mod cores;
 pub mod doctor;
-pub mod end;
-pub mod folder;
-pub mod gpus;
+mod end;
+mod folder;
+mod gpus;
 pub mod hang;
-pub mod launch;
-pub mod logs;
-pub mod machine;
+mod launch;
+mod logs;
+mod machine;
 pub mod manifest;
 mod median;
+pub mod own;
 pub mod plan;
 pub mod port;
 pub mod process;
-pub mod report;
-pub mod session;
-pub mod shim;
-pub mod signals;
+mod replace;
+mod report;
+mod session;
+mod shim;
+mod signals;
 pub mod start;
-pub mod status;
-pub mod supervisor;
-pub mod target;
-pub mod watch;
+mod stat;
+mod status;
+mod supervisor;
+mod target;
+mod text;
+mod watch;
 
 use clap::Parser;
 use std::io::Write;
@@ -58,6 +62,7 @@ use tsm_job::exit;
 /// The whole program: parse, run, and map errors to exit codes.
 pub fn main() -> ExitCode {
     let start = Instant::now();
+    own::take_name();
     let mut argv = std::env::args_os().skip(1);
     match argv.next().as_deref().and_then(|first| first.to_str()) {
         Some(shim::WORKER) => return shim::worker(argv),

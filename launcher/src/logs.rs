@@ -5,7 +5,8 @@
 //! different ranks never mix.
 
 pub mod keep;
-pub mod throughput;
+#[cfg(test)]
+mod throughput;
 
 use anyhow::Context;
 use fs_err::File;
@@ -15,7 +16,8 @@ use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::time::Timespec;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -33,6 +35,9 @@ const TAIL_WIDTH: usize = 2000;
 const PIPE: usize = 256 << 10;
 /// Of text to show that is handed on at once, about: a batch has to fit into a message.
 const BATCH: usize = 64 << 10;
+
+const SLOW: &str = "the disk took too long for the end of the output";
+const UNREAD: &str = "the thread that reads the output ended";
 
 /// One stream to read.
 pub struct Source {
@@ -104,13 +109,15 @@ impl Tail {
 /// The thread that reads.
 pub struct Logs {
     finished: Receiver<Option<String>>,
+    /// It waits for the workers, and for nothing else.
+    is_idle: Arc<AtomicBool>,
 }
 
 /// What became of the output.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Finished {
-    /// Every stream has ended.
-    pub all: bool,
+    /// Nothing comes any more, but somebody holds a stream open.
+    pub held_open: bool,
     /// Why some of it is not in the files.
     pub missing: Option<String>,
 }
@@ -137,8 +144,10 @@ impl Logs {
             .context("cannot read the workers' output")?;
         }
         let (done, finished) = channel();
+        let is_idle = Arc::new(AtomicBool::new(false));
         let mut reader = Reader {
             epoll,
+            is_idle: Arc::clone(&is_idle),
             sources: sources.into_iter().map(Some).collect(),
             keep: Keep::new(&shown.host),
             shown,
@@ -151,21 +160,31 @@ impl Logs {
                 let _ = done.send(reader.keep.missing());
             })
             .context("cannot start the thread that reads the workers' output")?;
-        Ok(Logs { finished })
+        Ok(Logs { finished, is_idle })
     }
 
-    /// Waits until every stream has ended, but not longer than `wait`: a process that left its session may
-    /// hold a pipe open for ever.
-    pub fn finish(self, wait: Duration) -> Finished {
-        match self.finished.recv_timeout(wait) {
-            Ok(missing) => Finished { all: true, missing },
-            Err(_) => Finished::default(),
-        }
+    /// Waits until every stream has ended, but not longer than `wait` while nothing comes: a process that left its
+    /// session may hold a pipe open for ever. A disk that takes its time has up to `patience`.
+    pub fn finish(self, wait: Duration, patience: Duration) -> Finished {
+        let start = Instant::now();
+        let (held_open, missing) = loop {
+            match self.finished.recv_timeout(wait) {
+                Ok(missing) => break (false, missing),
+                Err(RecvTimeoutError::Timeout) if self.is_idle.load(Ordering::Relaxed) => {
+                    break (true, None);
+                }
+                Err(RecvTimeoutError::Timeout) if start.elapsed() < patience => {}
+                Err(RecvTimeoutError::Timeout) => break (false, Some(SLOW.into())),
+                Err(RecvTimeoutError::Disconnected) => break (false, Some(UNREAD.into())),
+            }
+        };
+        Finished { held_open, missing }
     }
 }
 
 struct Reader {
     epoll: OwnedFd,
+    is_idle: Arc<AtomicBool>,
     sources: Vec<Option<Source>>,
     shown: Shown,
     /// From which the time of progress bars counts.
@@ -183,11 +202,17 @@ impl Reader {
             let wake = deadline.into_iter().chain(self.keep.next_look()).min();
             let wait = wake.map(|at| at.saturating_sub(self.start.elapsed()));
             let wait = wait.map(|wait| Timespec::try_from(wait).unwrap_or_default());
-            if rustix::io::retry_on_intr(|| {
-                epoll::wait(&self.epoll, spare_capacity(&mut events), wait.as_ref())
-            })
-            .is_err()
-            {
+            let (epoll, none) = (&self.epoll, Timespec::default());
+            let mut look = |wait| {
+                rustix::io::retry_on_intr(|| epoll::wait(epoll, spare_capacity(&mut events), wait))
+            };
+            let mut found = look(Some(&none));
+            if found == Ok(0) {
+                self.is_idle.store(true, Ordering::Relaxed);
+                found = look(wait.as_ref());
+                self.is_idle.store(false, Ordering::Relaxed);
+            }
+            if found.is_err() {
                 return;
             }
             let mut batch = Batch::new(&self.shown.host);
@@ -282,8 +307,9 @@ mod tests {
     use crate::console::lines::Bars;
     use crate::console::queue::{LIMIT, Taken, queue};
 
+    const LONG: Duration = Duration::from_secs(60);
     const ALL: Finished = Finished {
-        all: true,
+        held_open: false,
         missing: None,
     };
 
@@ -323,7 +349,7 @@ mod tests {
         let logs = Logs::start(vec![Source { pipe, to }], shown(feed)).unwrap();
         write.write_all(b"a\nb\r\n\xff").unwrap();
         drop(write);
-        assert_eq!(logs.finish(Duration::from_secs(10)), ALL);
+        assert_eq!(logs.finish(LONG, LONG), ALL);
         let mut lines = Vec::new();
         while let Taken::Batch(batch) = tap.wait(None) {
             assert_eq!(batch.host, "gpu-01");
@@ -359,7 +385,7 @@ mod tests {
         assert_eq!(lines, [b" 20%"]);
         write.write_all(b"\r100%\n").unwrap();
         drop(write);
-        assert!(logs.finish(Duration::from_secs(10)).all);
+        assert_eq!(logs.finish(LONG, LONG), ALL);
         assert_eq!(fs_err::read(&path).unwrap(), b"\r 10%\r 20%\r100%\n");
     }
 
@@ -375,7 +401,45 @@ mod tests {
         };
         let pipe = read.into();
         let logs = Logs::start(vec![Source { pipe, to }], shown(queue(LIMIT).0)).unwrap();
-        assert!(!logs.finish(Duration::from_millis(1)).all);
+        assert!(logs.finish(Duration::from_millis(1), LONG).held_open);
+    }
+
+    /// A pipe in its place, which takes no more than 64 KiB for a while.
+    #[test]
+    fn a_disk_that_takes_its_time_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("slow");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        for patience in [Duration::from_millis(100), LONG] {
+            // Both ends, so that neither opening waits for the other.
+            let mut slow = File::options().read(true).write(true).open(&path).unwrap();
+            let (read, mut write) = std::io::pipe().unwrap();
+            let to = Sink {
+                file: slow.try_clone().unwrap(),
+                stderr: false,
+                shown: None,
+                tail: Tail::default(),
+            };
+            let pipe = read.into();
+            let logs = Logs::start(vec![Source { pipe, to }], shown(queue(LIMIT).0)).unwrap();
+            let text = vec![b'x'; 200_000];
+            write.write_all(&text).unwrap();
+            drop(write);
+            std::thread::scope(|scope| {
+                let finished = scope.spawn(|| logs.finish(Duration::from_millis(1), patience));
+                if patience < LONG {
+                    let missing = finished.join().unwrap().missing;
+                    assert_eq!(missing.as_deref(), Some(SLOW));
+                    slow.read_exact(&mut vec![0; text.len()]).unwrap();
+                } else {
+                    // Nothing comes of it where this is too short.
+                    std::thread::sleep(Duration::from_millis(200));
+                    slow.read_exact(&mut vec![0; text.len()]).unwrap();
+                    assert_eq!(finished.join().unwrap(), ALL);
+                }
+            });
+        }
     }
 
     /// Nobody takes a line out, as behind a terminal stopped with Ctrl-S.
@@ -396,7 +460,7 @@ mod tests {
         let text = "a line of the worker\n".repeat(200_000);
         write.write_all(text.as_bytes()).unwrap();
         drop(write);
-        assert_eq!(logs.finish(Duration::from_secs(60)), ALL);
+        assert_eq!(logs.finish(LONG, LONG), ALL);
         assert_eq!(fs_err::read_to_string(&path).unwrap(), text);
         let (mut shown, mut missed) = (0, 0);
         while let Taken::Batch(batch) = tap.wait(None) {

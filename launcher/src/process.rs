@@ -4,6 +4,7 @@
 //! done by [`crate::shim`], which becomes the worker by exec.
 
 use anyhow::Context;
+use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::{
     Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getrlimit,
     kill_process_group, pidfd_open, pidfd_send_signal, setrlimit, waitid,
@@ -12,15 +13,17 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{ChildStderr, ChildStdin, ChildStdout, Stdio};
 
-use crate::contain::{self, Containment, Stat};
+use crate::contain::{self, Containment};
 use crate::end::End;
+use crate::own::Executable;
+use crate::stat::Stat;
 
 /// What to start.
 pub struct Spec<'a> {
-    /// This executable; started as the shim.
-    pub shim: &'a Path,
+    /// Started as the shim.
+    pub shim: &'a Executable,
     pub command: &'a [OsString],
     /// Replaces what is inherited of the same names.
     pub base_env: &'a [(OsString, OsString)],
@@ -71,7 +74,7 @@ pub struct Streams {
 /// # Errors
 /// When the shim cannot be started, or the kernel has no pidfd.
 pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)> {
-    let mut command = Command::new(spec.shim);
+    let mut command = spec.shim.command();
     let group = spec.containment.group();
     command
         .args(crate::shim::bound(spec.cores, spec.shielded, group))
@@ -94,7 +97,7 @@ pub fn spawn(spec: &Spec, agent: UnixStream) -> anyhow::Result<(Worker, Streams)
         .stderr(Stdio::piped());
     let mut child = command
         .spawn()
-        .with_context(|| format!("cannot start {}", spec.shim.display()))?;
+        .with_context(|| format!("cannot start {}", spec.shim.name()))?;
 
     let pid = Pid::from_child(&child);
     let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
@@ -175,8 +178,8 @@ pub struct Guard(ChildStdin);
 impl Guard {
     /// # Errors
     /// When the process cannot be started.
-    pub fn start(shim: &Path, containment: &Containment) -> anyhow::Result<Guard> {
-        let mut command = Command::new(shim);
+    pub fn start(shim: &Executable, containment: &Containment) -> anyhow::Result<Guard> {
+        let mut command = shim.command();
         command
             .arg(crate::shim::GUARD)
             .args(containment.words())
@@ -185,34 +188,36 @@ impl Guard {
             .stderr(Stdio::null());
         let mut child = command
             .spawn()
-            .with_context(|| format!("cannot start {}", shim.display()))?;
-        child
-            .stdin
-            .take()
-            .map(Guard)
-            .context("the guard has no stdin")
+            .with_context(|| format!("cannot start {}", shim.name()))?;
+        let stdin = child.stdin.take().context("the guard has no stdin")?;
+        // A guard that is stopped must not stop this process, when it has not read for long.
+        fcntl_setfl(&stdin, OFlags::NONBLOCK).context("cannot write to the guard")?;
+        Ok(Guard(stdin))
     }
 
     /// Names the sessions to end.
     pub fn watch(&mut self, workers: &[Worker]) {
-        use std::io::Write;
         let pids: Vec<String> = workers
             .iter()
             .map(|w| w.pid.as_raw_nonzero().to_string())
             .collect();
-        // Without its guard the launcher still works; only grandchildren could outlive a SIGKILL.
-        let _ = writeln!(self.0, "{}", pids.join(" "));
+        self.tell(&pids.join(" "));
     }
 
     /// Kills all processes of the generation unless this is called again within `time`.
     pub fn lease(&mut self, time: std::time::Duration) {
-        use std::io::Write;
-        let _ = writeln!(self.0, "{} {}", crate::shim::LEASE, time.as_millis());
+        self.tell(&format!("{} {}", crate::shim::LEASE, time.as_millis()));
     }
 
     /// Lets the guard go without doing anything.
     pub fn dismiss(mut self) {
+        self.tell(crate::shim::DISMISS);
+    }
+
+    /// Without its guard the launcher still works; only grandchildren could outlive a SIGKILL.
+    fn tell(&mut self, line: &str) {
         use std::io::Write;
-        let _ = writeln!(self.0, "{}", crate::shim::DISMISS);
+        // In one piece, which is written whole or not at all.
+        let _ = self.0.write(format!("{line}\n").as_bytes());
     }
 }

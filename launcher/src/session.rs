@@ -29,7 +29,7 @@ use crate::signals::Signals;
 use crate::start::children::Children;
 use crate::start::slurm::{StopCause, Turn};
 use crate::status::Snapshot;
-use crate::supervisor::count;
+use crate::text::count;
 
 /// How long to wait for the description of the machine at the end of a short run.
 const DESCRIBE: Duration = Duration::from_secs(2);
@@ -83,6 +83,8 @@ struct Running {
     published: Option<Duration>,
     /// When the loop last had something to do.
     ran_at: Duration,
+    /// A node had its turn: a signal, and whatever else waits, comes first, once.
+    others_first: bool,
     /// SLURM is being asked why it stops the job.
     asking: Option<JoinHandle<StopCause>>,
     stopped: Option<StopCause>,
@@ -122,6 +124,7 @@ impl Session {
             described: None,
             published: None,
             ran_at: now,
+            others_first: false,
             asking: None,
             stopped: None,
             refused: 0,
@@ -156,10 +159,14 @@ impl Running {
         // It wakes up often enough to notice when it is not run.
         let wake = asked + self.session.settings.lease / 4;
         let wake = self.state.deadline().unwrap_or(wake).min(wake);
+        let others_first = std::mem::take(&mut self.others_first);
         let event = tokio::select! {
             biased;
-            heard = self.session.hub.next() => match heard {
-                Heard::Said { node, local, message } => Event::Said { node, local, message },
+            heard = self.session.hub.next(), if !others_first => match heard {
+                Heard::Said { node, local, message } => {
+                    self.others_first = true;
+                    Event::Said { node, local, message }
+                }
                 Heard::Lost { node, how } => Event::Lost { node, how },
                 Heard::Refused(refusal) => {
                     self.refused(refusal);
@@ -196,6 +203,7 @@ impl Running {
                 }
             }
             () = tokio::time::sleep_until((start + wake).into()) => Event::Deadline,
+            () = std::future::ready(()), if others_first => return,
         };
         let now = start.elapsed();
         self.ran_at = now;
@@ -209,16 +217,12 @@ impl Running {
         }
         actions.extend(coordinator::decide(&mut self.state, event, now));
         // What the nodes have to do comes first, then the words.
-        for action in &actions {
+        let is_for_nodes = |a: &Action| matches!(a, Action::Send { .. } | Action::Drop { .. });
+        let (for_nodes, others): (Vec<_>, Vec<_>) = actions.into_iter().partition(is_for_nodes);
+        for action in for_nodes.into_iter().chain(others) {
             match action {
-                Action::Send { node, message } => self.session.hub.send(*node, message.clone()),
-                Action::Drop { node } => self.session.hub.drop(*node),
-                _ => {}
-            }
-        }
-        for action in actions {
-            match action {
-                Action::Send { .. } | Action::Drop { .. } => {}
+                Action::Send { node, message } => self.session.hub.send(node, message),
+                Action::Drop { node } => self.session.hub.drop(node),
                 Action::Notice(text) => self.session.voice.notice(&text),
                 Action::Record { kind, fields } => self.event(kind, fields),
                 Action::LeftOut(excluded) => {
@@ -303,7 +307,7 @@ impl Running {
     fn started(&mut self, launched: &Launched, now: Duration) {
         // From now on a node that is lost is worth waiting for; one that never came was not.
         self.state.settings.open |= self.session.children.come_back;
-        let workers = count(launched.world_size as usize, "worker");
+        let workers = count(launched.world_size, "worker");
         let hosts: Vec<String> = launched
             .members
             .iter()

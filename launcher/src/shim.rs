@@ -9,11 +9,11 @@ use std::ffi::OsString;
 use std::os::fd::IntoRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use crate::contain::{self, Containment};
-use crate::cores;
+use crate::{cores, own};
 
 /// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP AGENT PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
@@ -108,7 +108,7 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     if shield == SHIELD {
         ignore_sigterm();
     }
-    let mut command = Command::new(&program);
+    let mut command = own::exec(&program);
     if agent == AGENT {
         match move_agent() {
             Ok(number) => command.env("TSM_AGENT_FD", number.to_string()),

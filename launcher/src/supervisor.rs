@@ -11,7 +11,6 @@ use std::time::Duration;
 use tsm_job::exit;
 use tsm_job::message::FailureRecord;
 
-use crate::cores::to_list;
 use crate::end::End;
 
 /// How long the kernel may take to end a process after SIGKILL before it is named as stuck.
@@ -349,17 +348,6 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
         (Event::KillAll, Phase::Running | Phase::Stopping { .. }) => state.kill(now, actions),
         _ => {}
     }
-}
-
-/// `rank 3`, `ranks 0-6,8-63`.
-pub fn ranks_named(ranks: &[usize]) -> String {
-    let noun = if ranks.len() == 1 { "rank" } else { "ranks" };
-    format!("{noun} {}", to_list(ranks))
-}
-
-/// `1 worker`, `2 workers`.
-pub fn count(number: usize, noun: &str) -> String {
-    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

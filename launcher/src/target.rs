@@ -8,6 +8,7 @@ use tsm_job::exit::{self, Coded};
 use tsm_job::{Config, RunDir};
 
 use crate::cli::Args;
+use crate::own;
 use crate::plan::Devices;
 
 /// A resolved command line.
@@ -76,7 +77,7 @@ impl Target {
         check_files(&config)?;
         let trainer = match &args.trainer {
             Some(path) => std::path::absolute(path)?,
-            None => std::env::current_exe()
+            None => own::path()
                 .context("cannot find the trainer")?
                 .with_file_name("tsm-trainer"),
         };

@@ -21,6 +21,9 @@ use crate::process::Worker;
 
 /// A worker that writes a longer line than this does not speak our language.
 const MAX_LINE: usize = 1 << 20;
+/// Bytes of one worker that are read before the others have their turn: more than a socket holds, so that all is read
+/// of one that has died, and a bound for one that writes without end.
+const TURN: usize = 1 << 20;
 
 /// Something a worker did.
 #[derive(Debug)]
@@ -42,6 +45,18 @@ pub struct Watch {
 struct Agent {
     stream: Option<UnixStream>,
     pending: Vec<u8>,
+    /// There is more to read, of which epoll tells no second time.
+    has_more: bool,
+}
+
+impl Agent {
+    fn new(stream: UnixStream) -> Agent {
+        Agent {
+            stream: Some(stream),
+            pending: Vec::new(),
+            has_more: false,
+        }
+    }
 }
 
 impl Watch {
@@ -80,10 +95,7 @@ impl Watch {
             EventFlags::IN | EventFlags::ET,
         )
         .context("cannot watch a worker")?;
-        self.agents.push(Agent {
-            stream: Some(agent),
-            pending: Vec::new(),
-        });
+        self.agents.push(Agent::new(agent));
         self.ended.push(false);
         Ok(())
     }
@@ -111,15 +123,22 @@ impl Watch {
     /// When epoll fails, which it does not.
     pub async fn next(&mut self, workers: &[Worker]) -> anyhow::Result<Vec<(usize, Happening)>> {
         loop {
-            let mut ready = self.epoll.readable().await?;
-            let events = poll(self.epoll.get_ref().as_fd())?;
-            if events.is_empty() {
-                ready.clear_ready();
-                continue;
+            let mut more = self.unread();
+            if more.is_empty() {
+                let mut ready = self.epoll.readable().await?;
+                more = poll(self.epoll.get_ref().as_fd())?;
+                if more.is_empty() {
+                    ready.clear_ready();
+                    continue;
+                }
+            } else {
+                // Whoever else waits on this thread comes first.
+                tokio::task::yield_now().await;
+                // What has happened since comes behind: the rest was said before.
+                more.extend(poll(self.epoll.get_ref().as_fd())?);
             }
-            drop(ready);
             let mut happenings = Vec::new();
-            for event in events {
+            for event in more {
                 let (index, said) = ((event >> 1) as usize, event & 1 == 1);
                 // What a worker said, it said before it died, whatever is read first.
                 let agent = &mut self.agents[index];
@@ -139,6 +158,13 @@ impl Watch {
             return Ok(happenings);
         }
     }
+
+    /// Tokens of the agent sockets that were not read to the end.
+    fn unread(&self) -> Vec<u64> {
+        let agents = self.agents.iter().zip(0u64..);
+        let unread = agents.filter(|(agent, _)| agent.has_more);
+        unread.map(|(_, index)| index << 1 | 1).collect()
+    }
 }
 
 /// Up to 256 ready descriptors, without waiting.
@@ -157,13 +183,20 @@ impl Agent {
     /// Hands on every complete line that can be read as a message. Others are left out: a program may
     /// have put the descriptor to a use of its own.
     fn drain(&mut self, mut each: impl FnMut(WorkerMessage)) {
+        self.has_more = false;
         let Some(stream) = &mut self.stream else {
             return;
         };
         let mut buffer = [0u8; 16 << 10];
+        let mut left = TURN;
         loop {
+            self.has_more = left == 0;
+            if self.has_more {
+                return;
+            }
             match stream.read(&mut buffer) {
                 Ok(n) if n > 0 && self.pending.len() + n <= MAX_LINE => {
+                    left = left.saturating_sub(n);
                     self.pending.extend_from_slice(&buffer[..n]);
                     let Some(end) = self.pending.iter().rposition(|&b| b == b'\n') else {
                         continue;
@@ -194,13 +227,7 @@ mod tests {
     fn agent() -> (Agent, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        (
-            Agent {
-                stream: Some(ours),
-                pending: Vec::new(),
-            },
-            theirs,
-        )
+        (Agent::new(ours), theirs)
     }
 
     fn read(agent: &mut Agent) -> Vec<WorkerMessage> {
@@ -253,6 +280,22 @@ mod tests {
             read(&mut agent);
         }
         assert!(agent.stream.is_none());
+    }
+
+    #[test]
+    fn one_that_writes_without_end_leaves_the_others_their_turn() {
+        let (mut agent, mut worker) = agent();
+        let line = b"{\"kind\":\"section\",\"name\":\"x\"}\n".repeat(2000);
+        let writer = std::thread::spawn(move || while worker.write_all(&line).is_ok() {});
+        let mut num_lines = 0;
+        while !agent.has_more {
+            num_lines += read(&mut agent).len();
+        }
+        assert!(num_lines > 1000);
+        // Neither epoll nor anybody else would tell again.
+        assert!(agent.stream.is_some() && !read(&mut agent).is_empty());
+        drop(agent);
+        writer.join().unwrap();
     }
 
     /// What the order of events rests on: descriptors are read in the order in which they became ready.

@@ -1,7 +1,7 @@
 //! What every part of tsm-launch agrees on. Nothing here links libtorch.
 //!
 //! - [`config`]: one YAML per job, validated whole before anything starts.
-//! - [`env`]: the environment contract between the launcher and a worker.
+//! - [`mod@env`]: the environment contract between the launcher and a worker.
 //! - [`run_dir`]: which file lies where in a run folder.
 //! - [`message`]: what a worker tells its launcher over `TSM_AGENT_FD`.
 //! - [`all_reduce`]: what a rank says of an all-reduce that it measured.

@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use crate::text::few;
+
 /// An address of the first node that every other node reached.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Choice {
@@ -56,7 +58,7 @@ pub fn choose(
             .iter()
             .map(|(a, name)| format!("{a} ({name})"))
             .collect();
-        let (hosts, addresses) = (names(&cut_off), addresses.join(", "));
+        let (hosts, addresses) = (few(&cut_off), addresses.join(", "));
         return Err(format!(
             "{hosts} cannot reach {first} at any of its addresses: {addresses}\n  {hint}"
         ));
@@ -68,22 +70,13 @@ pub fn choose(
                 .iter()
                 .filter(|(_, by)| through(by, *address).is_none());
             let hosts: Vec<&str> = without.map(|(host, _)| host.as_str()).collect();
-            format!("{address} ({name}) not by {}", names(&hosts))
+            format!("{address} ({name}) not by {}", few(&hosts))
         })
         .collect();
     let missing = missing.join("; ");
     Err(format!(
         "no address of {first} is reached by all nodes: {missing}\n  {hint}"
     ))
-}
-
-/// The first few of many.
-fn names(hosts: &[&str]) -> String {
-    const SHOWN: usize = 8;
-    match hosts.len() {
-        n if n > SHOWN => format!("{} and {} more", hosts[..SHOWN].join(", "), n - SHOWN),
-        _ => hosts.join(", "),
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! From the bytes of a stream to whole lines, and batches of them that can travel.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
+use std::borrow::Cow;
 use std::time::Duration;
 
 /// A line longer than this is shown in pieces. Files are never cut.
@@ -11,8 +12,8 @@ pub const BAR_PERIOD: Duration = Duration::from_secs(10);
 /// Lines to show, of one node, in the order in which they were read.
 ///
 /// As JSON, bytes that are no UTF-8 are replaced: files alone keep every byte.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(from = "Wire", into = "Wire")]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(from = "Wire<'static>")]
 pub struct Batch {
     pub host: String,
     /// When they were read, by the clock of their node: RFC 3339, UTC.
@@ -52,41 +53,47 @@ pub struct Line<'a> {
     pub text: &'a [u8],
 }
 
+/// Borrows all text of the batch that it is made of.
 #[derive(Serialize, Deserialize)]
-struct Wire {
-    host: String,
-    time: String,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    missed: Vec<Missed>,
+struct Wire<'a> {
+    host: Cow<'a, str>,
+    time: Cow<'a, str>,
+    #[serde(default, skip_serializing_if = "<[Missed]>::is_empty")]
+    missed: Cow<'a, [Missed]>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    bar: Option<(u32, String)>,
+    bar: Option<(u32, Cow<'a, str>)>,
     /// Rank, whether it is stderr, and the text.
-    lines: Vec<(Option<u32>, bool, String)>,
+    lines: Vec<(Option<u32>, bool, Cow<'a, str>)>,
 }
 
-impl From<Batch> for Wire {
-    fn from(batch: Batch) -> Wire {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Wire {
-            lines: batch
-                .lines()
-                .map(|line| (line.rank, line.stderr, text(line.text)))
+impl Serialize for Batch {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let lines = self.lines();
+        let bar = self.bar.as_ref();
+        let wire = Wire {
+            host: Cow::Borrowed(&self.host),
+            time: Cow::Borrowed(&self.time),
+            missed: Cow::Borrowed(&self.missed),
+            bar: bar.map(|(rank, bar)| (*rank, String::from_utf8_lossy(bar))),
+            lines: lines
+                .map(|line| {
+                    let text = String::from_utf8_lossy(line.text);
+                    (line.rank, line.stderr, text)
+                })
                 .collect(),
-            bar: batch.bar.map(|(rank, bar)| (rank, text(&bar))),
-            host: batch.host,
-            time: batch.time,
-            missed: batch.missed,
-        }
+        };
+        wire.serialize(to)
     }
 }
 
-impl From<Wire> for Batch {
+impl From<Wire<'_>> for Batch {
     fn from(wire: Wire) -> Batch {
+        let bar = wire.bar.map(|(rank, bar)| (rank, bar.into_owned()));
         let mut batch = Batch {
-            host: wire.host,
-            time: wire.time,
-            missed: wire.missed,
-            bar: wire.bar.map(|(rank, bar)| (rank, bar.into_bytes())),
+            host: wire.host.into_owned(),
+            time: wire.time.into_owned(),
+            missed: wire.missed.into_owned(),
+            bar: bar.map(|(rank, bar)| (rank, bar.into_bytes())),
             ..Batch::default()
         };
         for (rank, stderr, text) in &wire.lines {

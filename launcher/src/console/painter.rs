@@ -237,7 +237,7 @@ impl Painter {
             lines,
         } = missed;
         let file = self.style.run_dir.log(host, *rank, *stderr);
-        let lines = crate::supervisor::count(*lines as usize, "line");
+        let lines = crate::text::count(*lines, "line");
         let file = file.display();
         format!("tsm-launch: {lines} of rank {rank} not shown: see {file}")
     }

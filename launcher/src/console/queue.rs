@@ -213,20 +213,23 @@ impl Shared {
 
 impl State {
     fn miss(&mut self, batch: &Batch) {
-        let missed = batch.missed.iter().cloned();
-        let lines = batch.lines().filter_map(|line| {
-            Some(Missed {
-                host: batch.host.clone(),
-                rank: line.rank?,
-                stderr: line.stderr,
-                lines: 1,
-            })
-        });
-        for new in missed.chain(lines) {
-            let known = self.missed.entry((new.rank, new.stderr));
-            known
-                .and_modify(|old| old.lines += new.lines)
-                .or_insert(new);
+        let mut count = |host: &str, rank, stderr, lines| {
+            let missed = self.missed.entry((rank, stderr));
+            let missed = missed.or_insert_with(|| Missed {
+                host: host.into(),
+                rank,
+                stderr,
+                lines: 0,
+            });
+            missed.lines += lines;
+        };
+        for old in &batch.missed {
+            count(&old.host, old.rank, old.stderr, old.lines);
+        }
+        for line in batch.lines() {
+            if let Some(rank) = line.rank {
+                count(&batch.host, rank, line.stderr, 1);
+            }
         }
     }
 }

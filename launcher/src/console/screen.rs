@@ -58,6 +58,7 @@ impl Outputs {
     }
 
     /// Two writers that are no terminals.
+    #[cfg(test)]
     pub fn plain(out: Console, err: Console) -> Outputs {
         Outputs {
             out,

@@ -9,6 +9,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use super::{MARK, Process};
+use crate::stat::Stat;
 
 /// The flag of a thread of the kernel, which is listed as a process.
 const PF_KTHREAD: u64 = 0x0020_0000;
@@ -170,57 +171,9 @@ fn has_mark(environment: &[u8], mark: &str) -> bool {
     })
 }
 
-/// The part of `/proc/<pid>/stat` that matters here.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Stat {
-    pub name: String,
-    pub state: char,
-    pub parent: i32,
-    pub session: i32,
-    flags: u64,
-    /// When it was started, in clock ticks.
-    pub since: u64,
-}
-
-impl Stat {
-    pub fn read(pid: i32) -> Option<Stat> {
-        let text = fs_err::read(format!("/proc/{pid}/stat")).ok()?;
-        Stat::parse(&String::from_utf8_lossy(&text))
-    }
-
-    /// A zombie does not live.
-    pub fn is_alive(&self) -> bool {
-        !matches!(self.state, 'Z' | 'X')
-    }
-
-    /// The name of a program may hold spaces and brackets, so fields count from the last `)`.
-    fn parse(text: &str) -> Option<Stat> {
-        let (start, rest) = text.rsplit_once(')')?;
-        let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
-        Some(Stat {
-            name: start.split_once('(')?.1.into(),
-            state: fields.first()?.chars().next()?,
-            parent: fields.get(1)?.parse().ok()?,
-            session: fields.get(3)?.parse().ok()?,
-            flags: fields.get(6)?.parse().ok()?,
-            since: fields.get(19)?.parse().ok()?,
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn stat_survives_any_program_name() {
-        let numbers = "1 40 39 0 -1 4194560 0 0 0 0 0 0 0 0 20 0 1 0 77 9 9";
-        let stat = Stat::parse(&format!("42 (a) b (c)) S {numbers}")).unwrap();
-        assert_eq!((stat.state, stat.parent, stat.session), ('S', 1, 39));
-        assert_eq!((stat.since, stat.name.as_str()), (77, "a) b (c)"));
-        assert!(Stat::parse("42 (a").is_none());
-        assert!(Stat::parse("42 (a) S 1 40 39").is_none());
-    }
 
     #[test]
     fn a_mark_is_one_word_of_one_variable() {

@@ -9,11 +9,13 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
+use super::Process;
 use super::carriers::Look;
-use super::{Process, Stat};
+use crate::own::Executable;
 use crate::shim;
+use crate::stat::Stat;
 
 const PREFIX: &str = "tsm-launch.";
 const TRIES: u32 = 5;
@@ -79,8 +81,8 @@ impl Group {
     ///
     /// # Errors
     /// When none can be started.
-    pub fn try_out(self, shim: &Path) -> Result<Trial, String> {
-        let mut command = Command::new(shim);
+    pub fn try_out(self, shim: &Executable) -> Result<Trial, String> {
+        let mut command = shim.command();
         command.arg(shim::ENTER).arg(&self.path);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let child = command.stderr(Stdio::null()).spawn();
@@ -96,10 +98,12 @@ impl Group {
         Group { path, _lock }
     }
 
-    /// One that is gone is empty.
+    /// One that is gone is empty; one that cannot be looked at, since no descriptor is left, need not be.
     pub fn is_empty(&self) -> bool {
-        let events = fs_err::read_to_string(self.path.join("cgroup.events"));
-        events.map_or(true, |text| text.lines().any(|line| line == "populated 0"))
+        match fs_err::read_to_string(self.path.join("cgroup.events")) {
+            Ok(text) => text.lines().any(|line| line == "populated 0"),
+            Err(_) => !self.path.exists(),
+        }
     }
 
     pub fn look(&self) -> Look {
@@ -331,6 +335,16 @@ mod tests {
             assert!(made >= 100, "{made} of 200 were made");
         });
         fs_err::remove_dir(&own).unwrap();
+    }
+
+    #[test]
+    fn a_group_that_cannot_be_looked_at_is_not_taken_for_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, _lock) = (folder.path().join("group"), None);
+        let group = Group { path, _lock };
+        assert!(group.is_empty(), "it is gone");
+        fs_err::create_dir(&group.path).unwrap();
+        assert!(!group.is_empty());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::cluster::message::{Finding, Join, Severity};
+use crate::text::few;
 
 /// Something in which nodes should not differ.
 struct Rule {
@@ -129,7 +130,7 @@ fn unknown_nccl(all: &[&Join], these: &[&Join]) -> Option<Finding> {
     (!known.is_empty() && !silent.is_empty()).then(|| {
         let text = format!(
             "NCCL was not found on {}, so it may differ: {}",
-            some(&silent),
+            few(&silent),
             known.join("; ")
         );
         let hint = "see that all nodes have the same libraries; a program may bring its own NCCL";
@@ -152,20 +153,11 @@ pub fn of_nodes(nodes: &[&Join]) -> Vec<Finding> {
     let named = |(finding, hosts): (&Finding, Vec<&str>)| Finding {
         text: match nodes.len() {
             1 => finding.text.clone(),
-            _ => format!("{}: {}", some(&hosts), finding.text),
+            _ => format!("{}: {}", few(&hosts), finding.text),
         },
         ..finding.clone()
     };
     found.into_iter().map(named).collect()
-}
-
-/// The first few of many.
-fn some(hosts: &[&str]) -> String {
-    const SHOWN: usize = 6;
-    match hosts.len() {
-        n if n > SHOWN => format!("{} and {} more", hosts[..SHOWN].join(", "), n - SHOWN),
-        _ => hosts.join(", "),
-    }
 }
 
 /// `570.1 on a, c`, the most frequent first; nodes that do not know do not count.
@@ -179,7 +171,7 @@ fn groups(nodes: &[&Join], get: fn(&Join) -> String) -> Vec<String> {
     }
     let mut groups: Vec<_> = hosts.into_iter().collect();
     groups.sort_by_key(|(_, hosts)| std::cmp::Reverse(hosts.len()));
-    let text = |(value, hosts): (String, Vec<&str>)| format!("{value} on {}", some(&hosts));
+    let text = |(value, hosts): (String, Vec<&str>)| format!("{value} on {}", few(&hosts));
     groups.into_iter().map(text).collect()
 }
 

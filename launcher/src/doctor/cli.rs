@@ -11,6 +11,7 @@ use super::preflight::{self, GpuTask, Scale};
 use super::{Context, facts, print};
 use crate::cli::Gpus;
 use crate::cluster::message::{Finding, Severity};
+use crate::own::{self, Executable};
 use crate::plan::{self, Devices};
 use crate::target::is_executable;
 use crate::{gpus, manifest};
@@ -75,10 +76,11 @@ fn report(args: &Args, color: bool) -> anyhow::Result<(String, i32)> {
         Devices::Cpu(n) => (Vec::new(), *n),
         Devices::Gpus(gpus) => (gpus.clone(), gpus.len().max(1) as u32),
     };
-    let launcher = std::env::current_exe().context("cannot find the trainer")?;
     let trainer = match &args.trainer {
         Some(path) => std::path::absolute(path)?,
-        None => launcher.with_file_name("tsm-trainer"),
+        None => own::path()
+            .context("cannot find the trainer")?
+            .with_file_name("tsm-trainer"),
     };
     let folder = args.run_dir.clone().unwrap_or("runs".into());
     let context = Context {
@@ -93,7 +95,7 @@ fn report(args: &Args, color: bool) -> anyhow::Result<(String, i32)> {
         let own = preflight::own_node(&Scale::default());
         facts.findings.extend(own.findings);
         let is_meant = args.trainer.is_some();
-        let found = all_reduce(devices, launcher, trainer, is_meant);
+        let found = all_reduce(devices, Executable::own()?, trainer, is_meant);
         facts.findings.extend(found);
     }
     let failed = facts.findings.iter().any(|f| f.severity == Severity::Error);
@@ -109,7 +111,7 @@ fn report(args: &Args, color: bool) -> anyhow::Result<(String, i32)> {
 /// What the devices do together. `is_meant`: the user named the trainer, so it has to be there.
 fn all_reduce(
     devices: Devices,
-    launcher: PathBuf,
+    launcher: Executable,
     trainer: PathBuf,
     is_meant: bool,
 ) -> Vec<Finding> {
@@ -175,7 +177,12 @@ mod tests {
             uuid: "GPU-0".into(),
         };
         let found = |devices: Devices, is_meant| {
-            let found = all_reduce(devices, "launch".into(), "/no/trainer".into(), is_meant);
+            let found = all_reduce(
+                devices,
+                Executable::at("launch".as_ref()),
+                "/no/trainer".into(),
+                is_meant,
+            );
             found.first().map(|f| f.severity)
         };
         let (cpus, gpus) = (Devices::Cpu(2), Devices::Gpus(vec![gpu]));

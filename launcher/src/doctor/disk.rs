@@ -5,8 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::size;
 use crate::cluster::message::Finding;
+use crate::replace::beside;
+use crate::text::size;
 
 /// Room for the logs of a short run. What checkpoints need is not known here.
 const MIN_FREE: u64 = 16 << 20;
@@ -71,8 +72,8 @@ pub fn read(folder: &Path) -> Disk {
 /// What a checkpoint does, with a small file.
 fn write(folder: &Path) -> std::io::Result<Duration> {
     let start = Instant::now();
-    let path = folder.join(format!(".tsm-doctor-{}", std::process::id()));
-    let done = path.with_extension("done");
+    // The process's own number is another one's on another node, or in another container.
+    let [path, done] = [(); 2].map(|()| beside(&folder.join("tsm-doctor")));
     let written = (|| {
         let mut file = fs_err::OpenOptions::new()
             .write(true)
@@ -206,9 +207,21 @@ mod tests {
     }
 
     #[test]
+    fn many_may_try_the_same_folder_at_the_same_time() {
+        let dir = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            let tries = [(); 8].map(|()| scope.spawn(|| read(dir.path()).write));
+            for tried in tries {
+                tried.join().unwrap().unwrap();
+            }
+        });
+        assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
     fn where_nothing_can_be_written_the_path_is_named() {
         let found = judge(Path::new("/proc/x"), &read(Path::new("/proc/x")));
         assert_eq!(found[0].severity, Error);
-        assert!(found[0].text.contains("/proc/.tsm-doctor-"), "{found:?}");
+        assert!(found[0].text.contains("/proc/.tsm-doctor."), "{found:?}");
     }
 }

@@ -5,8 +5,8 @@ mod read;
 use std::time::Duration;
 
 use super::kmsg::{self, Xid};
-use super::{count, size};
 use crate::cluster::message::Finding;
+use crate::text::{count, size};
 pub use read::read;
 
 /// A context, a display server or the like take this much of a GPU.

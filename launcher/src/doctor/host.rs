@@ -2,8 +2,8 @@
 
 mod read;
 
-use super::{count, size};
 use crate::cluster::message::Finding;
+use crate::text::{count, size};
 pub use read::{name_resolves, read};
 
 /// Shared memory in which a rank's loader processes hand over their batches.

@@ -152,41 +152,9 @@ fn answer<T>(result: &Receiver<T>, deadline: Instant) -> Option<T> {
     result.recv_timeout(left).ok()
 }
 
-/// `3.2 GiB`
-fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    let digits = usize::from(unit > 0 && value < 100.0);
-    format!("{value:.digits$} {}", UNITS[unit])
-}
-
-/// `1 rank`, `2 ranks`
-fn count(n: impl Into<u64>, what: &str) -> String {
-    match n.into() {
-        1 => format!("1 {what}"),
-        n => format!("{n} {what}s"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_and_counts_read_well() {
-        assert_eq!(size(17), "17 bytes");
-        assert_eq!(size(3 << 20), "3.0 MiB");
-        assert_eq!(size(141 << 30), "141 GiB");
-        assert_eq!(
-            (count(1u32, "rank"), count(2u32, "rank")),
-            ("1 rank".into(), "2 ranks".into())
-        );
-    }
 
     #[test]
     fn this_machine_is_described() {

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use crate::cluster::message::{Finding, Severity};
+use crate::text::count;
 
 /// One finding a line and its hint below, errors first, those of an area together, and a line that counts them.
 pub fn print(findings: &[Finding], color: bool) -> String {
@@ -30,8 +31,8 @@ pub fn print(findings: &[Finding], color: bool) -> String {
         }
     }
     let number = |severity| findings.iter().filter(|f| f.severity == severity).count() as u64;
-    let errors = super::count(number(Severity::Error), "error");
-    let warnings = super::count(number(Severity::Warning), "warning");
+    let errors = count(number(Severity::Error), "error");
+    let warnings = count(number(Severity::Warning), "warning");
     let _ = writeln!(text, "{errors}, {warnings}, {} ok", number(Severity::Ok));
     text
 }

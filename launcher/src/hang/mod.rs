@@ -15,14 +15,13 @@ pub mod slow;
 mod syscalls;
 mod tool;
 
-use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// For NCCL's answer: the time it takes itself to give up a process, and some.
 const RAS_PATIENCE: Duration = Duration::from_secs(15);
 
 /// What a node finds out about its ranks.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Findings {
     /// In the order of the ranks that were asked for; with stacks about 64 KiB each.
     pub processes: Vec<process::Process>,

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::process::{Process, Stack};
 use super::{procfs, tool};
+use crate::stat::Stat;
 
 /// How processes are looked into.
 #[derive(Clone, Debug)]
@@ -145,7 +146,7 @@ impl Probe {
             let Some(program) = program else { continue };
             let outcome = tool.run(&program, pid, self.tool_timeout);
             // A debugger that was killed, or that failed, may leave the process stopped. That is not what it was.
-            let left_stopped = procfs::state(pid).is_some_and(|s| s == 'T');
+            let left_stopped = Stat::read(pid).is_some_and(|stat| stat.state == 'T');
             if (outcome.killed || left_stopped)
                 && let Some(pidfd) = pidfd
             {

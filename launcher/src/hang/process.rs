@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
-use crate::supervisor::count;
+use crate::text::count;
 
 /// A parent that waits for a child that waits for a child...: a shell, a wrapper, the program.
 const MAX_WRAPPERS: usize = 4;

@@ -4,12 +4,14 @@ use std::collections::HashMap;
 
 use super::process::{Process, Thread};
 use super::syscalls;
+use crate::stat::Stat;
 
 /// Threads and children that are looked at; a process may have thousands.
 const MAX_THREADS: usize = 512;
 const MAX_CHILDREN: usize = 16;
 /// Functions of the kernel that are shown.
 const MAX_KERNEL_FRAMES: usize = 8;
+
 /// Children of every process.
 pub fn family() -> HashMap<i32, Vec<i32>> {
     let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
@@ -18,10 +20,7 @@ pub fn family() -> HashMap<i32, Vec<i32>> {
         let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
             continue;
         };
-        if let Some(stat) = read(format!("/proc/{pid}/stat"))
-            .as_deref()
-            .and_then(parse_stat)
-        {
+        if let Some(stat) = Stat::read(pid) {
             children.entry(stat.parent).or_default().push(pid);
         }
     }
@@ -67,7 +66,7 @@ pub fn from_kernel(pid: i32, family: &HashMap<i32, Vec<i32>>) -> Process {
 
 fn thread(pid: i32, tid: i32) -> Option<Thread> {
     let of = |name: &str| read(format!("/proc/{pid}/task/{tid}/{name}"));
-    let stat = parse_stat(&of("stat")?)?;
+    let stat = Stat::of_thread(pid, tid)?;
     let wchan = of("wchan").filter(|w| !w.is_empty() && w != "0");
     let syscall = of("syscall").and_then(|line| parse_syscall(&line));
     // A running thread has no stack in the kernel that would mean anything.
@@ -100,10 +99,6 @@ pub fn command_line(pid: i32) -> Option<String> {
     (!short.is_empty()).then_some(short)
 }
 
-pub fn state(pid: i32) -> Option<char> {
-    parse_stat(&read(format!("/proc/{pid}/stat"))?).map(|s| s.state)
-}
-
 /// What a descriptor is: a path, a pipe, a socket and its ends.
 fn target(pid: i32, fd: u64) -> Option<String> {
     let link = fs_err::read_link(format!("/proc/{pid}/fd/{fd}")).ok()?;
@@ -126,23 +121,6 @@ pub fn is_python(pid: i32) -> bool {
     let named = |name: &str| name.starts_with("python") || name.starts_with("pypy");
     let embedded = || read(format!("/proc/{pid}/maps")).is_some_and(|m| m.contains("/libpython"));
     exe.file_name().is_some_and(|n| named(&n.to_string_lossy())) || embedded()
-}
-
-struct Stat {
-    name: String,
-    state: char,
-    parent: i32,
-}
-
-/// The name may hold spaces and brackets.
-fn parse_stat(text: &str) -> Option<Stat> {
-    let (head, tail) = text.rsplit_once(')')?;
-    let mut fields = tail.split_ascii_whitespace();
-    Some(Stat {
-        name: head.split_once('(')?.1.to_string(),
-        state: fields.next()?.chars().next()?,
-        parent: fields.next()?.parse().ok()?,
-    })
 }
 
 #[derive(Debug, PartialEq)]
@@ -225,12 +203,6 @@ mod tests {
 
     #[test]
     fn the_kernels_lines_are_read() {
-        let stat = parse_stat("42 (a) b (c)) D 7 40 39 0").unwrap();
-        assert_eq!(
-            (stat.name.as_str(), stat.state, stat.parent),
-            ("a) b (c)", 'D', 7)
-        );
-        assert!(parse_stat("42 (a").is_none());
         assert_eq!(parse_syscall("running"), None);
         assert_eq!(parse_syscall("-1 0x7ffc 0x7f3a"), None);
         let line = format!(

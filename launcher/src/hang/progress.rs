@@ -5,7 +5,7 @@ use std::time::Duration;
 use tsm_job::config::duration;
 
 use super::slow::{Change, Rule, Slowness, Stragglers};
-use crate::supervisor::{count, ranks_named};
+use crate::text::{count, ranks_named};
 
 /// Sections in which no step is made, and which may take longer than one.
 const LONG_SECTIONS: [&str; 3] = ["load", "validate", "checkpoint"];
@@ -433,19 +433,13 @@ fn report(ranks: &[u32]) -> String {
     } else {
         "report"
     };
-    format!("{} {verb}", ranks_list(ranks))
+    format!("{} {verb}", ranks_named(ranks))
 }
 
 /// `rank 3 is`, `ranks 0-2,7 are`.
 fn names(ranks: &[u32]) -> String {
     let verb = if ranks.len() == 1 { "is" } else { "are" };
-    format!("{} {verb}", ranks_list(ranks))
-}
-
-/// `rank 3`, `ranks 0-2,7`.
-pub fn ranks_list(ranks: &[u32]) -> String {
-    let ranks: Vec<usize> = ranks.iter().map(|&r| r as usize).collect();
-    ranks_named(&ranks)
+    format!("{} {verb}", ranks_named(ranks))
 }
 
 fn at(step: Option<u64>) -> String {

@@ -10,7 +10,7 @@ mod json;
 mod status;
 mod text;
 
-pub use ask::{Format, MAX_BYTES, ask};
+use ask::ask;
 pub use status::{Behind, Communicator, Member, Status};
 
 use serde::{Deserialize, Serialize};
@@ -45,9 +45,9 @@ impl Answer {
     }
 }
 
-/// As [`ask()`] for [`Format::Json`]; an error becomes the text.
+/// As [`ask()`]; an error becomes the text.
 pub fn answer(address: &str, patience: Duration) -> Answer {
-    match ask(address, Format::Json, patience) {
+    match ask(address, patience) {
         Ok(text) => Answer::new(&text),
         Err(e) => Answer {
             text: format!("{e:#}"),

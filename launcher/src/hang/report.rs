@@ -6,9 +6,9 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use super::process::Process;
-use super::progress::{Tracker, ranks_list, time};
+use super::progress::{Tracker, time};
 use super::ras::{Answer, Status};
-use crate::supervisor::count;
+use crate::text::{count, ranks_named};
 
 /// Late ranks that are shown in full.
 const MAX_LATE: usize = 8;
@@ -72,7 +72,7 @@ pub fn report(
         }
     }
     if late.len() > MAX_LATE {
-        let _ = writeln!(text, "\nlate as well: {}", ranks_list(&late[MAX_LATE..]));
+        let _ = writeln!(text, "\nlate as well: {}", ranks_named(&late[MAX_LATE..]));
     }
     others(&mut text, tracker, &inspections, &late, now);
     if let Some(answer) = ras {
@@ -111,11 +111,11 @@ fn late_by_looks(
         && stuck.len() < inspections.len()
     {
         let doing = inspections[first].process.summary();
-        return Some((stuck.clone(), format!("{}: {doing}", ranks_list(&stuck))));
+        return Some((stuck.clone(), format!("{}: {doing}", ranks_named(&stuck))));
     }
     let suspects = status.map_or(Vec::new(), |status| status.suspects(world_size));
     if !suspects.is_empty() && suspects.len() < world_size as usize {
-        let ranks = ranks_list(&suspects);
+        let ranks = ranks_named(&suspects);
         let reason =
             format!("NCCL has no answer from {ranks}, or fewer operations than from others");
         return Some((suspects, reason));
@@ -138,7 +138,7 @@ fn late_by_looks(
     let doing = |rank: &u32| inspections[rank].process.summary();
     let reason = format!(
         "{}: {}; the others: {}",
-        ranks_list(&odd),
+        ranks_named(&odd),
         doing(first),
         doing(most.first()?)
     );
@@ -169,7 +169,7 @@ fn others(
         let heading = heading(tracker, inspections, shown, now);
         let _ = match ranks.len() {
             1 => writeln!(text, "\nother: {heading}"),
-            _ => writeln!(text, "\nothers: {}, of which {heading}", ranks_list(ranks)),
+            _ => writeln!(text, "\nothers: {}, of which {heading}", ranks_named(ranks)),
         };
         if let Some(inspection) = inspections.get(&shown) {
             let process = &inspection.process;

@@ -156,7 +156,7 @@ fn share(lines: Vec<String>, begins: &str) -> String {
             text += "\n";
         }
         if more > 0 {
-            let threads = crate::supervisor::count(more, "more thread");
+            let threads = crate::text::count(more, "more thread");
             text += &format!("[{threads} with this stack]\n");
         }
     }

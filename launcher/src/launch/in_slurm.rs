@@ -12,6 +12,7 @@ use crate::cli::{Args, Gpus, Preflight};
 use crate::cluster::fit;
 use crate::cluster::key::Key;
 use crate::cluster::wire;
+use crate::own::{self, Executable};
 use crate::plan::{self, Workers};
 use crate::start::children::Starter;
 use crate::start::slurm::{self, Allocation, Entry, Place, Request, Turn};
@@ -112,8 +113,8 @@ async fn on_nodes(
     let listener = wire::listen(SocketAddr::from(([0, 0, 0, 0], 0)))?;
     let port = listener.local_addr()?.port();
     session.hub.listen(listener, key.clone(), None);
-    let shim = std::env::current_exe().context("cannot find this program")?;
-    let command = agent_command(&shim, args, workers.as_ref(), port);
+    let launcher = own::path().context("cannot find this program")?;
+    let command = agent_command(&launcher, args, workers.as_ref(), port);
     let srun = slurm::srun(
         &turn.allocation,
         &hosts[..wanted.min(hosts.len())],
@@ -131,18 +132,23 @@ async fn on_nodes(
     let voice = session.voice.clone();
     session
         .children
-        .start(&shim, starter, &session.hub, &key, &voice);
+        .start(&Executable::own()?, starter, &session.hub, &key, &voice);
     prepared.take_turn(turn, start);
     prepared.run().await
 }
 
 /// What srun starts on every node, for a coordinator that listens at `port` of this one.
-fn agent_command(shim: &Path, args: &Args, workers: Option<&Workers>, port: u16) -> Vec<OsString> {
+fn agent_command(
+    launcher: &Path,
+    args: &Args,
+    workers: Option<&Workers>,
+    port: u16,
+) -> Vec<OsString> {
     let own = addresses::list().into_iter().map(|(ip, _)| ip);
     let loopback = IpAddr::from([127, 0, 0, 1]);
     let points = own.filter(IpAddr::is_ipv4).chain([loopback]);
     let points: Vec<String> = points.map(|ip| format!("{ip}:{port}")).collect();
-    let mut command: Vec<OsString> = vec![shim.into(), agent::AGENT.into()];
+    let mut command: Vec<OsString> = vec![launcher.into(), agent::AGENT.into()];
     let mut give = |flag: &str, value: &str| command.extend([flag.into(), value.into()]);
     give("--connect", &points.join(","));
     give("--order-from", "SLURM_NODEID");

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use tsm_job::RunDir;
 
 use crate::logs::read_small;
+use crate::own;
 
 /// A program that took part.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -47,7 +48,7 @@ struct Meta {
 
 /// This program, and the one that the workers run where it is found.
 pub fn binaries(command: &[String]) -> Vec<Binary> {
-    let own = std::env::current_exe().ok();
+    let own = own::path().ok();
     // The link leads to the program that runs, also when its file was replaced.
     let own = own.and_then(|path| digest(&path, Path::new("/proc/self/exe")).ok());
     let search = std::env::var_os("PATH").unwrap_or_default();

@@ -8,7 +8,7 @@ use crate::class::Class;
 use crate::cores::to_list;
 use crate::end::End;
 use crate::logs::TAIL_LINES;
-use crate::supervisor::ranks_named;
+use crate::text::ranks_named;
 
 /// Lines about the other ranks in the text; failure.json has them all.
 const MAX_OTHERS: usize = 16;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tsm_job::config::duration;
 use tsm_job::exit::{self, Coded};
 
+use super::by_hand;
 use super::children::HERE;
 use crate::addresses;
 use crate::cli::Gpus;
@@ -18,6 +19,7 @@ use crate::cluster::message::{FromAgent, Join};
 use crate::cluster::wire::{self, Connection, Role};
 use crate::doctor::{self, Context};
 use crate::logs::Shown;
+use crate::own::Executable;
 use crate::plan::{self, Devices};
 use crate::{gpus, manifest};
 
@@ -101,7 +103,7 @@ impl Parts {
         };
         Ok(Setup {
             start: self.start,
-            shim: std::env::current_exe()?,
+            shim: Executable::own()?,
             host: self.host,
             devices: self.devices,
             join,
@@ -195,15 +197,11 @@ async fn dial_any(args: &Args, key: &Key) -> anyhow::Result<Connection> {
     let mut last = None;
     while last.is_none() || Instant::now() < until {
         for point in &args.connect {
-            let Some((host, port)) = point
-                .rsplit_once(':')
-                .and_then(|(h, p)| Some((h, p.parse().ok()?)))
-            else {
+            let Some((host, port)) = by_hand::host_and_port(point) else {
                 let text = format!("--connect is {point:?}\n  hint: write HOST:PORT");
                 return Err(Coded::new(exit::USAGE, text).into());
             };
-            let host = host.trim_start_matches('[').trim_end_matches(']');
-            match super::by_hand::dial(host, port, key, None, Duration::from_secs(2)).await {
+            match by_hand::dial(host, port, key, None, Duration::from_secs(2)).await {
                 Ok(connection) => return Ok(connection),
                 Err(e) => last = Some(e),
             }

@@ -25,21 +25,24 @@ pub enum Part {
     Agent,
 }
 
-/// `HOST:PORT`, with brackets around an IPv6 address. A name that leads nowhere is looked up again for as long as
+/// Of `HOST:PORT`, with brackets around an IPv6 address.
+pub(super) fn host_and_port(point: &str) -> Option<(&str, u16)> {
+    let (host, port) = point.rsplit_once(':')?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    Some((host, port.parse().ok()?))
+}
+
+/// The parts of `HOST:PORT`, and its addresses. A name that leads nowhere is looked up again for as long as
 /// `patience`. Blocks.
 ///
 /// # Errors
 /// [`exit::USAGE`] when it is not that, [`exit::PREFLIGHT`] when the name leads nowhere.
 pub fn resolve(point: &str, patience: Duration) -> anyhow::Result<(String, u16, Vec<SocketAddr>)> {
-    let Some((host, port)) = point
-        .rsplit_once(':')
-        .and_then(|(h, p)| Some((h, p.parse::<u16>().ok()?)))
-    else {
+    let Some((host, port)) = host_and_port(point) else {
         let text =
             format!("--rendezvous is {point:?}\n  hint: write HOST:PORT, such as gpu-01:29400");
         bail!(Coded::new(exit::USAGE, text));
     };
-    let host = host.trim_start_matches('[').trim_end_matches(']');
     if host.is_empty() {
         let hint = "write HOST:PORT, such as gpu-01:29400";
         let text = format!("--rendezvous is {point:?}, which names no host\n  hint: {hint}");
@@ -224,13 +227,11 @@ mod tests {
 
     #[tokio::test]
     async fn the_first_listens_and_the_second_does_not() {
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap();
-        let first = part(&[port]).unwrap();
+        let held = crate::port::Port::reserve().unwrap();
+        let point = SocketAddr::from((Ipv4Addr::LOCALHOST, held.number));
+        let first = part(&[point]).unwrap();
         assert!(matches!(first, Part::Coordinator(_)));
-        assert!(matches!(part(&[port]).unwrap(), Part::Agent));
+        assert!(matches!(part(&[point]).unwrap(), Part::Agent));
         // TEST-NET-1 is nobody's.
         assert!(matches!(
             part(&["192.0.2.1:1".parse().unwrap()]).unwrap(),

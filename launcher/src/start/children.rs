@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,6 +16,7 @@ use tsm_job::exit;
 use crate::cluster::key::Key;
 use crate::cluster::link::{Door, Hub};
 use crate::cluster::wire::{self, Role};
+use crate::own::Executable;
 use crate::session::Voice;
 use crate::shim;
 
@@ -97,7 +98,7 @@ impl Children {
     /// runtime: the starter ends when this thread does.
     pub fn start(
         &mut self,
-        shim_path: &Path,
+        shim: &Executable,
         starter: Starter,
         hub: &Hub,
         key: &Key,
@@ -105,7 +106,7 @@ impl Children {
     ) {
         self.come_back |= starter.retries > 0;
         let keeper = Keeper {
-            shim: shim_path.into(),
+            shim: shim.clone(),
             starter,
             door: hub.door(),
             key: key.clone(),
@@ -152,7 +153,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 /// Starts one starter, and again where that is wanted.
 struct Keeper {
-    shim: PathBuf,
+    shim: Executable,
     starter: Starter,
     door: Door,
     key: Key,
@@ -193,7 +194,7 @@ impl Keeper {
     async fn run(&self, place: OwnedSemaphorePermit) -> (i32, String, bool) {
         let argv = &self.starter.argv;
         let program = argv.first().cloned().unwrap_or_default();
-        let mut command = Command::new(&self.shim);
+        let mut command = Command::from(self.shim.command());
         command.args(shim::plain()).args(argv);
         for name in self.starter.env_remove {
             command.env_remove(name);

@@ -4,9 +4,8 @@
 //! A file may be old: left by a job that was killed, and whose name came up again. So it is never taken for more than
 //! a hint: who cannot join by it reads it again.
 
-use fs_err::os::unix::fs::OpenOptionsExt;
 use serde::{Deserialize, Serialize};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,6 +15,7 @@ use tsm_job::exit::{self, Coded};
 use crate::addresses;
 use crate::cluster::key::{self, Key};
 use crate::cluster::wire::{self, Connection};
+use crate::replace::{beside, replace};
 
 /// Between two looks at the file.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -45,10 +45,18 @@ pub struct Announced {
 
 impl Drop for Announced {
     fn drop(&mut self) {
-        // Another job of the same name may have put its own there.
-        if fs_err::read_to_string(&self.path).is_ok_and(|text| text == self.text) {
-            let _ = fs_err::remove_file(&self.path);
+        // Another job of the same name may have put its own there, or do so at any moment: so it is taken away from
+        // there first, and looked at when nobody else can replace it.
+        let is_own = |path: &Path| fs_err::read_to_string(path).is_ok_and(|t| t == self.text);
+        let own = beside(&self.path);
+        if !is_own(&self.path) || fs_err::rename(&self.path, &own).is_err() {
+            return;
         }
+        if !is_own(&own) {
+            // Unless there is a still newer one.
+            let _ = fs_err::hard_link(&own, &self.path);
+        }
+        let _ = fs_err::remove_file(&own);
     }
 }
 
@@ -67,21 +75,7 @@ pub fn announce(dir: &Path, id: &str, port: u16, key: &Key) -> Result<Announced,
     };
     let path = file(dir, id);
     let text = serde_json::to_string(&meeting).expect("plain data");
-    let write = || -> std::io::Result<()> {
-        fs_err::create_dir_all(dir)?;
-        let own = dir.join(format!(".tsm-launch-{id}.{}", std::process::id()));
-        let _ = fs_err::remove_file(&own);
-        let mut options = fs_err::OpenOptions::new();
-        let mut file = options
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&own)?;
-        file.write_all(text.as_bytes())?;
-        // The other nodes may read through another client of the same file system.
-        file.sync_all()?;
-        fs_err::rename(&own, &path)
-    };
+    let write = || fs_err::create_dir_all(dir).and_then(|()| replace(&path, &text, 0o600));
     write().map_err(|e| {
         let text = format!(
             "cannot tell the other nodes where to meet: {e}\n  hint: give --rendezvous-dir a folder that all nodes can write to"
@@ -221,6 +215,29 @@ mod tests {
         joined.unwrap();
         assert!(dir.path().join(".tsm-launch-mpi-7").exists());
         drop(new);
+    }
+
+    #[test]
+    fn the_file_of_a_job_that_begins_stays_while_an_old_one_of_its_name_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(dir.path(), "mpi-7");
+        for i in 0..300 {
+            let text = |name: &str| format!("{name} {i}");
+            let announced = |text: String| {
+                replace(&path, &text, 0o600).unwrap();
+                let path = path.clone();
+                Announced { path, text }
+            };
+            let old = announced(text("old"));
+            let new = std::thread::scope(|scope| {
+                let new = scope.spawn(|| announced(text("new")));
+                drop(old);
+                new.join().unwrap()
+            });
+            assert_eq!(fs_err::read_to_string(&path).unwrap(), text("new"));
+            drop(new);
+            assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 0);
+        }
     }
 
     #[tokio::test]

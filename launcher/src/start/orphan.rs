@@ -8,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
 use std::io::Write;
 
-use crate::contain::Stat;
+use crate::stat::Stat;
 
 /// Set in every process that Open MPI's mpirun starts, and in what those start.
 const STARTED: &str = "OMPI_COMM_WORLD_RANK";

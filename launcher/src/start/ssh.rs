@@ -10,8 +10,10 @@ use super::agent::AGENT;
 use super::children::Starter;
 use super::hosts::{self, Host};
 use crate::cli::{Args, Nodes, Preflight};
+use crate::own;
 use crate::plan::{self, Workers};
 use crate::target::{Target, find_program};
+use crate::text::count;
 
 /// Behind the words of `--ssh`: for every option ssh takes the first value that it sees, so those win.
 const OPTIONS: [&str; 12] = [
@@ -134,7 +136,7 @@ impl Plan {
         *program = find_program(program)?.into();
         let launcher = match &args.remote_launcher {
             Some(path) => path.clone(),
-            None => std::env::current_exe()?,
+            None => own::path()?,
         };
         let counts: Vec<Option<u32>> = hosts.iter().map(|(_, w)| w.count()).collect();
         target.settle_as(
@@ -195,7 +197,7 @@ impl Plan {
             let ranks = match (first, workers.count()) {
                 (Some(from), Some(1)) => format!("rank {from}"),
                 (Some(from), Some(n)) => format!("ranks {from} to {}", from + n - 1),
-                (_, Some(n)) => crate::supervisor::count(n as usize, "rank"),
+                (_, Some(n)) => count(n, "rank"),
                 (_, None) => "one rank on each of its GPUs".into(),
             };
             first = first.zip(workers.count()).map(|(from, n)| from + n);
@@ -216,7 +218,7 @@ fn nodes(given: Option<Nodes>, hosts: u32) -> Result<Nodes, Coded> {
     if nodes.max > hosts {
         let text = format!(
             "--nodes asks for {}, {} named\n  hint: name as many hosts, or leave out --nodes",
-            crate::supervisor::count(nodes.max as usize, "node"),
+            count(nodes.max, "node"),
             if hosts == 1 {
                 "1 host is".into()
             } else {

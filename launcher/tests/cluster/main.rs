@@ -6,6 +6,8 @@ mod ground;
 #[path = "../common/harness.rs"]
 #[allow(dead_code, reason = "as above")]
 mod harness;
+#[path = "../common/program.rs"]
+mod program;
 
 mod job;
 mod nodes;

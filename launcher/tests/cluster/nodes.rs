@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// After the end of a job the kernel and the guards need a moment.
-const LAST_MOMENT: Duration = Duration::from_secs(5);
+const LAST_MOMENT: Duration = Duration::from_secs(60);
 
 type Task = Box<dyn FnOnce() + Send>;
 

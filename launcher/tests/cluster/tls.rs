@@ -10,7 +10,7 @@ use std::time::Duration;
 use tsm_job::exit;
 
 /// An agent that is refused says so at once; the default wait for the others is a minute.
-const AT_ONCE: Duration = Duration::from_secs(20);
+const AT_ONCE: Duration = Duration::from_secs(55);
 
 type Ca = CertifiedIssuer<'static, KeyPair>;
 

@@ -1,6 +1,6 @@
 //! The all-reduce of `--preflight full`, with a double of the trainer: a job in a job, of which nothing is left.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -8,7 +8,9 @@ use std::time::Duration;
 use tsm_launch::cluster::key::Key;
 use tsm_launch::cluster::message::Severity;
 use tsm_launch::doctor::preflight::{GpuTask, Scale, all_reduce, own_gpus};
+use tsm_launch::own::Executable;
 use tsm_launch::plan::Devices;
+use tsm_launch::port::Port;
 
 use crate::harness::{DEADLINE, Running, Scene, alive, finish, start, survivors, until};
 
@@ -29,25 +31,26 @@ fn alone(scene: &Scene, name: &str) -> GpuTask {
         trainer: Some(trainer(scene, name)),
         ..Scale::default()
     };
-    let mut task = GpuTask::alone(Devices::Cpu(2), LAUNCHER.into(), &scale);
+    let mut task = GpuTask::alone(Devices::Cpu(2), Executable::at(LAUNCHER.as_ref()), &scale);
     task.task.wait = DEADLINE;
     task
 }
 
-/// Two members of one group on this host.
-fn group(scene: &Scene, name: &str) -> [GpuTask; 2] {
-    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let first = free.local_addr().unwrap();
+/// Two members of one group on this host, and the port at which they meet, held.
+fn group(scene: &Scene, name: &str) -> ([GpuTask; 2], Port) {
+    let held = Port::reserve().unwrap();
+    let first = SocketAddr::from((Ipv4Addr::LOCALHOST, held.number));
     let second = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
     let key = Key::random();
-    [0, 1].map(|me| {
+    let tasks = [0, 1].map(|me| {
         let mut task = alone(scene, name);
         task.key = key.clone();
         task.devices = Devices::Cpu(1);
         task.task.members = vec![first, second];
         task.task.me = me;
         task
-    })
+    });
+    (tasks, held)
 }
 
 /// The second member begins when the first coordinates, as it does where only the first has the address.
@@ -158,7 +161,7 @@ fn a_measurement_that_nobody_waits_for_leaves_nothing() {
 #[test]
 fn two_members_measure_together() {
     let scene = Scene::new();
-    let tasks = group(&scene, "right");
+    let (tasks, _held) = group(&scene, "right");
     let first = tasks[0].clone();
     for said in measure_both(tasks) {
         assert_eq!(said.unwrap(), "24.00 Gbit/s None");
@@ -169,7 +172,7 @@ fn two_members_measure_together() {
 #[test]
 fn of_two_members_the_first_names_the_rank_that_failed() {
     let scene = Scene::new();
-    let tasks = group(&scene, "dies");
+    let (tasks, _held) = group(&scene, "dies");
     let task = tasks[0].clone();
     let [first, second] = measure_both(tasks).map(Result::unwrap_err);
     let host = tsm_launch::manifest::host();
@@ -187,7 +190,7 @@ fn of_two_members_the_first_names_the_rank_that_failed() {
 #[test]
 fn a_member_without_a_trainer_says_so_and_the_other_misses_it() {
     let scene = Scene::new();
-    let mut tasks = group(&scene, "right");
+    let (mut tasks, _held) = group(&scene, "right");
     tasks[1].task.trainer = Some(scene.path("missing"));
     for task in &mut tasks {
         task.task.wait = Duration::from_secs(6);

@@ -6,6 +6,8 @@ mod ground;
 #[path = "../common/harness.rs"]
 #[allow(dead_code, reason = "as above")]
 mod harness;
+#[path = "../common/program.rs"]
+mod program;
 
 mod all_reduce;
 mod cascade;
@@ -14,6 +16,7 @@ mod contain;
 mod hang;
 mod manifest;
 mod output;
+mod own;
 mod preflight;
 mod pytorch;
 mod races;

@@ -1,14 +1,17 @@
 //! What happens in the same moment, or in an unusual order.
 
-use crate::harness::{DEADLINE, Scene, alive, finish, until};
+use crate::ground::Bystander;
+use crate::harness::{DEADLINE, Scene, alive, finish, send, start, survivors, until};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use tsm_launch::contain::{Ability, Containment};
-use tsm_launch::process::{Spec, spawn};
+use tsm_launch::own::Executable;
+use tsm_launch::process::{Guard, Spec, spawn};
 
 /// Killed and reaped when dropped.
 struct Killed(Child);
@@ -23,7 +26,7 @@ impl Drop for Killed {
 /// As git and scontrol, which the launcher runs on other threads: they must not hold the sockets of workers open.
 #[test]
 fn the_death_of_a_worker_is_heard_whatever_other_threads_start() {
-    let shim = Path::new(env!("CARGO_BIN_EXE_tsm-launch"));
+    let shim = &Executable::at(Path::new(env!("CARGO_BIN_EXE_tsm-launch")));
     let containment = Containment::open(&mut Ability::find_out(shim), "races", 0);
     let command = ["true".into()];
     let spec = Spec {
@@ -84,11 +87,11 @@ fn the_death_of_a_rank_under_a_debugger_is_seen_when_the_debugger_lets_go() {
         return eprintln!("skipped: ptrace is not allowed here: {e}");
     }
     let traced = WaitId::Pid(Pid::from_raw(pids[0]).unwrap());
-    crate::harness::send(pids[0], Signal::KILL);
+    send(pids[0], Signal::KILL);
     let dead = WaitIdOptions::EXITED;
     waitid(traced.clone(), dead | WaitIdOptions::NOWAIT).unwrap();
     // Its launcher has looked at it in vain when it has seen what happens later.
-    crate::harness::send(pids[1], Signal::KILL);
+    send(pids[1], Signal::KILL);
     until("the third to be stopped for it", || {
         (!alive(pids[2])).then_some(())
     });
@@ -99,6 +102,50 @@ fn the_death_of_a_rank_under_a_debugger_is_seen_when_the_debugger_lets_go() {
     assert_eq!(end["signal"], 9, "{}", outcome.err);
     let text = "rank 0 failed first";
     assert!(outcome.err.contains(text), "{}", outcome.err);
+}
+
+/// They write faster than anybody could read it.
+#[test]
+fn a_signal_is_heard_over_ranks_that_talk_without_end() {
+    let scene = Scene::new();
+    let ready = scene.path("ready").display().to_string();
+    let talk = format!(
+        r#"echo -n $$ > {ready}$RANK.new; mv {ready}$RANK.new {ready}$RANK
+        exec yes '{{"kind":"step","step":1,"epoch":0}}' >&$TSM_AGENT_FD"#
+    );
+    let words = ["--cpus", "4", "--run-dir", "run", "--", "bash", "-c", &talk];
+    let running = start(&mut scene.command(&words));
+    scene.wait_for_pids("ready", 4);
+    running.signal(Signal::INT);
+    until("the launcher to end", || {
+        (!alive(running.pid())).then_some(())
+    });
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 130, "{}", outcome.err);
+}
+
+/// As debuggers and schedulers stop whole sessions.
+#[test]
+fn a_guard_that_is_stopped_does_not_stop_its_launcher() {
+    let shim = &Executable::at(Path::new(env!("CARGO_BIN_EXE_tsm-launch")));
+    let containment = Containment::open(&mut Ability::find_out(shim), "races", 0);
+    let mut guard = Guard::start(shim, &containment).unwrap();
+    let [mark, ..] = containment.words();
+    let pid = until("the guard", || {
+        let found = survivors(Path::new(&mark));
+        found.first()?.split(':').next()?.parse().ok()
+    });
+    send(pid, Signal::STOP);
+    let _killed = Bystander(pid);
+    let (done, is_done) = channel();
+    std::thread::spawn(move || {
+        // Far more than a pipe holds.
+        for _ in 0..20_000 {
+            guard.lease(DEADLINE);
+        }
+        let _ = done.send(());
+    });
+    assert_eq!(is_done.recv_timeout(DEADLINE), Ok(()));
 }
 
 #[expect(unsafe_code, reason = "rustix has no ptrace")]

@@ -107,7 +107,6 @@ fn a_worker_that_ignores_sigterm_is_killed_after_the_grace() {
         "{:?}",
         outcome.took
     );
-    assert!(outcome.took < Duration::from_secs(20), "{:?}", outcome.took);
     assert!(
         outcome
             .err
@@ -174,6 +173,8 @@ fn the_second_ctrl_c_kills() {
     let ignoring = [
         "--cpus",
         "2",
+        "--grace",
+        "300s",
         "--run-dir",
         "run",
         "--",
@@ -200,8 +201,8 @@ fn the_second_ctrl_c_kills() {
     let outcome = finish(running);
     assert_eq!(outcome.code, 130, "{}", outcome.err);
     assert!(
-        outcome.took < Duration::from_secs(25),
-        "not the grace of 30 s: {:?}",
+        outcome.took < Duration::from_secs(200),
+        "not the grace: {:?}",
         outcome.took
     );
     assert_eq!(scene.json("manifest.json")["ranks"][1]["end"]["signal"], 9);
@@ -390,7 +391,7 @@ fn what_a_worker_started_ends_with_the_job() {
         let ready = scene.path("ready").display().to_string();
         let actions =
             format!("--fork --touch {ready}{{rank}} --wait-for {ready}0 --wait-for {ready}1 {end}");
-        let outcome = scene.launch("--cpus 2 --grace 5s", &actions);
+        let outcome = scene.launch("--cpus 2 --grace 300s", &actions);
         assert_eq!(outcome.code, code, "{}", outcome.err);
         for rank in 0..2 {
             let out = String::from_utf8(scene.log(rank, "out")).unwrap();
@@ -398,7 +399,7 @@ fn what_a_worker_started_ends_with_the_job() {
             assert!(!alive(child));
         }
         assert!(
-            outcome.took < Duration::from_secs(5),
+            outcome.took < Duration::from_secs(200),
             "SIGTERM ends them, not the grace: {:?}",
             outcome.took
         );

@@ -1,7 +1,7 @@
 //! A config, and a stand-in for the trainer.
 
 use crate::harness::{Outcome, Scene, finish, start};
-use std::os::unix::fs::PermissionsExt;
+use crate::program::write_program;
 use std::path::Path;
 
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
@@ -15,8 +15,7 @@ fn scene(script: &str) -> Scene {
         fs_err::write(data.join(name), "").unwrap();
     }
     let trainer = scene.path("trainer");
-    fs_err::write(&trainer, format!("#!/bin/sh\n{script}\n")).unwrap();
-    fs_err::set_permissions(&trainer, PermissionsExt::from_mode(0o755)).unwrap();
+    write_program(&trainer, &format!("#!/bin/sh\n{script}\n"));
     scene
 }
 

@@ -6,6 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 use tsm_launch::cli::{Args, Nodes};
+use tsm_launch::port::Port;
 
 use crate::harness::{FAKE, Running, Scene, finish, start, until};
 
@@ -24,9 +25,9 @@ fn mount_key(scene: &Scene) -> String {
     "secret/key".into()
 }
 
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
+/// Nobody else gets it while it is held; a launcher can listen there.
+fn free_port() -> Port {
+    Port::reserve().unwrap()
 }
 
 /// A pod of Kubeflow's trainer, with the variables that its older operator sets beside.
@@ -53,7 +54,8 @@ fn log(scene: &Scene, rank: u32) -> String {
 fn pods_of_kubeflow_are_nodes() {
     let scene = Scene::new();
     let key = mount_key(&scene);
-    let port = free_port();
+    let held = free_port();
+    let port = held.number;
     let words = format!(
         "--run-dir run --key-file {key} -- {FAKE} --print-env --touch done{{rank}} --on-rank 2 \
          --wait-for done0 --wait-for done1 --wait-for done3 --exit 17"
@@ -106,7 +108,8 @@ fn a_pod_alone_needs_no_key_and_two_do() {
 fn a_pod_of_an_indexed_job_has_its_place_whoever_coordinates() {
     let scene = Scene::new();
     let key = mount_key(&scene);
-    let port = free_port();
+    let held = free_port();
+    let port = held.number;
     let words = format!(
         "--run-dir run --nodes 2 --rendezvous localhost:{port} --key-file {key} --cpus 1 -- {FAKE} --print-env"
     );
@@ -145,7 +148,8 @@ fn a_name_that_comes_late_is_waited_for() {
         return;
     }
     let scene = Scene::new();
-    let (key, port) = (mount_key(&scene), free_port());
+    let (key, held) = (mount_key(&scene), free_port());
+    let port = held.number;
     fs_err::copy("/etc/hosts", scene.path("hosts")).unwrap();
     let script = format!(
         "mount --bind hosts /etc/hosts && exec \"$0\" --run-dir run --nodes 1 \

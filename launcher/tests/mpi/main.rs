@@ -252,13 +252,15 @@ fn one_process_of_mpirun_is_alone_and_so_is_each_that_ignores_it() {
 #[test]
 fn a_folder_that_is_not_shared_is_named() {
     let scene = Scene::new();
-    let words = format!("{TWO} --join-timeout 500ms --rendezvous-dir");
-    let Some(mut command) = mpirun(&scene, "-n 1", &format!("{words} a"), "") else {
+    // The first must not give up before the second, since mpirun then ends that.
+    let words =
+        |join: &str, dir: &str| format!("{TWO} --join-timeout {join} --rendezvous-dir {dir}");
+    let Some(mut command) = mpirun(&scene, "-n 1", &words("120s", "a"), "") else {
         return;
     };
     // The second process looks into another folder.
     command.args([":", "-n", "1"]).arg(scene.path("tsm-launch"));
-    command.args(format!("{words} b").split_whitespace());
+    command.args(words("500ms", "b").split_whitespace());
     command.args(["--", FAKE]);
     let outcome = finish(start(&mut command));
     assert_eq!(outcome.code, 69, "{}", outcome.err);

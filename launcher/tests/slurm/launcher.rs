@@ -1,12 +1,12 @@
 //! The launcher in jobs of SLURM: two nodes, a rank that fails, pre-emption with requeue and resume, the
 //! time limit, and nothing that is left behind.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::cluster;
 use crate::cluster::Cluster;
+use crate::program::write_program;
 
 const LAUNCH: &str = env!("CARGO_BIN_EXE_tsm-launch");
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
@@ -42,8 +42,7 @@ impl Scene {
             fs_err::write(dir.join("data/demo").join(file), "").unwrap();
         }
         let trainer = dir.join("trainer");
-        fs_err::write(&trainer, TRAINER).unwrap();
-        fs_err::set_permissions(&trainer, PermissionsExt::from_mode(0o755)).unwrap();
+        write_program(&trainer, TRAINER);
         Some(Scene { cluster, dir })
     }
 

@@ -7,6 +7,8 @@
 mod cluster;
 mod contract;
 mod launcher;
+#[path = "../common/program.rs"]
+mod program;
 mod step;
 mod submit;
 

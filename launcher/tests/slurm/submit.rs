@@ -8,6 +8,7 @@ use tsm_launch::start::slurm::{Options, Submit, render};
 
 use crate::cluster;
 use crate::cluster::Cluster;
+use crate::program::write_program;
 
 fn options(cluster: &Cluster, program: &Path, directory: &Path, words: &[&str]) -> Options {
     let config = cluster
@@ -98,9 +99,10 @@ fn a_submitted_job_runs_the_command_in_place_with_its_words_whole() {
     let directory = cluster.path().join("50% o'f \"it\"");
     fs_err::create_dir_all(directory.join("runs")).unwrap();
     let program = directory.join("tsm launch");
-    fs_err::write(&program, "#!/bin/bash\npwd; printf '<%s>' \"$0\" \"$@\"; echo; ps -o ppid= -p $$ | xargs ps -o comm= -p\n").unwrap();
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs_err::set_permissions(&program, mode).unwrap();
+    write_program(
+        &program,
+        "#!/bin/bash\npwd; printf '<%s>' \"$0\" \"$@\"; echo; ps -o ppid= -p $$ | xargs ps -o comm= -p\n",
+    );
     let options = options(
         &cluster,
         &program,
@@ -230,12 +232,7 @@ case $2 in 1) ms=100 ;; 2) ms=125 ;; 4) ms=200 ;; esac
 echo "{\"step_ms\":[900.5,$ms.0,$ms.0],\"peak_bytes\":1,\"gpu\":null}" > "$6/logs/n1-0.out"
 echo no > "$6/logs/n1-10.out"
 "#;
-    fs_err::write(&program, fake).unwrap();
-    fs_err::set_permissions(
-        &program,
-        std::os::unix::fs::PermissionsExt::from_mode(0o755),
-    )
-    .unwrap();
+    write_program(&program, fake);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../slurm/bench-sweep.sbatch");
     let output = std::process::Command::new("bash")
         .arg(script)

@@ -3,6 +3,8 @@
 #[path = "../common/harness.rs"]
 #[allow(dead_code, reason = "what only the other test programs use")]
 mod harness;
+#[path = "../common/program.rs"]
+mod program;
 mod server;
 
 use harness::{FAKE, Outcome, Running, Scene, alive, finish, parent, send, start, until};
@@ -352,8 +354,7 @@ fn no_more_than_64_connections_are_made_at_once() {
         "#!/bin/sh\nfor word; do host=$last; last=$word; done\n: > {}/at-$host\nexec sleep 1000\n",
         scene.path("").display()
     );
-    fs_err::write(&ssh, script).unwrap();
-    fs_err::set_permissions(&ssh, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    program::write_program(&ssh, &script);
     let hosts: Vec<String> = (0..70).map(|i| format!("host-{i}")).collect();
     let (hosts, ssh) = (hosts.join(","), ssh.display().to_string());
     let words = ["--hosts", &hosts, "--ssh", &ssh, "--cpus", "1", "--", FAKE];

@@ -1,21 +1,60 @@
 //! An OpenSSH server of the tests' own, with its own keys, on loopback addresses that stand for hosts.
 
-use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
+use fs_err::File;
+use rustix::fs::{FlockOperation, flock};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, Weak};
+use tsm_launch::port::Port;
 
 use crate::harness::until;
 
 const SSHD: &str = "/usr/sbin/sshd";
 /// Where sshd wants a folder while it runs as root.
 const PRIVSEP: &str = "/run/sshd";
+/// In it, where it is not the system's.
+const MADE: &str = "/run/sshd/made-by-tsm-tests";
 
 pub struct Server {
     dir: tempfile::TempDir,
     sshd: Child,
-    made_privsep: bool,
+    _privsep: Privsep,
+}
+
+/// sshd's folder. The servers of other test programs on this machine use it too: where one of them has made it, the
+/// last removes it.
+struct Privsep(File);
+
+impl Privsep {
+    fn new() -> Privsep {
+        loop {
+            if fs_err::create_dir(PRIVSEP).is_ok() {
+                // The next turn may find it gone.
+                let _ = File::create(MADE);
+            }
+            // It may be removed at any moment before it is locked.
+            let Ok(folder) = File::open(PRIVSEP) else {
+                continue;
+            };
+            flock(&folder, FlockOperation::LockShared).expect("a lock");
+            let number = folder.metadata().expect("it is open").ino();
+            if fs_err::metadata(PRIVSEP).is_ok_and(|found| found.ino() == number) {
+                let mode = PermissionsExt::from_mode(0o755);
+                fs_err::set_permissions(PRIVSEP, mode).expect("root may");
+                return Privsep(folder);
+            }
+        }
+    }
+}
+
+impl Drop for Privsep {
+    fn drop(&mut self) {
+        let alone = flock(&self.0, FlockOperation::NonBlockingLockExclusive).is_ok();
+        if alone && fs_err::remove_file(MADE).is_ok() {
+            let _ = fs_err::remove_dir(PRIVSEP);
+        }
+    }
 }
 
 impl Server {
@@ -53,11 +92,9 @@ impl Server {
             assert!(made.expect("ssh-keygen starts").success());
         }
         fs_err::copy(at("user_key.pub"), at("authorized_keys")).expect("a key");
-        // Free on one address, and so most likely on its neighbours.
-        let port = TcpListener::bind("127.0.0.1:0")
-            .and_then(|l| l.local_addr())
-            .expect("a port")
-            .port();
+        // Free on all addresses; held, so that it stays so until sshd listens.
+        let held = Port::reserve().expect("a port");
+        let port = held.number;
         // The third greets as a shell's start-up file does that thinks it talks to a person.
         let config = format!(
             "ListenAddress 127.0.0.1:{port}\nListenAddress 127.0.0.2:{port}\nListenAddress 127.0.0.3:{port}\n\
@@ -86,11 +123,7 @@ impl Server {
             at("known_hosts"),
         );
         fs_err::write(at("ssh_config"), client).expect("writable");
-        let made_privsep = !Path::new(PRIVSEP).exists();
-        if made_privsep {
-            fs_err::create_dir(PRIVSEP).expect("root may");
-            fs_err::set_permissions(PRIVSEP, PermissionsExt::from_mode(0o755)).expect("ours");
-        }
+        let _privsep = Privsep::new();
         let sshd = Command::new(SSHD)
             .args(["-D", "-e", "-f", &at("sshd_config")])
             .stdin(Stdio::null())
@@ -100,7 +133,7 @@ impl Server {
         let server = Server {
             dir,
             sshd,
-            made_privsep,
+            _privsep,
         };
         until("sshd to listen", || {
             (1..=3)
@@ -124,8 +157,5 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.sshd.kill();
         let _ = self.sshd.wait();
-        if self.made_privsep {
-            let _ = fs_err::remove_dir(PRIVSEP);
-        }
     }
 }

@@ -20,6 +20,7 @@ use crate::doctor::kmsg;
 use crate::logs::{Finished, Logs, Shown, Sink, Source, Tail};
 use crate::machine;
 use crate::manifest::environment::{self, Change};
+use crate::own::Executable;
 use crate::plan::{WorkerPlan, error_file};
 use crate::port::Port;
 use crate::process::{self, Guard, Spec, Worker};
@@ -29,6 +30,8 @@ use crate::watch::{Happening, Watch};
 
 /// How long to read on after the last process: only one that is not known as ours still writes.
 const DRAIN: Duration = Duration::from_secs(2);
+/// The same where the disk takes its time.
+const DRAIN_SLOWLY: Duration = Duration::from_secs(15);
 /// How long a start that failed waits for what it kills.
 const A_LITTLE: Duration = Duration::from_millis(100);
 const HELD_OPEN: &str = "a process that is not known as one of this job's holds a worker's output open; it was left alone";
@@ -44,7 +47,7 @@ pub struct Generation {
     remove: Vec<String>,
     dir: RunDir,
     host: String,
-    shim: PathBuf,
+    shim: Executable,
     directory: Option<PathBuf>,
     workers: Vec<Worker>,
     tails: Vec<Tail>,
@@ -327,7 +330,7 @@ impl Generation {
     /// What became of the generation. Frees the process table and lets the guard go.
     pub fn conclude(self, output: Finished) -> NodeReport {
         let mut warnings = Vec::new();
-        if !output.all {
+        if output.held_open {
             warnings.push(HELD_OPEN.into());
         }
         let place = |i: usize| {
@@ -360,8 +363,9 @@ impl Generation {
             None => Vec::new(),
         };
         let places: Vec<Place> = (0..self.workers.len()).map(place).collect();
-        self.workers.iter().for_each(Worker::reap);
+        // The guard first: it knows the sessions by numbers, which may be used again from then on.
         self.guard.dismiss();
+        self.workers.iter().for_each(Worker::reap);
         NodeReport {
             ranks: self.state.ranks.into_iter().zip(places).collect(),
             started_at: self.began_at,
@@ -375,5 +379,5 @@ impl Generation {
 
 /// Reads the rest of the output; waits, so not for the thread of the event loop.
 pub fn drain(logs: Logs) -> Finished {
-    logs.finish(DRAIN)
+    logs.finish(DRAIN, DRAIN_SLOWLY)
 }

@@ -7,13 +7,12 @@ use tsm_job::config::duration;
 
 use crate::contain::{self, Containment, Left, Process};
 use crate::process;
+use crate::text::few;
 
 /// How long the kernel may take to end them after SIGKILL, before they are named as stuck.
 const KILL_WAIT: Duration = Duration::from_secs(5);
 /// The same where a worker was stuck for long enough already.
 const KILL_WAIT_MORE: Duration = Duration::from_millis(100);
-/// Processes that are named in a notice.
-const NAMED: usize = 8;
 /// Between two looks for them, at first and later.
 const LOOK: Duration = Duration::from_millis(5);
 const LOOK_LATER: Duration = Duration::from_millis(50);
@@ -67,7 +66,7 @@ impl Leftovers {
             (Phase::NotLooked, Some(grace)) => {
                 let left = containment.processes();
                 if !left.is_empty() {
-                    let (number, names) = (left.len(), names(&left));
+                    let (number, names) = (left.len(), few(&left));
                     let grace = duration::format(grace);
                     notice(format!(
                         "processes that the workers left behind: ending {number} ({names}), grace {grace}"
@@ -127,12 +126,4 @@ impl Leftovers {
             self.next_look = now + pause.clamp(LOOK, LOOK_LATER);
         }
     }
-}
-
-/// The first few, by number and name.
-fn names(processes: &[Process]) -> String {
-    let named = processes.iter().take(NAMED).map(Process::to_string);
-    let more = processes.len().saturating_sub(NAMED);
-    let more = (more > 0).then(|| format!("{more} more"));
-    named.chain(more).collect::<Vec<_>>().join(", ")
 }

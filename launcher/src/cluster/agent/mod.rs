@@ -12,7 +12,6 @@ mod prepared;
 mod reach;
 mod running;
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tsm_job::exit;
@@ -23,6 +22,7 @@ use super::message::{Beat, FromAgent, Join, ToAgent};
 use crate::console::queue::{LIMIT, queue};
 use crate::contain::Ability;
 use crate::logs::{Finished, Shown};
+use crate::own::Executable;
 use crate::plan::Devices;
 use crate::signals::Signals;
 use crate::supervisor::{Event, Phase};
@@ -38,8 +38,7 @@ const OUTPUT: usize = 1 << 20;
 pub struct Setup {
     /// From which all its times count.
     pub start: Instant,
-    /// This executable.
-    pub shim: PathBuf,
+    pub shim: Executable,
     pub host: String,
     pub devices: Devices,
     pub join: Join,
@@ -67,6 +66,8 @@ enum Wake {
     Drained(Finished),
     StartMore,
     Time,
+    /// Nobody but the workers has something to say.
+    Nothing,
 }
 
 struct Agent {
@@ -82,6 +83,8 @@ struct Agent {
     draining: Option<tokio::task::JoinHandle<Finished>>,
     /// Debuggers are at work.
     looking: bool,
+    /// The workers had their turn: whatever else waits comes first, once.
+    others_first: bool,
     /// What its threads and tasks have found out, to be said.
     found: (UnboundedSender<FromAgent>, UnboundedReceiver<FromAgent>),
     /// Whether generations can have control groups.
@@ -117,6 +120,7 @@ pub async fn run(setup: Setup, link: Link) -> anyhow::Result<Leave> {
         leaving: None,
         draining: None,
         looking: false,
+        others_first: false,
         found: unbounded_channel(),
         ability,
         load: crate::machine::Load::new(),
@@ -172,6 +176,7 @@ impl Agent {
         });
         let connected = self.leaving.is_none();
         let is_draining = self.draining.is_some();
+        let others_first = std::mem::take(&mut self.others_first);
         let (generation, draining) = (&mut self.generation, &mut self.draining);
         tokio::select! {
             biased;
@@ -180,7 +185,7 @@ impl Agent {
                     Some(generation) if !is_draining => generation.next().await,
                     _ => std::future::pending().await,
                 }
-            } => Wake::Workers(events),
+            }, if !others_first => Wake::Workers(events),
             message = self.link.from.recv(), if connected => Wake::Message(message),
             signal = async {
                 match signals {
@@ -197,6 +202,7 @@ impl Agent {
                 }
             } => Wake::Drained(output),
             () = std::future::ready(()), if starting => Wake::StartMore,
+            () = std::future::ready(()), if others_first => Wake::Nothing,
         }
     }
 
@@ -217,6 +223,7 @@ impl Agent {
             Wake::Message(Some(message)) => self.told(message),
             Wake::Message(None) => self.cut_off("the connection to the coordinator is gone"),
             Wake::Workers(Ok(events)) => {
+                self.others_first = true;
                 self.pass_words_on();
                 self.decide(&events);
             }
@@ -229,7 +236,7 @@ impl Agent {
             }
             Wake::Drained(output) => self.conclude(output),
             Wake::StartMore => self.start_more(),
-            Wake::Time => {}
+            Wake::Time | Wake::Nothing => {}
         }
     }
 

@@ -12,6 +12,7 @@ use crate::cores;
 use crate::plan::{self, Devices, REMOVED_VARIABLES, Seat, Shape, WorkerPlan};
 use crate::port::Port;
 use crate::process;
+use crate::replace::replace;
 use crate::start::adopt::mpi;
 
 /// Open files of the launcher itself, generously, and those that it has for each rank: two pipes, two logs,
@@ -44,9 +45,10 @@ pub fn prepare(setup: &Setup, start: &Start) -> anyhow::Result<Prepared> {
     fs_err::create_dir_all(dir.logs()).context("cannot write to the run folder")?;
     if let Some((name, text)) = &start.config {
         let path = dir.path().join(name);
-        // Written by the coordinator where the file system is shared.
+        // Written by the coordinator where the file system is shared. A node that does not see it yet must not
+        // empty it for a moment, in which ranks of other nodes read it.
         if fs_err::read_to_string(&path).map_or(true, |old| old != *text) {
-            fs_err::write(&path, text).context("cannot write the resolved config")?;
+            replace(&path, text, 0o666).context("cannot write the resolved config")?;
         }
     }
     let port = match start.master_port {

@@ -10,7 +10,7 @@ use crate::addresses;
 use crate::cluster::message::{Finding, Start, ToAgent};
 use crate::cluster::topology::{Candidate, Member, NodeId, assign};
 use crate::hang::progress::Tracker;
-use crate::supervisor::ranks_named;
+use crate::text::ranks_named;
 
 impl State {
     /// Nodes that can take ranks, in the order in which they joined; of those that are left out only as many as it

@@ -57,8 +57,9 @@ const LEAVE: Duration = Duration::from_secs(3);
 pub const FENCE: Duration = Duration::from_millis(500);
 /// A wait at the end that is longer is explained.
 const MOMENT: Duration = Duration::from_millis(500);
-/// Time beyond two graces in which an agent must report: the kernel ends processes in 5 s, or they are named.
-const REPORT: Duration = Duration::from_secs(15);
+/// Time beyond two graces in which an agent must report: the kernel ends processes in 5 s, or they are named, and a slow
+/// disk takes the rest of the output in 15 s, or it is lost.
+const REPORT: Duration = Duration::from_secs(30);
 /// Between two looks for hangs and stragglers.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long ranks may take to tell what they hang in.
@@ -571,9 +572,9 @@ fn record(kind: &'static str, fields: Value) -> Action {
     Action::Record { kind, fields }
 }
 
-/// `1 node`, `2 nodes`; see [`crate::supervisor::count`].
+/// `1 node`, `2 nodes`.
 fn nodes(number: usize) -> String {
-    crate::supervisor::count(number, "node")
+    crate::text::count(number, "node")
 }
 
 #[cfg(test)]

@@ -21,7 +21,8 @@ use crate::cluster::message::ToAgent;
 use crate::cluster::topology::NodeId;
 use crate::end::{End, signal_name};
 use crate::report::{Place, own_words};
-use crate::supervisor::{Rank, count, ranks_named};
+use crate::supervisor::Rank;
+use crate::text::{count, ranks_named};
 
 /// What was passed on in this generation, and what came of it.
 #[derive(Clone, Debug, Default)]

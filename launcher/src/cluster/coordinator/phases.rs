@@ -15,7 +15,7 @@ use super::{
 use crate::cluster::message::{Finding, Join, Severity, ToAgent};
 use crate::cluster::topology::NodeId;
 use crate::end::signal_name;
-use crate::supervisor::count;
+use crate::text::count;
 
 /// Of one node.
 const MAX_WORKERS: usize = 4096;
@@ -276,7 +276,7 @@ impl State {
             "signal",
             json!({"signal": name, "place": place.trim_start_matches(" on ")}),
         ));
-        let ranks = count(self.world_size() as usize, "worker");
+        let ranks = count(self.world_size(), "worker");
         match self.phase {
             Phase::Run if signal == libc::SIGUSR1 => self.pass_on(signal, now, actions),
             Phase::Run if signal == libc::SIGUSR2 && self.settings.job.saves => {

@@ -15,7 +15,8 @@ use crate::hang::ras::Answer;
 use crate::hang::report::{Inspection as Look, report};
 use crate::manifest::environment::Change;
 use crate::report::Place;
-use crate::supervisor::{Rank, count};
+use crate::supervisor::Rank;
+use crate::text::count;
 
 /// Names of metrics that are taken in, and the bytes of each.
 const MAX_METRICS: usize = 1000;

@@ -12,9 +12,6 @@ use crate::report::Place;
 use crate::supervisor::{self, Action, Event, Phase};
 use tsm_job::exit;
 
-/// See `ANSWER` of the agent.
-const ANSWER: Duration = Duration::from_secs(2);
-
 /// What wakes an agent.
 #[derive(Clone, Debug)]
 pub enum Input {
@@ -77,7 +74,6 @@ pub struct Agent {
     lease: Lease,
     generation: Option<Generation>,
     leaving: Option<i32>,
-    unheard: Option<Duration>,
     /// Its disk is broken: ranks cannot be started.
     pub broken: bool,
     /// It never says that it is clean, nor what it has measured.
@@ -103,7 +99,6 @@ impl Agent {
             lease: Lease::new(now),
             generation: None,
             leaving: None,
-            unheard: None,
             broken: false,
             mute: false,
             network: (0, Vec::new()),
@@ -118,10 +113,7 @@ impl Agent {
         let here = self.leaving.is_none();
         let lease = (!self.local && here).then_some(self.lease.until);
         let beat = here.then_some(self.lease.next_beat);
-        [decided, lease, beat, self.unheard]
-            .into_iter()
-            .flatten()
-            .min()
+        [decided, lease, beat].into_iter().flatten().min()
     }
 
     /// `now` is by the agent's own clock.
@@ -158,15 +150,7 @@ impl Agent {
                     generation.places[local].stderr.push(text);
                 }
             }
-            Input::Signal(signal) => {
-                effects.push(Effect::Say(FromAgent::Signal { signal }));
-                let stops = |g: &Generation| g.state.phase != Phase::Running;
-                if matches!(signal, libc::SIGINT | libc::SIGTERM | libc::SIGHUP)
-                    && !self.generation.as_ref().is_some_and(stops)
-                {
-                    self.unheard.get_or_insert(now + ANSWER);
-                }
-            }
+            Input::Signal(signal) => effects.push(Effect::Say(FromAgent::Signal { signal })),
             Input::Drained => self.conclude(now, effects),
             Input::Measured(message) if self.leaving.is_none() && !self.mute => {
                 effects.push(Effect::Say(message));
@@ -283,7 +267,6 @@ impl Agent {
                 signal,
                 grace,
             } if number == Some(generation) => {
-                self.unheard = None;
                 self.decide(Event::Stop { signal, grace }, now, effects);
             }
             ToAgent::Signal { generation, signal } if number == Some(generation) => {
@@ -345,10 +328,6 @@ impl Agent {
 
     fn tick(&mut self, now: Duration, effects: &mut Vec<Effect>) {
         if !self.local && self.leaving.is_none() && self.lease.is_over(now) {
-            self.cut_off(now, effects);
-        }
-        if self.unheard.is_some_and(|at| now >= at) {
-            self.unheard = None;
             self.cut_off(now, effects);
         }
         if self.leaving.is_none() && now >= self.lease.next_beat {

@@ -82,12 +82,6 @@ where
     })
 }
 
-impl Connection {
-    pub fn peer(&self) -> &str {
-        &self.receiver.peer
-    }
-}
-
 pub struct Sender {
     peer: String,
     sealer: Sealer,

@@ -14,8 +14,9 @@ use nvml_wrapper::{Device, Nvml};
 use std::time::Duration;
 
 use super::{Card, Reading};
-use crate::doctor::{count, kmsg};
+use crate::doctor::kmsg;
 use crate::gpus::{self, Gpu};
+use crate::text::count;
 
 pub fn read(wanted: &[Gpu]) -> Reading {
     let in_kernel = gpus::from_proc(gpus::PROC).len();
@@ -39,7 +40,7 @@ pub fn read(wanted: &[Gpu]) -> Reading {
     if (number as usize) < in_kernel {
         let text = format!(
             "the kernel module lists {}, the driver's library {number}",
-            count(in_kernel as u64, "GPU")
+            count(in_kernel, "GPU")
         );
         lost.push(text);
     }

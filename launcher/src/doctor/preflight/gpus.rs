@@ -21,9 +21,10 @@ use super::ring::{LATE, LEFT, Measured};
 use super::{OwnNode, Scale, Task};
 use crate::cluster::key::Key;
 use crate::cluster::message::Finding;
-use crate::doctor::count;
+use crate::own::Executable;
 use crate::plan::{self, Devices};
 use crate::shim;
+use crate::text::count;
 
 /// A group of nodes with GPUs is done by then: NCCL may take a minute to make its first connections.
 pub const GPU_WAIT: Duration = Duration::from_secs(120);
@@ -42,13 +43,12 @@ pub struct GpuTask {
     pub key: Key,
     /// What this node measures with. CPUs sum over Gloo instead of NCCL.
     pub devices: Devices,
-    /// This executable.
-    pub launcher: PathBuf,
+    pub launcher: Executable,
 }
 
 impl GpuTask {
     /// For this node alone.
-    pub fn alone(devices: Devices, launcher: PathBuf, scale: &Scale) -> GpuTask {
+    pub fn alone(devices: Devices, launcher: Executable, scale: &Scale) -> GpuTask {
         GpuTask {
             task: Task::new(Vec::new(), 0, scale),
             key: Key::random(),
@@ -91,8 +91,8 @@ impl GpuTask {
             ..
         } = &self.task;
         // The shim ends it with the thread that starts it.
-        let mut command = Command::new(&self.launcher);
-        command.args(shim::plain()).arg(&self.launcher);
+        let mut command = self.launcher.command();
+        command.args(shim::plain()).arg(self.launcher.program());
         let (flag, visible) = match &self.devices {
             Devices::Gpus(gpus) => {
                 let ids: Vec<&str> = gpus.iter().map(|gpu| gpu.id.as_str()).collect();
@@ -155,7 +155,7 @@ pub fn all_reduce(task: &GpuTask) -> Result<Measured, String> {
 pub fn own_gpus(task: &GpuTask, cancelled: impl Fn() -> bool) -> OwnNode {
     let what = match &task.devices {
         Devices::Gpus(gpus) if gpus.is_empty() => return OwnNode::default(),
-        Devices::Gpus(gpus) => count(gpus.len() as u64, "GPU"),
+        Devices::Gpus(gpus) => count(gpus.len(), "GPU"),
         Devices::Cpu(n) => count(*n, "rank") + " on the CPU",
     };
     let result = measure(task, cancelled);

@@ -27,9 +27,9 @@ use std::time::Duration;
 use tokio::sync::oneshot::Receiver;
 use tsm_job::config::duration;
 
-use super::count;
 use crate::cluster::message::Finding;
 use crate::cores;
+use crate::text::count;
 
 /// Bytes summed up in each round of a measurement; also beyond the last-level cache, with all cores together.
 pub const BYTES: usize = 64 << 20;
@@ -128,7 +128,7 @@ impl OwnNode {
 /// Measures this node alone: its memory, and a sum over two threads through the loopback interface.
 pub fn own_node(scale: &Scale) -> OwnNode {
     let num_cores = cores::allowed().len().max(1);
-    let own = count(num_cores as u64, "core");
+    let own = count(num_cores, "core");
     let memory = memory(num_cores, scale.bytes);
     let loopback = loopback(scale);
     let of_memory = match &memory {

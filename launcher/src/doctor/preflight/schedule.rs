@@ -6,6 +6,7 @@
 
 use super::ring::{self, Measured};
 use crate::cluster::message::Finding;
+use crate::text::count;
 
 /// A group this much slower than the better ones is slow.
 const SLOW: f64 = 2.0;
@@ -285,7 +286,7 @@ pub fn findings(hosts: &[String], done: &[Vec<Outcome>]) -> Vec<Finding> {
         let text = format!(
             "{} nodes in {}: {} Gbit/s, every sum is right",
             hosts.len(),
-            super::count(all.len() as u64, "group"),
+            count(all.len(), "group"),
             range(figures())
         );
         found.push(Finding::ok("network", text));

@@ -14,20 +14,13 @@ const GREETING: Duration = Duration::from_secs(1);
 /// What NCCL adds to the timeout it is given, and the way there and back.
 const EXTRA: Duration = Duration::from_secs(6);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// For people.
-    Text,
-    /// With the counts of every rank; NCCL before 2.28.7 answers in text all the same.
-    Json,
-}
-
-/// Asks the process that listens on `address`, such as `localhost:28028`, and returns its answer. Waits, so call
-/// it on a thread of its own; `patience` is for everything.
+/// Asks the process that listens on `address`, such as `localhost:28028`, and returns its answer: JSON, with the counts
+/// of every rank, or text where NCCL is older than 2.28.7. Waits, so call it on a thread of its own; `patience` is for
+/// everything.
 ///
 /// # Errors
 /// When nobody answers there in time, or not as NCCL does.
-pub fn ask(address: &str, format: Format, patience: Duration) -> anyhow::Result<String> {
+pub fn ask(address: &str, patience: Duration) -> anyhow::Result<String> {
     let deadline = Instant::now() + patience;
     let mut session = loop {
         match greet(address, deadline) {
@@ -39,7 +32,7 @@ pub fn ask(address: &str, format: Format, patience: Duration) -> anyhow::Result<
         }
     };
     session
-        .status(format, patience)
+        .status(patience)
         .with_context(|| format!("no answer of NCCL at {address}"))
 }
 
@@ -101,13 +94,11 @@ struct Session {
 }
 
 impl Session {
-    fn status(&mut self, format: Format, patience: Duration) -> anyhow::Result<String> {
+    fn status(&mut self, patience: Duration) -> anyhow::Result<String> {
         let seconds = patience.saturating_sub(EXTRA).as_secs().clamp(1, 5);
         // Neither is known to every version; the answer then says so, and is given all the same.
         self.command(&format!("TIMEOUT {seconds}"))?;
-        if format == Format::Json {
-            self.command("SET FORMAT json")?;
-        }
+        self.command("SET FORMAT json")?;
         self.send("VERBOSE STATUS")?;
         while self.pending.len() < MAX_BYTES {
             match self.read() {

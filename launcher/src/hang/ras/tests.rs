@@ -369,7 +369,7 @@ fn as_nccl(line: &str, status: &str, json: bool) -> Option<String> {
 #[test]
 fn a_whole_conversation() {
     let (address, server) = server(1, |_, line| as_nccl(line, JSON, true));
-    assert_eq!(ask(&address, Format::Json, PATIENCE).unwrap(), JSON);
+    assert_eq!(ask(&address, PATIENCE).unwrap(), JSON);
     assert_eq!(
         server.join().unwrap(),
         [
@@ -384,7 +384,7 @@ fn a_whole_conversation() {
 #[test]
 fn an_older_version_answers_in_text() {
     let (address, server) = server(1, |_, line| as_nccl(line, INCOMPLETE, false));
-    let answer = ask(&address, Format::Json, PATIENCE).unwrap();
+    let answer = ask(&address, PATIENCE).unwrap();
     assert_eq!(parse(&answer).suspects(32), [21]);
     server.join().unwrap();
 }
@@ -395,8 +395,8 @@ fn a_process_that_does_not_greet_is_left_for_another() {
         0 => None,
         _ => as_nccl(line, NORMAL, true),
     });
-    assert_eq!(ask(&address, Format::Text, PATIENCE).unwrap(), NORMAL);
-    assert_eq!(server.join().unwrap().len(), 4);
+    assert_eq!(ask(&address, PATIENCE).unwrap(), NORMAL);
+    assert_eq!(server.join().unwrap().len(), 5);
 }
 
 #[test]
@@ -408,7 +408,7 @@ fn the_wait_for_an_answer_ends() {
     });
     let silent = {
         // The connection stays open until the thread is joined.
-        ask(&address, Format::Text, Duration::from_millis(300))
+        ask(&address, Duration::from_millis(300))
     };
     let error = format!("{:#}", silent.unwrap_err());
     assert!(error.contains(&address), "{error}");
@@ -418,30 +418,30 @@ fn the_wait_for_an_answer_ends() {
 #[test]
 fn an_endless_answer_is_cut() {
     let (address, server) = server(1, |_, line| match line {
-        "VERBOSE STATUS" => Some("x".repeat(MAX_BYTES + 100_000)),
+        "VERBOSE STATUS" => Some("x".repeat(ask::MAX_BYTES + 100_000)),
         _ => as_nccl(line, "", true),
     });
-    let answer = ask(&address, Format::Text, PATIENCE).unwrap();
+    let answer = ask(&address, PATIENCE).unwrap();
     assert!(answer.ends_with("[the answer is cut here]\n"));
-    assert!(answer.len() < MAX_BYTES + 100);
+    assert!(answer.len() < ask::MAX_BYTES + 100);
     server.join().unwrap();
 }
 
 #[test]
 fn errors_say_where_and_what_to_do() {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = free.local_addr().unwrap().to_string();
-    drop(free);
-    let error = format!("{:#}", ask(&address, Format::Text, PATIENCE).unwrap_err());
+    // Nobody listens there, nor can.
+    let held = crate::port::Port::reserve().unwrap();
+    let address = format!("127.0.0.1:{}", held.number);
+    let error = format!("{:#}", ask(&address, PATIENCE).unwrap_err());
     assert!(
         error.contains(&address) && error.contains("NCCL_RAS_ENABLE"),
         "{error}"
     );
-    let error = format!("{:#}", ask("28028", Format::Text, PATIENCE).unwrap_err());
+    let error = format!("{:#}", ask("28028", PATIENCE).unwrap_err());
     assert!(error.contains("host:port"), "{error}");
 
     let (address, server) = server(1, |_, _| Some("SSH-2.0-OpenSSH_9.2\n".into()));
-    let error = format!("{:#}", ask(&address, Format::Text, PATIENCE).unwrap_err());
+    let error = format!("{:#}", ask(&address, PATIENCE).unwrap_err());
     assert!(error.contains("something else listens there"), "{error}");
     server.join().unwrap();
 }

@@ -5,6 +5,7 @@ use tsm_job::exit::{self, Coded};
 
 use super::job::JobId;
 use super::nodelist::{counts, expand};
+use crate::text;
 
 /// Step ids from here on are SLURM's own (batch, extern, interactive), not those of an srun.
 const FIRST_SPECIAL_STEP: u32 = 0xffff_fff0;
@@ -174,7 +175,7 @@ impl Allocation {
         if let Some(asked) = request.nodes.filter(|&asked| asked > have) {
             let text = format!(
                 "{what} has {}, --nodes {asked} asks for {asked}\n  hint: {}, or give --nodes {have}",
-                plural(have, "node"),
+                text::count(have, "node"),
                 option(&format!("--nodes={asked}")),
             );
             return Err(Coded::new(exit::PREFLIGHT, text));
@@ -188,17 +189,13 @@ impl Allocation {
             };
             let text = format!(
                 "{what} has {} on each node, --gpus {asked} asks for {asked}\n  hint: {}, {instead}",
-                plural(have, "GPU"),
+                text::count(have, "GPU"),
                 option(&format!("--gpus-per-node={asked}")),
             );
             return Err(Coded::new(exit::PREFLIGHT, text));
         }
         Ok(())
     }
-}
-
-fn plural(n: u32, what: &str) -> String {
-    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 /// GPUs on this node; for a shell that is on no node, what the job asked for.

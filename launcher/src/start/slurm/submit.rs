@@ -11,6 +11,7 @@ use tsm_job::exit::{self, Coded};
 use super::commands::Slurm;
 use super::job::{JobId, run_folder_name};
 use super::script::{Options, Sbatch, render};
+use crate::own;
 
 const EXAMPLES: &str = "Examples:
   tsm-launch slurm --nodes 2 --gpus 8 --cpus-per-gpu 12 --time 1-00:00 configs/ucf101.yaml
@@ -130,7 +131,7 @@ impl Submit {
     pub fn execute(&self, slurm: &Slurm) -> anyhow::Result<i32> {
         let config = Config::load(&self.config, &self.overrides)
             .map_err(|e| Coded::new(exit::CONFIG, e.to_string()))?;
-        let program = std::env::current_exe().context("cannot find this program")?;
+        let program = own::path().context("cannot find this program")?;
         let directory = std::env::current_dir().context("cannot find the current folder")?;
         let options = self.options(&config, &program, &directory)?;
         if self.cpus_per_gpu.is_none()
