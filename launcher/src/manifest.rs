@@ -1,6 +1,7 @@
 //! `manifest.json` and `events.jsonl`: what was run, on what, and what became of it.
 
 pub mod description;
+pub mod earlier;
 pub mod environment;
 pub mod files;
 pub mod generations;

@@ -343,6 +343,8 @@ pub struct Start {
     pub restart_count: u32,
     pub max_restarts: u32,
     pub resume_from: Option<PathBuf>,
+    /// See [`tsm_job::WorkerEnv::start_from`].
+    pub start_from: Option<PathBuf>,
     pub grace: Duration,
     /// Ranks whose output the coordinator shows; `None`: all.
     pub show: Option<Vec<u32>>,

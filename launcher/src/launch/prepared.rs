@@ -220,6 +220,7 @@ fn job(
         base_env: None,
         env,
         resume_from: target.resume.as_ref().map(|from| from.path().to_path_buf()),
+        start_from: start_from(target, &run_dir),
         grace: grace.unwrap_or(GRACE),
         show: match &args.show_ranks {
             Some(Show::Ranks(ranks)) => Some(ranks.clone()),
@@ -321,6 +322,15 @@ fn resume_command(args: &Args, dir: &Path) -> String {
     give("--trainer", path(&args.trainer));
     give("--resume", Some(dir.into()));
     plan::shell(&words)
+}
+
+/// What the run in `dir` began from, in this launch or an earlier one; `None`: from the beginning.
+pub(super) fn start_from(target: &Target, dir: &Path) -> Option<PathBuf> {
+    match &target.resume {
+        Some(from) if from.path() != dir => Some(from.path().to_path_buf()),
+        Some(_) => manifest::earlier::began_from(dir),
+        None => None,
+    }
 }
 
 /// A run is called after its folder.

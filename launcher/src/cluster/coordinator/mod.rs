@@ -99,6 +99,8 @@ pub struct Job {
     pub base_env: Option<Vec<(OsString, OsString)>>,
     pub env: Vec<(String, String)>,
     pub resume_from: Option<PathBuf>,
+    /// What the run began from, which counts as long as it holds no checkpoint of its own.
+    pub start_from: Option<PathBuf>,
     pub grace: Duration,
     pub show: Option<Vec<u32>>,
     pub affinity: bool,
