@@ -221,6 +221,7 @@ fn job(
         base_env: None,
         env,
         resume_from: target.resume.as_ref().map(|from| from.path().to_path_buf()),
+        start_from: start_from(target, &run_dir),
         grace: grace.unwrap_or(GRACE),
         show: match &args.show_ranks {
             Some(Show::Ranks(ranks)) => Some(ranks.clone()),
@@ -291,6 +292,15 @@ fn style(args: &Args, settings: &Settings, devices: Option<&Devices>, folder: &F
         world_size,
         shown: shown.map_or(world_size as usize, Vec::len),
         run_dir: folder.dir.clone(),
+    }
+}
+
+/// What the run in `dir` began from, in this launch or an earlier one; `None`: from the beginning.
+pub(super) fn start_from(target: &Target, dir: &Path) -> Option<PathBuf> {
+    match &target.resume {
+        Some(from) if from.path() != dir => Some(from.path().to_path_buf()),
+        Some(_) => manifest::earlier::began_from(dir),
+        None => None,
     }
 }
 

@@ -350,7 +350,7 @@ impl State {
     pub(super) fn end_by(&mut self, cause: Cause) {
         let killed = cause == Cause::Signal(libc::SIGINT);
         if matches!(self.cause, Some(Cause::Grow | Cause::Hang { .. }))
-            || (killed && self.cause == Some(Cause::Preempt))
+            || (killed && matches!(self.cause, Some(Cause::Preempt | Cause::Saved)))
         {
             self.cause = Some(cause);
         }
