@@ -26,7 +26,7 @@ use crate::manifest::{Events, LeftOut, Manifest, Node, RankEntry, versions, writ
 use crate::process;
 use crate::report::Failure;
 use crate::signals::Signals;
-use crate::start::children::Children;
+use crate::start::children::{Children, News};
 use crate::start::slurm::{StopCause, Turn};
 use crate::status::Snapshot;
 use crate::text::count;
@@ -175,17 +175,20 @@ impl Running {
                 }
             },
             signal = signals.next() => Event::Signal(signal),
-            ended = self.session.children.next() => {
-                self.event("starter", json!({"host": ended.host, "code": ended.code}));
-                // Later its agent's connection tells.
-                if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }) {
-                    self.ran_at = start.elapsed();
-                    return;
+            news = self.session.children.next() => match news {
+                News::Said { host, line } => Event::Starter { host, line },
+                News::Ended(ended) => {
+                    self.event("starter", json!({"host": ended.host, "code": ended.code}));
+                    // Later its agent's connection tells.
+                    if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }) {
+                        self.ran_at = start.elapsed();
+                        return;
+                    }
+                    let code = ended.exit_code();
+                    let message = FromAgent::Unfit { host: ended.host, code, message: ended.message };
+                    Event::Said { node: NodeId::MAX, local: false, message }
                 }
-                let code = ended.exit_code();
-                let message = FromAgent::Unfit { host: ended.host, code, message: ended.message };
-                Event::Said { node: NodeId::MAX, local: false, message }
-            }
+            },
             cause = async {
                 match &mut self.asking {
                     Some(asking) => asking.await.unwrap_or(StopCause::Other),
