@@ -26,7 +26,7 @@ use crate::manifest::writer::Writer;
 use crate::manifest::{Manifest, write_json};
 use crate::report::Failure;
 use crate::signals::{Caught, Signals};
-use crate::start::children::Children;
+use crate::start::children::{Children, News};
 use crate::start::slurm::{StopCause, Turn, step};
 use crate::status::Snapshot;
 use crate::text::count;
@@ -184,17 +184,20 @@ impl Running {
                 true => Event::StepSignal(signal),
                 false => Event::Signal(signal),
             },
-            ended = self.session.children.next() => {
-                self.event("starter", json!({"host": ended.host, "code": ended.code}));
-                // Later its agent's connection tells.
-                if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }) {
-                    self.ran_at = start.elapsed();
-                    return;
+            news = self.session.children.next() => match news {
+                News::Said { host, line } => Event::Starter { host, line },
+                News::Ended(ended) => {
+                    self.event("starter", json!({"host": ended.host, "code": ended.code}));
+                    // Later its agent's connection tells.
+                    if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }) {
+                        self.ran_at = start.elapsed();
+                        return;
+                    }
+                    let code = ended.exit_code();
+                    let message = FromAgent::Unfit { host: ended.host, code, message: ended.message };
+                    Event::Said { node: NodeId::MAX, local: false, message }
                 }
-                let code = ended.exit_code();
-                let message = FromAgent::Unfit { host: ended.host, code, message: ended.message };
-                Event::Said { node: NodeId::MAX, local: false, message }
-            }
+            },
             cause = async {
                 match &mut self.asking {
                     Some(asking) => asking.await.unwrap_or(StopCause::Other),

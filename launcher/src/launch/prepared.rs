@@ -263,6 +263,7 @@ fn settings(args: &Args, target: &Target, job: Job) -> Settings {
         last_call: LAST_CALL,
         lease: args.node_timeout,
         open: false,
+        hosts: Vec::new(),
         job,
         policy: policy::Options {
             max_restarts: args.max_restarts,

@@ -24,6 +24,7 @@ mod rounds;
 mod running;
 mod trying;
 mod view;
+mod waiting;
 
 pub use ending::Ending;
 pub use left_out::Excluded;
@@ -78,6 +79,8 @@ pub struct Settings {
     pub lease: Duration,
     /// Nodes may join that nobody here has started.
     pub open: bool,
+    /// Hosts on which agents were started from here; empty: it is not known who comes.
+    pub hosts: Vec<String>,
     pub job: Job,
     pub policy: policy::Options,
     pub hang: Limits,
@@ -124,6 +127,8 @@ pub enum Event {
     },
     /// The connection is gone.
     Lost { node: NodeId, how: String },
+    /// The program that starts the agent of `host` says something, as long as there is none.
+    Starter { host: String, line: String },
     /// To the coordinator itself.
     Signal(i32),
     /// The same, by a scheduler that has signalled all agents too.
@@ -291,6 +296,8 @@ pub struct State {
     lost: Vec<LostNode>,
     /// Until when the ranks of lost nodes may still run.
     fence: Duration,
+    /// Whom it waits for, and what is known of them.
+    waiting: waiting::Waiting,
     /// What each node reached of the first node, by (first, other).
     reach: BTreeMap<(NodeId, NodeId), Vec<(IpAddr, String)>>,
     /// What ended the earlier starts.
@@ -370,6 +377,7 @@ impl State {
             parts: BTreeMap::new(),
             lost: Vec::new(),
             fence: Duration::ZERO,
+            waiting: waiting::Waiting::begin(now),
             reach: BTreeMap::new(),
             incidents: Vec::new(),
             left_out: Vec::new(),
@@ -418,7 +426,8 @@ impl State {
                 last_call,
             } => {
                 let ready = last_call.map(|call| call.max(self.fence));
-                Some(ready.unwrap_or(deadline).min(deadline.max(self.fence)))
+                let ready = ready.unwrap_or(deadline).min(deadline.max(self.fence));
+                Some(self.waiting.tell_at().map_or(ready, |at| ready.min(at)))
             }
             Phase::Form { deadline, .. } | Phase::Stop { deadline } => Some(*deadline),
             Phase::Leave { deadline, .. } => Some(self.left(*deadline)),
@@ -456,6 +465,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
             message,
         } => state.said(node, local, message, now, &mut actions),
         Event::Lost { node, how } => state.lost_connection(node, &how, now, &mut actions),
+        Event::Starter { host, line } => state.waiting.heard(host, &line),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
         Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
         Event::Stalled(time) => state.stalled(time, now, &mut actions),
