@@ -110,6 +110,7 @@ fn plans(setup: &Setup, start: &Start, master_port: u16) -> anyhow::Result<Vec<W
         master_port: Some(master_port),
         ras_port: ras.as_ref().map(|port| port.number),
         resume_from: start.resume_from.as_deref(),
+        start_from: start.start_from.as_deref(),
         cores: &allowed,
         parallelism: std::thread::available_parallelism().map_or(1, usize::from),
     };
