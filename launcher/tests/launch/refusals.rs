@@ -105,6 +105,21 @@ fn a_program_or_checkpoint_that_is_not_there() {
 }
 
 #[test]
+fn a_log_that_cannot_be_written() {
+    let scene = Scene::new();
+    let name = format!("logs/{}-1.out", tsm_launch::manifest::host());
+    let log = scene.run_dir().join(name);
+    fs_err::create_dir_all(&log).unwrap();
+    let outcome = scene.launch("--cpus 2", "--touch started --hang");
+    assert_eq!(outcome.code, 73, "{}", outcome.err);
+    let text = format!(
+        "cannot start rank 1: cannot write to the run folder: failed to open file `{}`: Is a directory (os error 21)\n  hint: move away",
+        log.display()
+    );
+    assert!(outcome.err.contains(&text), "{}", outcome.err);
+}
+
+#[test]
 fn a_config_that_is_missing_or_broken() {
     let outcome = refused(&["--cpus", "1", "none.yaml"], &[]);
     assert_eq!(outcome.code, 78, "{}", outcome.err);
