@@ -56,6 +56,7 @@ pub struct RankStatus {
     /// `starting`, `running`, `slow`, `late`, `ended`.
     pub state: String,
     pub step: Option<u64>,
+    /// The first is 1.
     pub epoch: Option<u32>,
     pub section: Option<String>,
     /// Since its last step, where it has made one.
