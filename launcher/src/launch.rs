@@ -1,5 +1,6 @@
 //! From the command line to a job: everything that can be refused is refused here, before anything starts.
 
+mod again;
 mod dry_run;
 mod idle;
 mod in_slurm;
@@ -129,6 +130,7 @@ async fn over_ssh(
     };
     let mut prepared = prepare(&args, target, None, start)?;
     let session = &mut prepared.session;
+    session.settings.hosts = plan.hosts().map(String::from).collect();
     let job = &mut session.settings.job;
     let mut env = ssh::environment(std::env::vars_os());
     env.push(("PWD".into(), job.directory.clone().into()));

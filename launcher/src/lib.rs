@@ -36,6 +36,7 @@ mod folder;
 mod gpus;
 pub mod hang;
 mod launch;
+mod limits;
 mod logs;
 mod machine;
 pub mod manifest;

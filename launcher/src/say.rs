@@ -2,6 +2,10 @@
 
 use std::fmt::Display;
 use std::io::{ErrorKind, Write};
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread::Builder;
+use std::time::Duration;
 use tsm_job::exit::{self, Coded};
 
 /// Prints what was asked for to stdout. A reader that has gone, such as `head`, has what it wanted.
@@ -31,6 +35,29 @@ pub fn say(text: impl Display) {
 /// As [`say`], with all words of its own.
 pub fn tell(line: impl Display) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+/// How long a file may take to be read before something is said.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Reads what is at `path` by `read`. Meanwhile the user hears for what this process waits: somebody else has to
+/// write to a fifo, or to bring a file server back.
+pub fn reading<T>(path: &Path, read: impl FnOnce() -> T) -> T {
+    let (done, is_done) = channel::<()>();
+    let text = format!(
+        "still waiting for {}: it is a fifo that nobody has written to its end, or its file system does not answer",
+        path.display()
+    );
+    let wait = move || {
+        if is_done.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            say(text);
+        }
+    };
+    // Without the thread it is read as well.
+    let _ = Builder::new().name("patience".into()).spawn(wait);
+    let result = read();
+    drop(done);
+    result
 }
 
 #[cfg(test)]

@@ -68,6 +68,9 @@ pub enum FromAgent {
     Started {
         generation: u32,
         pids: Vec<i32>,
+        /// The cores that each is bound to, as [`crate::cores::to_list`] writes them; empty: to none.
+        #[serde(default)]
+        cores: Vec<String>,
         at: AgentTime,
         /// What was changed in their environment; from the first node only.
         environment: Vec<Change>,
@@ -90,7 +93,7 @@ pub enum FromAgent {
         end: Option<End>,
         at: AgentTime,
     },
-    /// A rank ended in answer to a SIGUSR2 that was passed on: it saved, or has no handler. Its node goes on.
+    /// A rank saved and ended, or has no handler for a SIGUSR2 that was passed on. Its node goes on.
     Answered {
         generation: u32,
         local_rank: u32,
@@ -122,6 +125,8 @@ pub enum FromAgent {
     },
     /// The agent was told to stop by a signal of its own: Ctrl-C, or the scheduler.
     Signal { signal: i32 },
+    /// The same, by a scheduler that has signalled every agent, each of which sees to its own ranks.
+    StepSignal { signal: i32 },
 }
 
 /// The coordinator to an agent.
@@ -172,6 +177,11 @@ pub enum ToAgent {
     },
     /// Pass a signal on to all ranks, and leave them running.
     Signal {
+        generation: u32,
+        signal: i32,
+    },
+    /// A scheduler has signalled all processes: see to the ranks of this node.
+    StepSignal {
         generation: u32,
         signal: i32,
     },
@@ -343,6 +353,8 @@ pub struct Start {
     pub restart_count: u32,
     pub max_restarts: u32,
     pub resume_from: Option<PathBuf>,
+    /// See [`tsm_job::WorkerEnv::start_from`].
+    pub start_from: Option<PathBuf>,
     pub grace: Duration,
     /// Ranks whose output the coordinator shows; `None`: all.
     pub show: Option<Vec<u32>>,

@@ -43,13 +43,19 @@ pub fn launch(
     run_here(on_nodes(&args, target, turn, start))
 }
 
-/// Decides by what an earlier turn of the same job has left; the exit code, where there is nothing left to do.
+/// Decides by what an earlier turn of the same job has left; the exit code, where there is nothing left to do. A
+/// checkpoint on the command line counts until the run has a folder.
 fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
-    if args.run_dir.is_some() || target.resume.is_some() {
-        return None;
-    }
-    let (root, name) = target.place();
-    let folder = std::path::absolute(turn.folder(&root, &name)).unwrap_or_default();
+    let folder = match (&args.run_dir, &target.resume) {
+        // The same in every turn.
+        (None, Some(Resume::Run(_))) => return None,
+        (Some(dir), _) => dir.clone(),
+        (None, _) => {
+            let (root, name) = target.place();
+            turn.folder(&root, &name)
+        }
+    };
+    let folder = std::path::absolute(folder).unwrap_or_default();
     match turn.entry(&folder) {
         Entry::AlreadyFinished(code) => {
             let job = turn.allocation.job;
@@ -60,11 +66,14 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
             ));
             return Some(code);
         }
-        Entry::Resume => target.resume = Some(Resume::Run(folder)),
+        Entry::Resume => {
+            args.run_dir = None;
+            target.resume = Some(Resume::Run(folder));
+        }
         Entry::Fresh if turn.allocation.restart_count > 0 => {
             let job = turn.allocation.job;
             say(format_args!(
-                "warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
+                "warning: job {job} was queued again, but {} holds no run on this node: it starts anew\n  hint: run.dir has to be on a file system that all nodes share",
                 folder.display()
             ));
             args.run_dir = Some(folder);
@@ -111,18 +120,15 @@ async fn on_nodes(
     fit::job(&session.settings.job)?;
     session.settings.max_nodes = wanted as u32;
     session.settings.min_nodes = args.nodes.map_or(wanted as u32, |n| n.min);
+    let hosts = &hosts[..wanted.min(hosts.len())];
+    session.settings.hosts = hosts.to_vec();
     let key = Key::random();
     let listener = wire::listen(SocketAddr::from(([0, 0, 0, 0], 0)))?;
     let port = listener.local_addr()?.port();
     session.hub.listen(listener, key.clone(), None);
     let launcher = own::path().context("cannot find this program")?;
     let command = agent_command(&launcher, args, workers.as_ref(), port);
-    let srun = slurm::srun(
-        &turn.allocation,
-        &hosts[..wanted.min(hosts.len())],
-        gpus,
-        &command,
-    );
+    let srun = slurm::srun(&turn.allocation, hosts, gpus, &command);
     let starter = Starter {
         host: "srun".into(),
         argv: srun.argv,

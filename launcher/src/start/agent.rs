@@ -21,7 +21,7 @@ use crate::doctor::{self, Context};
 use crate::logs::Shown;
 use crate::own::Executable;
 use crate::plan::{self, Devices};
-use crate::{gpus, manifest, say};
+use crate::{gpus, limits, manifest, say};
 
 /// First argument of an agent that was started by the coordinator: `__agent`.
 pub const AGENT: &str = "__agent";
@@ -220,29 +220,25 @@ async fn over_stdio(key: &Key) -> anyhow::Result<Connection> {
         out.flush()?;
     }
     let (mut to_us, mut from_us) = (theirs.try_clone()?, theirs);
-    std::thread::Builder::new()
-        .name("stdin".into())
-        .spawn(move || {
-            let _ = copy_fd(rustix::stdio::stdin(), &mut to_us);
-            let _ = to_us.shutdown(std::net::Shutdown::Write);
-        })?;
-    std::thread::Builder::new()
-        .name("stdout".into())
-        .spawn(move || {
-            let mut out = std::io::stdout().lock();
-            let mut buffer = vec![0; 64 << 10];
-            while let Ok(n) = std::io::Read::read(&mut from_us, &mut buffer)
-                && n > 0
+    limits::thread("stdin", "reads the connection", move || {
+        let _ = copy_fd(rustix::stdio::stdin(), &mut to_us);
+        let _ = to_us.shutdown(std::net::Shutdown::Write);
+    })?;
+    limits::thread("stdout", "writes to the connection", move || {
+        let mut out = std::io::stdout().lock();
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(n) = std::io::Read::read(&mut from_us, &mut buffer)
+            && n > 0
+        {
+            if out
+                .write_all(&buffer[..n])
+                .and_then(|()| out.flush())
+                .is_err()
             {
-                if out
-                    .write_all(&buffer[..n])
-                    .and_then(|()| out.flush())
-                    .is_err()
-                {
-                    break;
-                }
+                break;
             }
-        })?;
+        }
+    })?;
     ours.set_nonblocking(true)?;
     let stream = tokio::net::UnixStream::from_std(ours)?;
     let connection = wire::authenticate(Role::Agent, stream, "the coordinator", key, PROOF).await;

@@ -16,7 +16,7 @@ const LAUNCH: &str = env!("CARGO_BIN_EXE_tsm-launch");
 const TRAINER: &str = r#"#!/bin/bash
 steps="$TSM_RUN_DIR/steps-$RANK"
 n=$(cat "$steps" 2>/dev/null || echo 0)
-echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME from step $n, resume ${TSM_RESUME_FROM:-none}" >> "$TSM_RUN_DIR/starts"
+echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME from step $n, resume ${TSM_RESUME_FROM:-none}, start ${TSM_START_FROM:-none}" >> "$TSM_RUN_DIR/starts"
 trap 'echo $n > "$steps"; exit 75' USR2
 while [ "$n" -lt "$(cat goal)" ]; do
   n=$((n + 1))
@@ -218,6 +218,52 @@ fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
     scene.assert_nothing_is_left();
 }
 
+/// The first turn of a run was told its folder, or a checkpoint to begin from: those after it go on with the run.
+#[test]
+fn a_turn_goes_on_with_the_run_of_the_first_wherever_that_is_and_began() {
+    let Some(scene) = Scene::new("turns") else {
+        return;
+    };
+    fs_err::write(scene.dir.join("old.safetensors"), "").unwrap();
+    let old = scene.dir.join("old.safetensors").display().to_string();
+    for (words, from) in [
+        ("--run-dir own", "none"),
+        ("--resume old.safetensors", &old),
+    ] {
+        fs_err::write(scene.dir.join("goal"), "100000").unwrap();
+        let words = format!("{words} --trainer trainer --cpus 1 {DEMO}");
+        let job = scene.submit(&["--nodelist=n[3-4]"], &words);
+        let run = match words.contains("--run-dir") {
+            true => scene.dir.join("own"),
+            false => run_of(&scene, job),
+        };
+        scene.until_both_have(&run, "going");
+        let id = job.to_string();
+        scene
+            .cluster
+            .output("scancel", &["--batch", "--signal=USR2", &id]);
+        scene.until_both_have(&run, "steps");
+        fs_err::write(scene.dir.join("goal"), "0").unwrap();
+        let end = scene.cluster.wait(job);
+        let said = scene.cluster.job_output(job);
+        assert_eq!(
+            (end.state.as_str(), end.restarts),
+            ("COMPLETED", 1),
+            "{said}"
+        );
+        let starts = fs_err::read_to_string(run.join("starts")).unwrap();
+        let (first, then) = (
+            format!("resume {from}, start none"),
+            format!("resume {}, start {from}", run.display()),
+        );
+        for how in [first, then] {
+            let these = starts.lines().filter(|line| line.ends_with(&how));
+            assert_eq!(these.count(), 2, "{how}\n{starts}");
+        }
+    }
+    scene.assert_nothing_is_left();
+}
+
 /// To the launcher it is any program.
 #[test]
 fn a_program_that_saves_on_sigusr2_is_queued_again_and_one_without_a_handler_is_not() {
@@ -260,6 +306,49 @@ fn a_program_that_saves_on_sigusr2_is_queued_again_and_one_without_a_handler_is_
     scene.assert_nothing_is_left();
 }
 
+/// SLURM signals ranks and agents alike; a rank hears it once, however many agents tell of it.
+#[test]
+fn a_signal_to_the_step_reaches_each_rank_once() {
+    let Some(scene) = Scene::new("once") else {
+        return;
+    };
+    let heard = |rank: u32| scene.dir.join(format!("heard-{rank}"));
+    let script = r#"#!/bin/bash
+trap 'echo USR1 >> heard-$RANK' USR1
+trap 'echo USR2 >> heard-$RANK; exit 0' USR2
+: > heard-$RANK
+while :; do sleep 0.05 & wait $!; done
+"#;
+    fs_err::write(scene.dir.join("witness"), script).unwrap();
+    let job = scene.submit(
+        &["--nodelist=n[3-4]"],
+        "--cpus 1 --run-dir run -- bash witness",
+    );
+    let id = job.to_string();
+    scene.until_both_have(&scene.dir, "heard");
+    let scancel = |words: &[&str]| {
+        scene.cluster.output("scancel", &[words, &[&id]].concat());
+    };
+    scancel(&["--signal=USR1"]);
+    scene.cluster.until("word of both agents", || {
+        let events = scene.read("run/events.jsonl");
+        (events.matches(r#""signal":"SIGUSR1""#).count() == 2).then_some(())
+    });
+    for rank in 0..2 {
+        scene.cluster.until("the signal", || {
+            (fs_err::read_to_string(heard(rank)).unwrap() != "").then_some(())
+        });
+    }
+    // Whatever was passed on before comes before this.
+    scancel(&["--batch", "--signal=USR2"]);
+    scene.wait(job, "COMPLETED", 0);
+    for rank in 0..2 {
+        let all = fs_err::read_to_string(heard(rank)).unwrap();
+        assert_eq!(all, "USR1\nUSR2\n", "rank {rank}");
+    }
+    scene.assert_nothing_is_left();
+}
+
 #[test]
 fn a_job_that_does_not_find_its_run_again_says_so() {
     let Some(scene) = Scene::new("forgotten") else {
@@ -284,7 +373,7 @@ fn a_job_that_does_not_find_its_run_again_says_so() {
     scene.cluster.output("scontrol", &["release", &id]);
     let said = scene.wait(job, "COMPLETED", 1);
     let warning = format!(
-        "warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning",
+        "warning: job {job} was queued again, but {} holds no run on this node: it starts anew",
         run.display()
     );
     assert!(said.contains(&warning), "{said}");

@@ -4,6 +4,7 @@ use serde_json::json;
 use std::time::Duration;
 use tsm_job::exit;
 
+use super::passing::left_behind;
 use super::{Action, Cause, Phase, State, record};
 use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 use crate::clock::Utc;
@@ -67,6 +68,13 @@ impl State {
             None | Some(Cause::Failure) => self.passing.blamed(&ranks).map(Cause::Signal),
             _ => None,
         };
+        let left_behind = match self.cause {
+            None | Some(Cause::Failure | Cause::Saved) if whole && self.refusal.is_none() => {
+                let were_late = self.cause == Some(Cause::Saved);
+                left_behind(&ranks, &places, were_late, self.settings.job.grace)
+            }
+            _ => None,
+        };
         match by_signal.or(self.cause.clone()) {
             None | Some(Cause::Preempt | Cause::Grow) if whole && all(Rank::has_succeeded) => {}
             Some(Cause::Grow) if whole && obeyed && !self.last => {
@@ -75,8 +83,12 @@ impl State {
             Some(Cause::Signal(_)) if whole && saved => {
                 (ending.outcome, ending.code) = ("saved", exit::REQUEUE)
             }
-            None | Some(Cause::Preempt | Cause::Grow) if whole && done => {
+            None | Some(Cause::Preempt | Cause::Grow | Cause::Saved) if whole && done => {
                 (ending.outcome, ending.code) = ("saved", exit::REQUEUE);
+            }
+            None | Some(Cause::Failure | Cause::Saved) if left_behind.is_some() => {
+                (ending.outcome, ending.code) = ("stopped", exit::REQUEUE);
+                ending.verdict = left_behind;
             }
             // Not all could save in time, but the work up to the last checkpoint is there.
             Some(Cause::Preempt) if whole && !failed_by_itself(&ranks) => {

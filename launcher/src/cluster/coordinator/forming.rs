@@ -83,7 +83,11 @@ impl State {
                     (_, 1) => "is left".into(),
                     _ => "are left".into(),
                 };
-                let text = format!("{have}{hosts} {why}, {min} are needed");
+                let mut text = format!("{have}{hosts} {why}, {min} are needed");
+                if let Some(who) = self.name_missing() {
+                    let hint = "see whether tsm-launch starts there when you log in by hand, or give a longer --join-timeout";
+                    text = format!("{text}; {who}\n  hint: {hint}");
+                }
                 self.give_up(text, now, actions);
             } else {
                 self.phase = Phase::Gather {
@@ -264,6 +268,8 @@ impl State {
         } else {
             job.resume_from.clone()
         };
+        let is_in_place = resume_from.as_ref() == Some(&job.run_dir);
+        let start_from = job.start_from.clone().filter(|_| is_in_place);
         let common = Start {
             generation: self.generation,
             run_id: job.run_id.clone(),
@@ -284,6 +290,7 @@ impl State {
             restart_count: self.generation,
             max_restarts: self.settings.policy.max_restarts,
             resume_from: resume_from.clone(),
+            start_from,
             grace: job.grace,
             show: job.show.clone(),
             affinity: job.affinity,

@@ -22,7 +22,9 @@ mod passing;
 mod phases;
 mod rounds;
 mod running;
+mod trying;
 mod view;
+mod waiting;
 
 pub use ending::Ending;
 pub use left_out::Excluded;
@@ -77,6 +79,8 @@ pub struct Settings {
     pub lease: Duration,
     /// Nodes may join that nobody here has started.
     pub open: bool,
+    /// Hosts on which agents were started from here; empty: it is not known who comes.
+    pub hosts: Vec<String>,
     pub job: Job,
     pub policy: policy::Options,
     pub hang: Limits,
@@ -99,6 +103,8 @@ pub struct Job {
     pub base_env: Option<Vec<(OsString, OsString)>>,
     pub env: Vec<(String, String)>,
     pub resume_from: Option<PathBuf>,
+    /// What the run began from, which counts as long as it holds no checkpoint of its own.
+    pub start_from: Option<PathBuf>,
     pub grace: Duration,
     pub show: Option<Vec<u32>>,
     pub affinity: bool,
@@ -121,8 +127,12 @@ pub enum Event {
     },
     /// The connection is gone.
     Lost { node: NodeId, how: String },
+    /// The program that starts the agent of `host` says something, as long as there is none.
+    Starter { host: String, line: String },
     /// To the coordinator itself.
     Signal(i32),
+    /// The same, by a scheduler that has signalled all agents too.
+    StepSignal(i32),
     /// The coordinator was not run for this long, though there was something to do.
     Stalled(Duration),
     /// [`State::deadline`] has come.
@@ -157,8 +167,8 @@ pub enum Action {
     Started(Box<Launched>),
     /// What rank 0 says of itself.
     Told(About),
-    /// What the first node changed in the environment of its workers.
-    Environment(Vec<Change>),
+    /// The ranks of a node of it have their processes.
+    Spawned(Box<Spawned>),
     /// A generation is over.
     Ended(Box<Ending>),
 }
@@ -171,6 +181,18 @@ pub struct Launched {
     pub members: Vec<(Member, Node)>,
     /// What the ranks are told to go on from, where they do not say themselves what they found there.
     pub resumed_from: Option<String>,
+}
+
+/// The processes of a node's ranks.
+#[derive(Clone, Debug)]
+pub struct Spawned {
+    pub first_rank: u32,
+    /// Of this rank and the next ones.
+    pub pids: Vec<i32>,
+    /// Likewise; see [`FromAgent::Started`].
+    pub cores: Vec<String>,
+    /// What the first node changed in the environment of its workers; empty for the others.
+    pub environment: Vec<Change>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -219,6 +241,8 @@ pub enum Cause {
     Signal(i32),
     /// The scheduler wants the nodes back: save and end.
     Preempt,
+    /// A rank has saved and ended by itself, and the others have not followed in time.
+    Saved,
     /// Ranks that no longer step.
     Hang {
         late: Vec<u32>,
@@ -272,6 +296,8 @@ pub struct State {
     lost: Vec<LostNode>,
     /// Until when the ranks of lost nodes may still run.
     fence: Duration,
+    /// Whom it waits for, and what is known of them.
+    waiting: waiting::Waiting,
     /// What each node reached of the first node, by (first, other).
     reach: BTreeMap<(NodeId, NodeId), Vec<(IpAddr, String)>>,
     /// What ended the earlier starts.
@@ -284,6 +310,7 @@ pub struct State {
     compared: Vec<Join>,
     /// Nodes that were measured and are well.
     measured: BTreeMap<NodeId, OwnNode>,
+    trying: trying::Trying,
     /// The spares are measured too, to tell who is to blame; once in a generation.
     is_wide: bool,
     was_wide: bool,
@@ -350,12 +377,14 @@ impl State {
             parts: BTreeMap::new(),
             lost: Vec::new(),
             fence: Duration::ZERO,
+            waiting: waiting::Waiting::begin(now),
             reach: BTreeMap::new(),
             incidents: Vec::new(),
             left_out: Vec::new(),
             convicted: Vec::new(),
             compared: Vec::new(),
             measured: BTreeMap::new(),
+            trying: trying::Trying::default(),
             is_wide: false,
             was_wide: false,
             warned: BTreeSet::new(),
@@ -397,7 +426,8 @@ impl State {
                 last_call,
             } => {
                 let ready = last_call.map(|call| call.max(self.fence));
-                Some(ready.unwrap_or(deadline).min(deadline.max(self.fence)))
+                let ready = ready.unwrap_or(deadline).min(deadline.max(self.fence));
+                Some(self.waiting.tell_at().map_or(ready, |at| ready.min(at)))
             }
             Phase::Form { deadline, .. } | Phase::Stop { deadline } => Some(*deadline),
             Phase::Leave { deadline, .. } => Some(self.left(*deadline)),
@@ -408,7 +438,13 @@ impl State {
                 let inspection = self.inspection.as_ref().map(|i| i.deadline);
                 let look = inspection.unwrap_or(self.next_look);
                 let saves = [self.settings.save_at, self.passing.deadline];
-                saves.into_iter().flatten().chain([look]).min()
+                let tried = self.trying.deadline();
+                saves
+                    .into_iter()
+                    .chain([tried])
+                    .flatten()
+                    .chain([look])
+                    .min()
             }
             Phase::Finished { .. } => return None,
         };
@@ -429,7 +465,9 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
             message,
         } => state.said(node, local, message, now, &mut actions),
         Event::Lost { node, how } => state.lost_connection(node, &how, now, &mut actions),
+        Event::Starter { host, line } => state.waiting.heard(host, &line),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
+        Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
         Event::Stalled(time) => state.stalled(time, now, &mut actions),
         Event::Deadline => state.expired(now, &mut actions),
     }
@@ -468,6 +506,10 @@ impl State {
                 let host = self.nodes[&id].join.host.clone();
                 self.signal(signal, &format!(" on {host}"), now, actions);
             }
+            FromAgent::StepSignal { signal } if HEARD.contains(&signal) => {
+                let host = self.nodes[&id].join.host.clone();
+                self.step_signal(signal, &format!(" on {host}"), now, actions);
+            }
             FromAgent::Notice { text } => actions.push(Action::Notice(text)),
             FromAgent::Output { batch } => actions.push(Action::Show(batch)),
             FromAgent::Reserved {
@@ -489,11 +531,18 @@ impl State {
             FromAgent::Started {
                 generation,
                 pids,
+                cores,
                 at,
                 environment,
                 containment,
             } if self.runs(generation) => {
-                self.started(id, &pids, at, environment, containment, actions);
+                let spawned = Spawned {
+                    first_rank: 0,
+                    pids,
+                    cores,
+                    environment,
+                };
+                self.started(id, spawned, at, containment, actions);
             }
             FromAgent::About { generation, word }
                 if self.runs(generation) && self.members.first().is_some_and(|m| m.id == id) =>

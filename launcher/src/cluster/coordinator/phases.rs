@@ -9,8 +9,8 @@ use tsm_job::exit;
 use super::left_out::words;
 use super::running::refusal;
 use super::{
-    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, State, nodes,
-    record, send,
+    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, State, record,
+    send,
 };
 use crate::cluster::message::{Finding, Join, Severity, ToAgent};
 use crate::cluster::topology::NodeId;
@@ -105,6 +105,7 @@ impl State {
             pids: Vec::new(),
             join,
         };
+        self.waiting.arrived(&host);
         let here = self.nodes.len() + 1;
         self.nodes.insert(id, node);
         if !local {
@@ -131,6 +132,7 @@ impl State {
             actions.push(Action::Notice(format!(
                 "{host} joined: a spare until it is needed"
             )));
+            self.try_next(now, actions);
         }
         if let Phase::Leave { code, .. } = self.phase {
             actions.push(send(
@@ -199,6 +201,7 @@ impl State {
         let Some(node) = self.nodes.remove(&id) else {
             return;
         };
+        self.trying.forget(id);
         let host = node.join.host.clone();
         if matches!(self.phase, Phase::Leave { .. }) {
             return;
@@ -349,7 +352,7 @@ impl State {
     pub(super) fn end_by(&mut self, cause: Cause) {
         let killed = cause == Cause::Signal(libc::SIGINT);
         if matches!(self.cause, Some(Cause::Grow | Cause::Hang { .. }))
-            || (killed && self.cause == Some(Cause::Preempt))
+            || (killed && matches!(self.cause, Some(Cause::Preempt | Cause::Saved)))
         {
             self.cause = Some(cause);
         }
@@ -414,6 +417,9 @@ impl State {
                     );
                 }
             }
+            Phase::Gather { .. } if self.waiting.tell_at().is_some_and(|at| now >= at) => {
+                self.tell_waiting(now, actions);
+            }
             _ => {}
         }
     }
@@ -437,19 +443,18 @@ impl State {
 
     /// All that follows from the state alone.
     pub(super) fn advance(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        if matches!(
+            self.phase,
+            Phase::Run | Phase::Stop { .. } | Phase::Pause { .. }
+        ) {
+            self.go_on_trying(now, actions);
+        }
         match self.phase {
             Phase::Gather { .. } => self.try_to_form(now, actions),
             Phase::Pause { until } if now >= until => {
                 self.gather(now);
-                let missing = self
-                    .settings
-                    .min_nodes
-                    .saturating_sub(self.candidates(now).len() as u32);
-                if missing > 0 && self.settings.open {
-                    let (missing, join) = (nodes(missing as usize), format(self.settings.join));
-                    actions.push(Action::Notice(format!(
-                        "waiting up to {join} for {missing} to join"
-                    )));
+                if self.settings.open {
+                    self.tell_waiting(now, actions);
                 }
                 self.try_to_form(now, actions);
             }
@@ -482,6 +487,7 @@ impl State {
 
     pub(super) fn gather(&mut self, now: Duration) {
         self.members.clear();
+        self.waiting.again(now);
         self.phase = Phase::Gather {
             deadline: now + self.settings.join,
             last_call: None,

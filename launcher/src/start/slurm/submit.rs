@@ -13,7 +13,7 @@ use super::job::{JobId, run_folder_name};
 use super::script::{Options, Sbatch, render};
 use crate::folder;
 use crate::own;
-use crate::say::{print, tell};
+use crate::say::{print, reading, tell};
 
 const EXAMPLES: &str = "Examples:
   tsm-launch slurm --nodes 2 --gpus 8 --cpus-per-gpu 12 --time 1-00:00 configs/ucf101.yaml
@@ -131,7 +131,7 @@ impl Submit {
     /// # Errors
     /// As the help says. Nothing is submitted then.
     pub fn execute(&self, slurm: &Slurm) -> anyhow::Result<i32> {
-        let config = Config::load(&self.config, &self.overrides)
+        let config = reading(&self.config, || Config::load(&self.config, &self.overrides))
             .map_err(|e| Coded::new(exit::CONFIG, e.to_string()))?;
         let program = own::path().context("cannot find this program")?;
         let directory = folder::current()?;
