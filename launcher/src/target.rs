@@ -58,6 +58,16 @@ impl Target {
                 );
                 bail!(Coded::new(exit::USAGE, text));
             }
+            if let Some(Resume::Run(dir)) = &resume
+                && Config::load(&last_config(dir), &[]).is_ok()
+            {
+                let text = format!(
+                    "{} is the run of a training, which a program cannot continue\n  hint: leave out the program, or \
+                     leave out --resume: the program's run has a folder of its own then",
+                    dir.display()
+                );
+                bail!(Coded::new(exit::USAGE, text));
+            }
             let mut program = args.program.clone();
             program[0] = find_program(&program[0])?.into();
             return Ok(Target {

@@ -5,13 +5,13 @@ use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Instant;
+use tokio::net::TcpListener;
 
 use super::node::Node;
 use super::prepared::prepare;
 use crate::cli::{Args, Gpus, Preflight};
 use crate::cluster::fit;
 use crate::cluster::key::Key;
-use crate::cluster::wire;
 use crate::own::{self, Executable};
 use crate::plan::{self, Workers};
 use crate::say::{print, say};
@@ -123,7 +123,7 @@ async fn on_nodes(
     let hosts = &hosts[..wanted.min(hosts.len())];
     session.settings.hosts = hosts.to_vec();
     let key = Key::random();
-    let listener = wire::listen(SocketAddr::from(([0, 0, 0, 0], 0)))?;
+    let listener = TcpListener::from_std(addresses::listen_on_all()?)?;
     let port = listener.local_addr()?.port();
     session.hub.listen(listener, key.clone(), None);
     let launcher = own::path().context("cannot find this program")?;
@@ -145,6 +145,15 @@ async fn on_nodes(
     prepared.run().await
 }
 
+/// Where a coordinator with the addresses `own` is found, as agents take it: by those in turn, then on its own node.
+fn points(own: impl Iterator<Item = IpAddr>, port: u16) -> String {
+    let loopback = IpAddr::from([127, 0, 0, 1]);
+    let all = own.chain([loopback]).map(|ip| SocketAddr::new(ip, port));
+    all.map(|point| point.to_string())
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
 /// What srun starts on every node, for a coordinator that listens at `port` of this one.
 fn agent_command(
     launcher: &Path,
@@ -153,12 +162,9 @@ fn agent_command(
     port: u16,
 ) -> Vec<OsString> {
     let own = addresses::list().into_iter().map(|(ip, _)| ip);
-    let loopback = IpAddr::from([127, 0, 0, 1]);
-    let points = own.filter(IpAddr::is_ipv4).chain([loopback]);
-    let points: Vec<String> = points.map(|ip| format!("{ip}:{port}")).collect();
     let mut command: Vec<OsString> = vec![launcher.into(), agent::AGENT.into()];
     let mut give = |flag: &str, value: &str| command.extend([flag.into(), value.into()]);
-    give("--connect", &points.join(","));
+    give("--connect", &points(own, port));
     give("--order-from", "SLURM_NODEID");
     give("--host-from", "SLURMD_NODENAME");
     // Without any the agents refuse, and say what is missing.
@@ -169,4 +175,18 @@ fn agent_command(
         command.push("--no-preflight".into());
     }
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agents_are_given_the_addresses_of_both_kinds() {
+        let own = ["10.0.0.1", "fd00::5"].map(|ip| ip.parse().unwrap());
+        assert_eq!(
+            points(own.into_iter(), 29_400),
+            "10.0.0.1:29400,[fd00::5]:29400,127.0.0.1:29400"
+        );
+    }
 }

@@ -547,6 +547,7 @@ impl State {
             FromAgent::About { generation, word }
                 if self.runs(generation) && self.members.first().is_some_and(|m| m.id == id) =>
             {
+                self.hear_where_it_goes_on(&word);
                 actions.push(Action::Told(word));
             }
             FromAgent::CannotStart {
