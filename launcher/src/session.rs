@@ -6,8 +6,7 @@
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::{oneshot, watch};
 use tsm_job::exit;
 
 use crate::clock::Utc;
@@ -19,15 +18,15 @@ use crate::cluster::wire::Refusal;
 use crate::console::lines::Batch;
 use crate::console::queue::Feed;
 use crate::folder::Folder;
+use crate::limits;
 use crate::logs::keep::remedy;
 use crate::manifest::description::Description;
 use crate::manifest::generations::{self, Culprit};
 use crate::manifest::{Events, LeftOut, Manifest, Node, RankEntry, versions, write_json};
-use crate::process;
 use crate::report::Failure;
-use crate::signals::Signals;
+use crate::signals::{Caught, Signals};
 use crate::start::children::Children;
-use crate::start::slurm::{StopCause, Turn};
+use crate::start::slurm::{StopCause, Turn, step};
 use crate::status::Snapshot;
 use crate::text::count;
 
@@ -86,7 +85,7 @@ struct Running {
     /// A node had its turn: a signal, and whatever else waits, comes first, once.
     others_first: bool,
     /// SLURM is being asked why it stops the job.
-    asking: Option<JoinHandle<StopCause>>,
+    asking: Option<oneshot::Receiver<StopCause>>,
     stopped: Option<StopCause>,
     /// Connections that were refused.
     refused: u64,
@@ -116,7 +115,7 @@ impl Session {
     pub async fn run(self) -> anyhow::Result<End> {
         let mut signals = Signals::catch()?;
         // Every node is a connection. One that finds no room is refused by the kernel, and says so itself.
-        let _ = process::allow_open_files(FILES + u64::from(self.settings.max_nodes));
+        let _ = limits::allow_open_files(FILES + u64::from(self.settings.max_nodes));
         let now = self.start.elapsed();
         let mut running = Running {
             state: State::new(self.settings.clone(), now),
@@ -174,7 +173,10 @@ impl Running {
                     return;
                 }
             },
-            signal = signals.next() => Event::Signal(signal),
+            Caught { signal, sender } = signals.next() => match step::is_sent_to_all(sender) {
+                true => Event::StepSignal(signal),
+                false => Event::Signal(signal),
+            },
             ended = self.session.children.next() => {
                 self.event("starter", json!({"host": ended.host, "code": ended.code}));
                 // Later its agent's connection tells.
@@ -263,9 +265,9 @@ impl Running {
     /// Under SLURM a SIGTERM has many meanings, and SLURM has to be asked which.
     fn understand(&mut self, event: Event) -> Option<Event> {
         let is_term = match &event {
-            Event::Signal(signal) => *signal == libc::SIGTERM,
+            Event::Signal(signal) | Event::StepSignal(signal) => *signal == libc::SIGTERM,
             Event::Said {
-                message: FromAgent::Signal { signal },
+                message: FromAgent::Signal { signal } | FromAgent::StepSignal { signal },
                 ..
             } => *signal == libc::SIGTERM,
             Event::Said {
@@ -284,8 +286,12 @@ impl Running {
             .filter(|_| is_term && saves && self.stopped.is_none());
         let Some(turn) = turn else { return Some(event) };
         if self.asking.is_none() {
+            let (answer, asking) = oneshot::channel();
             let ask = turn.asker();
-            self.asking = Some(tokio::task::spawn_blocking(ask));
+            limits::beside("ask", move || {
+                let _ = answer.send(ask());
+            });
+            self.asking = Some(asking);
         }
         None
     }

@@ -4,6 +4,9 @@
 //! descriptor to epoll's ready list at the moment it becomes ready, and reads the list from its
 //! head, so even when the launcher was kept off the CPU while several ranks died, one look
 //! gives them in the order of their deaths. No clock of ours could.
+//!
+//! A descriptor that is ready already keeps its place in the list: one with a message that nobody has read would be
+//! taken to have ended when that came. Each socket is therefore there twice, once for messages and once for its end.
 
 use anyhow::Context;
 use rustix::buffer::spare_capacity;
@@ -42,17 +45,26 @@ pub struct Watch {
     ended: Vec<bool>,
 }
 
+/// What a descriptor in epoll is there for: the last bits of its token, before them the local rank.
+const ENDED: u64 = 0;
+const SAID: u64 = 1;
+const LEFT: u64 = 2;
+const KIND_BITS: u32 = 2;
+
 struct Agent {
     stream: Option<UnixStream>,
+    /// The same socket, in epoll for its end alone.
+    end: Option<OwnedFd>,
     pending: Vec<u8>,
     /// There is more to read, of which epoll tells no second time.
     has_more: bool,
 }
 
 impl Agent {
-    fn new(stream: UnixStream) -> Agent {
+    fn new(stream: UnixStream, end: OwnedFd) -> Agent {
         Agent {
             stream: Some(stream),
+            end: Some(end),
             pending: Vec::new(),
             has_more: false,
         }
@@ -84,18 +96,14 @@ impl Watch {
     /// # Errors
     /// When the kernel's limit of watches is reached.
     pub fn add_agent(&mut self, agent: UnixStream) -> anyhow::Result<()> {
-        agent
-            .set_nonblocking(true)
-            .context("cannot watch a worker")?;
-        let token = EventData::new_u64((self.agents.len() as u64) << 1 | 1);
-        epoll::add(
-            self.epoll.get_ref(),
-            &agent,
-            token,
-            EventFlags::IN | EventFlags::ET,
-        )
-        .context("cannot watch a worker")?;
-        self.agents.push(Agent::new(agent));
+        const CANNOT: &str = "cannot watch a worker";
+        agent.set_nonblocking(true).context(CANNOT)?;
+        let end = OwnedFd::from(agent.try_clone().context(CANNOT)?);
+        let epoll = self.epoll.get_ref();
+        let token = |kind| EventData::new_u64((self.agents.len() as u64) << KIND_BITS | kind);
+        epoll::add(epoll, &agent, token(SAID), EventFlags::IN | EventFlags::ET).context(CANNOT)?;
+        epoll::add(epoll, &end, token(LEFT), EventFlags::RDHUP | EventFlags::ET).context(CANNOT)?;
+        self.agents.push(Agent::new(agent, end));
         self.ended.push(false);
         Ok(())
     }
@@ -105,7 +113,7 @@ impl Watch {
     /// # Errors
     /// As [`Self::add_agent`].
     pub fn add_worker(&mut self, worker: &Worker) -> anyhow::Result<()> {
-        let token = EventData::new_u64((self.agents.len() as u64 - 1) << 1);
+        let token = EventData::new_u64((self.agents.len() as u64 - 1) << KIND_BITS | ENDED);
         // A pidfd stays readable after the death. But it must not fire once only: the end of a process that dies under
         // a debugger can be waited for only when the debugger has let go of it, which is an edge of its own.
         epoll::add(
@@ -139,15 +147,14 @@ impl Watch {
             }
             let mut happenings = Vec::new();
             for event in more {
-                let (index, said) = ((event >> 1) as usize, event & 1 == 1);
+                let (index, kind) = ((event >> KIND_BITS) as usize, event % (1 << KIND_BITS));
                 // What a worker said, it said before it died, whatever is read first.
                 let agent = &mut self.agents[index];
-                let was_open = agent.stream.is_some();
                 agent.drain(|message| happenings.push((index, Happening::Said(message))));
-                if was_open && agent.stream.is_none() {
+                if kind == LEFT && agent.end.take().is_some() {
                     happenings.push((index, Happening::Left));
                 }
-                if !said
+                if kind == ENDED
                     && !self.ended[index]
                     && let Some(end) = workers[index].end()
                 {
@@ -163,7 +170,7 @@ impl Watch {
     fn unread(&self) -> Vec<u64> {
         let agents = self.agents.iter().zip(0u64..);
         let unread = agents.filter(|(agent, _)| agent.has_more);
-        unread.map(|(_, index)| index << 1 | 1).collect()
+        unread.map(|(_, index)| index << KIND_BITS | SAID).collect()
     }
 }
 
@@ -209,8 +216,13 @@ impl Agent {
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
-                _ => {
+                Ok(0) => {
                     self.stream = None;
+                    return;
+                }
+                _ => {
+                    // So that it is told, and does not wait for a reader.
+                    (self.stream, self.end) = (None, None);
                     return;
                 }
             }
@@ -227,7 +239,8 @@ mod tests {
     fn agent() -> (Agent, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        (Agent::new(ours), theirs)
+        let end = ours.try_clone().unwrap().into();
+        (Agent::new(ours, end), theirs)
     }
 
     fn read(agent: &mut Agent) -> Vec<WorkerMessage> {
@@ -280,6 +293,47 @@ mod tests {
             read(&mut agent);
         }
         assert!(agent.stream.is_none());
+        assert!(worker.write_all(&chunk).is_err(), "it is told");
+    }
+
+    /// A message that nobody has read yet does not make an end earlier, nor the other way round.
+    #[tokio::test]
+    async fn the_ends_are_in_order_whatever_was_said_before() {
+        let mut watch = Watch::new().unwrap();
+        let mut workers = Vec::new();
+        for _ in 0..8 {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            watch.add_agent(ours).unwrap();
+            workers.push(Some(theirs));
+        }
+        let step = b"{\"kind\":\"step\",\"step\":6,\"epoch\":0}\n";
+        for worker in workers.iter_mut().flatten() {
+            worker.write_all(step).unwrap();
+        }
+        let order = [5, 2, 7, 0, 1, 6, 4, 3];
+        for rank in order {
+            let mut worker = workers[rank].take().unwrap();
+            worker.write_all(step).unwrap();
+        }
+        let happenings = watch.next(&[]).await.unwrap();
+        let left = happenings
+            .iter()
+            .filter_map(|(rank, happening)| match happening {
+                Happening::Left => Some(*rank),
+                _ => None,
+            });
+        assert_eq!(left.collect::<Vec<_>>(), order);
+        for rank in 0..8 {
+            let of_rank: Vec<_> = happenings.iter().filter(|(r, _)| *r == rank).collect();
+            let [
+                (_, Happening::Said(_)),
+                (_, Happening::Said(_)),
+                (_, Happening::Left),
+            ] = of_rank[..]
+            else {
+                panic!("{of_rank:?}");
+            };
+        }
     }
 
     #[test]

@@ -122,6 +122,8 @@ pub enum FromAgent {
     },
     /// The agent was told to stop by a signal of its own: Ctrl-C, or the scheduler.
     Signal { signal: i32 },
+    /// The same, by a scheduler that has signalled every agent, each of which sees to its own ranks.
+    StepSignal { signal: i32 },
 }
 
 /// The coordinator to an agent.
@@ -172,6 +174,11 @@ pub enum ToAgent {
     },
     /// Pass a signal on to all ranks, and leave them running.
     Signal {
+        generation: u32,
+        signal: i32,
+    },
+    /// A scheduler has signalled all processes: see to the ranks of this node.
+    StepSignal {
         generation: u32,
         signal: i32,
     },

@@ -14,6 +14,7 @@ use crate::cluster::key::Key;
 use crate::cluster::wire;
 use crate::own::{self, Executable};
 use crate::plan::{self, Workers};
+use crate::say::{print, say};
 use crate::start::children::Starter;
 use crate::start::slurm::{self, Allocation, Entry, Place, Request, Turn};
 use crate::start::{agent, run_here};
@@ -58,10 +59,11 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
     match turn.entry(&folder) {
         Entry::AlreadyFinished(code) => {
             let job = turn.allocation.job;
-            println!(
-                "tsm-launch: job {job} has finished in {} with exit code {code}",
+            // Whoever asks for it has the exit code, too.
+            let _ = print(&format!(
+                "tsm-launch: job {job} has finished in {} with exit code {code}\n",
                 folder.display()
-            );
+            ));
             return Some(code);
         }
         Entry::Resume => {
@@ -70,10 +72,10 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
         }
         Entry::Fresh if turn.allocation.restart_count > 0 => {
             let job = turn.allocation.job;
-            eprintln!(
-                "tsm-launch: warning: job {job} was queued again, but {} holds no run on this node: it starts anew\n  hint: run.dir has to be on a file system that all nodes share",
+            say(format_args!(
+                "warning: job {job} was queued again, but {} holds no run on this node: it starts anew\n  hint: run.dir has to be on a file system that all nodes share",
                 folder.display()
-            );
+            ));
             args.run_dir = Some(folder);
         }
         Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),
@@ -118,18 +120,15 @@ async fn on_nodes(
     fit::job(&session.settings.job)?;
     session.settings.max_nodes = wanted as u32;
     session.settings.min_nodes = args.nodes.map_or(wanted as u32, |n| n.min);
+    let hosts = &hosts[..wanted.min(hosts.len())];
+    session.settings.hosts = hosts.to_vec();
     let key = Key::random();
     let listener = wire::listen(SocketAddr::from(([0, 0, 0, 0], 0)))?;
     let port = listener.local_addr()?.port();
     session.hub.listen(listener, key.clone(), None);
     let launcher = own::path().context("cannot find this program")?;
     let command = agent_command(&launcher, args, workers.as_ref(), port);
-    let srun = slurm::srun(
-        &turn.allocation,
-        &hosts[..wanted.min(hosts.len())],
-        gpus,
-        &command,
-    );
+    let srun = slurm::srun(&turn.allocation, hosts, gpus, &command);
     let starter = Starter {
         host: "srun".into(),
         argv: srun.argv,

@@ -24,6 +24,7 @@ use crate::hang::progress::Limits;
 use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
 use crate::plan::{self, Devices};
+use crate::say::say;
 use crate::session::{Session, Voice};
 use crate::start::agent::{self as start_agent, Parts};
 use crate::start::children::Children;
@@ -127,7 +128,7 @@ impl Prepared {
         let turn = end.turn.as_ref();
         let again = |turn: &Turn| turn.end(end.code, end.outcome, &folder, end.stopped, end.saves);
         if let Some(text) = turn.and_then(again) {
-            eprintln!("tsm-launch: {text}");
+            say(text);
         }
         Ok(end.code)
     }

@@ -7,8 +7,10 @@ use crate::cluster::fit;
 use crate::cluster::message::{FromAgent, Start};
 use crate::hang;
 use crate::hang::report::Inspection;
+use crate::limits;
 use crate::logs::Finished;
 use crate::supervisor::{Action, Event, Phase};
+use tokio::sync::oneshot;
 use tsm_job::exit;
 
 impl Agent {
@@ -160,7 +162,9 @@ impl Agent {
         if generation.end_leftovers(now, at_once, |text| to.send(FromAgent::Notice { text }))
             && let Some(logs) = generation.take_logs()
         {
-            self.draining = Some(tokio::task::spawn_blocking(move || drain(logs)));
+            let (done, draining) = oneshot::channel();
+            limits::beside("drain", move || drop(done.send(drain(logs))));
+            self.draining = Some(draining);
         }
     }
 

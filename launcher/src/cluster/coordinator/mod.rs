@@ -22,6 +22,7 @@ mod passing;
 mod phases;
 mod rounds;
 mod running;
+mod trying;
 mod view;
 
 pub use ending::Ending;
@@ -125,6 +126,8 @@ pub enum Event {
     Lost { node: NodeId, how: String },
     /// To the coordinator itself.
     Signal(i32),
+    /// The same, by a scheduler that has signalled all agents too.
+    StepSignal(i32),
     /// The coordinator was not run for this long, though there was something to do.
     Stalled(Duration),
     /// [`State::deadline`] has come.
@@ -288,6 +291,7 @@ pub struct State {
     compared: Vec<Join>,
     /// Nodes that were measured and are well.
     measured: BTreeMap<NodeId, OwnNode>,
+    trying: trying::Trying,
     /// The spares are measured too, to tell who is to blame; once in a generation.
     is_wide: bool,
     was_wide: bool,
@@ -360,6 +364,7 @@ impl State {
             convicted: Vec::new(),
             compared: Vec::new(),
             measured: BTreeMap::new(),
+            trying: trying::Trying::default(),
             is_wide: false,
             was_wide: false,
             warned: BTreeSet::new(),
@@ -412,7 +417,13 @@ impl State {
                 let inspection = self.inspection.as_ref().map(|i| i.deadline);
                 let look = inspection.unwrap_or(self.next_look);
                 let saves = [self.settings.save_at, self.passing.deadline];
-                saves.into_iter().flatten().chain([look]).min()
+                let tried = self.trying.deadline();
+                saves
+                    .into_iter()
+                    .chain([tried])
+                    .flatten()
+                    .chain([look])
+                    .min()
             }
             Phase::Finished { .. } => return None,
         };
@@ -434,6 +445,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         } => state.said(node, local, message, now, &mut actions),
         Event::Lost { node, how } => state.lost_connection(node, &how, now, &mut actions),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
+        Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
         Event::Stalled(time) => state.stalled(time, now, &mut actions),
         Event::Deadline => state.expired(now, &mut actions),
     }
@@ -471,6 +483,10 @@ impl State {
             FromAgent::Signal { signal } if HEARD.contains(&signal) => {
                 let host = self.nodes[&id].join.host.clone();
                 self.signal(signal, &format!(" on {host}"), now, actions);
+            }
+            FromAgent::StepSignal { signal } if HEARD.contains(&signal) => {
+                let host = self.nodes[&id].join.host.clone();
+                self.step_signal(signal, &format!(" on {host}"), now, actions);
             }
             FromAgent::Notice { text } => actions.push(Action::Notice(text)),
             FromAgent::Output { batch } => actions.push(Action::Show(batch)),

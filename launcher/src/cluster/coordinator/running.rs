@@ -251,17 +251,15 @@ impl State {
 
     /// Takes in a waiting node, now that little is lost by a new start.
     pub(super) fn grow(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let spare = self
-            .candidates(now)
-            .into_iter()
-            .find(|c| self.member(c.id).is_none());
-        let Some(spare) = spare else { return };
-        if self.cause.is_some()
-            || self.members.len() as u32 >= self.settings.max_nodes
-            || !self.settings.job.saves
-        {
+        if !self.may_grow() {
             return;
         }
+        let mut spares = self.candidates(now).into_iter();
+        let is_fit = |id| self.member(id).is_none() && self.is_tried(id);
+        let Some(spare) = spares.find(|c| is_fit(c.id)) else {
+            // There may be some that joined when nothing ran.
+            return self.try_next(now, actions);
+        };
         let host = self.host(spare.id);
         actions.push(Action::Notice(format!(
             "{host} is taken in: the workers save and start again"

@@ -291,6 +291,7 @@ impl Agent {
             }
             ToAgent::Stop { .. }
             | ToAgent::Signal { .. }
+            | ToAgent::StepSignal { .. }
             | ToAgent::Kill { .. }
             | ToAgent::Inspect { .. }
             | ToAgent::Tell { .. } => {}

@@ -181,6 +181,7 @@ fn message() -> impl Strategy<Value = FromAgent> {
             FromAgent::Inspected { generation, looks: vec![look; n], ras: Some(ras::Answer::default()), more }
         }),
         1 => code().prop_map(|signal| FromAgent::Signal { signal }),
+        1 => code().prop_map(|signal| FromAgent::StepSignal { signal }),
         1 => text().prop_map(|text| FromAgent::Notice { text }),
     ]
 }
