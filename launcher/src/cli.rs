@@ -27,7 +27,7 @@ On every node:
   tsm-launch --nodes 2 --rendezvous gpu-01:29400 --key-file job.key --gpus 8 configs/ucf101.yaml
 
 Other commands, each with a --help of its own:
-  tsm-launch doctor     can this machine, or do these, run a job; what to do if not
+  tsm-launch doctor     say whether this machine can run a job, and what to do
   tsm-launch slurm      submit a job to SLURM, or print the script for it
   tsm-launch key FILE   make the key that the nodes of --rendezvous share
 
@@ -168,6 +168,11 @@ pub struct Args {
     /// Use this folder for the run instead of a new one below run.dir (or `runs`).
     #[arg(long, value_name = "PATH")]
     pub run_dir: Option<PathBuf>,
+
+    /// Go on with the run in --run-dir where there is one, with its own config and from its own checkpoint, and do
+    /// nothing where it is finished: for a command that is given again until it succeeds.
+    #[arg(long = "continue", requires = "run_dir")]
+    pub go_on: bool,
 
     /// Continue a run folder in place, or start from a checkpoint. A program finds the path in TSM_RESUME_FROM, and
     /// makes of it what it can.

@@ -8,9 +8,9 @@ use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use tsm_job::exit;
 use tsm_job::message::WorkerMessage;
-use std::os::unix::process::CommandExt;
 
 #[test]
 fn success_leaves_logs_and_a_manifest() {
