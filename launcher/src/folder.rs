@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use tsm_job::exit::{self, Coded};
 use tsm_job::{Config, RunDir};
 
+use crate::manifest::killed;
 use crate::replace::replace;
 use crate::say::say;
 
@@ -42,6 +43,18 @@ fn refuse(e: &std::io::Error) -> Coded {
     };
     let text = format!("cannot make the run folder: {e}\n  hint: {hint}");
     Coded::new(exit::CANNOT_WRITE, text)
+}
+
+/// The current folder, from which everything on the command line is found.
+///
+/// # Errors
+/// [`exit::PREFLIGHT`] when it was removed, or cannot be looked at.
+pub fn current() -> Result<PathBuf, Coded> {
+    std::env::current_dir().map_err(|e| {
+        let text =
+            format!("the current folder is gone: {e}\n  hint: change to one that is there (cd)");
+        Coded::new(exit::PREFLIGHT, text)
+    })
 }
 
 impl Folder {
@@ -96,9 +109,10 @@ impl Folder {
     /// When another launcher runs in it.
     pub fn resume(path: &Path) -> anyhow::Result<Folder> {
         let folder = Folder::open(path.to_path_buf())?;
+        killed::tell(&folder.dir).map_err(|e| refuse(&e))?;
         for kept in [folder.dir.manifest(), folder.dir.failure()] {
             if kept.exists() {
-                fs_err::rename(&kept, free_number(&kept, 1))?;
+                fs_err::rename(&kept, free_number(&kept, 1)).map_err(|e| refuse(&e))?;
             }
         }
         Ok(folder)

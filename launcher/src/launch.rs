@@ -1,5 +1,6 @@
 //! From the command line to a job: everything that can be refused is refused here, before anything starts.
 
+mod again;
 mod dry_run;
 mod idle;
 mod in_slurm;
@@ -20,7 +21,7 @@ use crate::start::adopt::{self, Adopted, Kind};
 use crate::start::slurm::{Allocation, Place};
 use crate::start::{orphan, run_here, ssh};
 use crate::target::Target;
-use crate::{gpus, plan};
+use crate::{folder, gpus, plan};
 
 use dry_run::{dry_run, run_dir, show};
 use node::Node;
@@ -32,6 +33,7 @@ use take_up::Begin;
 /// # Errors
 /// With an exit code for whatever is wrong with the command line, the config, or the machine.
 pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
+    folder::current()?;
     let lookup = |name: &str| std::env::var(name).ok();
     let is_told = args.rendezvous.is_some() || args.hosts.is_some() || args.hostfile.is_some();
     let adopted = if args.ignore_env || is_told {
@@ -134,6 +136,7 @@ async fn over_ssh(
     };
     let mut prepared = prepare(&args, target, None, start)?;
     let session = &mut prepared.session;
+    session.settings.hosts = plan.hosts().map(String::from).collect();
     let job = &mut session.settings.job;
     let mut env = ssh::environment(std::env::vars_os());
     env.push(("PWD".into(), job.directory.clone().into()));

@@ -68,6 +68,9 @@ pub enum FromAgent {
     Started {
         generation: u32,
         pids: Vec<i32>,
+        /// The cores that each is bound to, as [`crate::cores::to_list`] writes them; empty: to none.
+        #[serde(default)]
+        cores: Vec<String>,
         at: AgentTime,
         /// What was changed in their environment; from the first node only.
         environment: Vec<Change>,

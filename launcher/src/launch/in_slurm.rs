@@ -74,18 +74,15 @@ async fn on_nodes(
     fit::job(&session.settings.job)?;
     session.settings.max_nodes = wanted as u32;
     session.settings.min_nodes = args.nodes.map_or(wanted as u32, |n| n.min);
+    let hosts = &hosts[..wanted.min(hosts.len())];
+    session.settings.hosts = hosts.to_vec();
     let key = Key::random();
     let listener = wire::listen(SocketAddr::from(([0, 0, 0, 0], 0)))?;
     let port = listener.local_addr()?.port();
     session.hub.listen(listener, key.clone(), None);
     let launcher = own::path().context("cannot find this program")?;
     let command = agent_command(&launcher, args, workers.as_ref(), port);
-    let srun = slurm::srun(
-        &turn.allocation,
-        &hosts[..wanted.min(hosts.len())],
-        gpus,
-        &command,
-    );
+    let srun = slurm::srun(&turn.allocation, hosts, gpus, &command);
     let starter = Starter {
         host: "srun".into(),
         argv: srun.argv,

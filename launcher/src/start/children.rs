@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -50,6 +51,17 @@ pub struct Starter {
     pub retries: u32,
 }
 
+/// What a starter does.
+#[derive(Debug)]
+pub enum News {
+    /// The last line on its stderr, from before its agent was there.
+    Said {
+        host: String,
+        line: String,
+    },
+    Ended(Ended),
+}
+
 /// A starter that has ended.
 #[derive(Debug)]
 pub struct Ended {
@@ -58,6 +70,13 @@ pub struct Ended {
     pub code: i32,
     /// Why no agent may have come, in its own words.
     pub message: String,
+}
+
+/// What keepers say of their starters.
+enum Told {
+    /// There are new words.
+    Words(String, Arc<Words>),
+    Ended(Ended),
 }
 
 impl Ended {
@@ -73,8 +92,8 @@ impl Ended {
 
 /// All starters of a job. They end with this process.
 pub struct Children {
-    ended: UnboundedReceiver<Ended>,
-    events: UnboundedSender<Ended>,
+    told: UnboundedReceiver<Told>,
+    events: UnboundedSender<Told>,
     running: Arc<Mutex<usize>>,
     /// Held while a connection is being made; closed at the end.
     places: Arc<Semaphore>,
@@ -84,9 +103,9 @@ pub struct Children {
 
 impl Children {
     pub fn new() -> Children {
-        let (events, ended) = unbounded_channel();
+        let (events, told) = unbounded_channel();
         Children {
-            ended,
+            told,
             events,
             running: Arc::default(),
             places: Arc::new(Semaphore::new(AT_ONCE)),
@@ -118,12 +137,19 @@ impl Children {
         tokio::spawn(keeper.keep());
     }
 
-    /// The next that ends; never, where there is none.
-    pub async fn next(&mut self) -> Ended {
-        match self.ended.recv().await {
-            Some(ended) => ended,
-            // This struct holds a sender itself.
-            None => std::future::pending().await,
+    /// The next that speaks or ends; never, where there is none.
+    pub async fn next(&mut self) -> News {
+        loop {
+            match self.told.recv().await {
+                Some(Told::Words(host, words)) => {
+                    if let Some(line) = words.newest() {
+                        return News::Said { host, line };
+                    }
+                }
+                Some(Told::Ended(ended)) => return News::Ended(ended),
+                // This struct holds a sender itself.
+                None => std::future::pending().await,
+            }
         }
     }
 
@@ -132,7 +158,7 @@ impl Children {
         self.places.close();
         let all = async {
             while *lock(&self.running) > 0 {
-                if self.ended.recv().await.is_none() {
+                if self.told.recv().await.is_none() {
                     return;
                 }
             }
@@ -158,7 +184,7 @@ struct Keeper {
     door: Door,
     key: Key,
     voice: Voice,
-    events: UnboundedSender<Ended>,
+    events: UnboundedSender<Told>,
     running: Arc<Mutex<usize>>,
     places: Arc<Semaphore>,
 }
@@ -181,7 +207,7 @@ impl Keeper {
             };
             // An agent that was sent away, or cannot run the job, would be the same again.
             let is_final = (exit::USAGE..=exit::CONFIG).contains(&code) && code != exit::PEER;
-            let _ = self.events.send(ended);
+            let _ = self.events.send(Told::Ended(ended));
             failed = if has_come { 0 } else { failed + 1 };
             if is_final || failed >= self.starter.retries {
                 return;
@@ -222,8 +248,8 @@ impl Keeper {
         let reader = {
             let (words, host, voice) =
                 (words.clone(), self.starter.host.clone(), self.voice.clone());
-            let is_shown = !self.starter.is_wire;
-            tokio::spawn(async move { words.read(stderr, is_shown, &host, &voice).await })
+            let (is_shown, events) = (!self.starter.is_wire, self.events.clone());
+            tokio::spawn(async move { words.read(stderr, is_shown, host, voice, events).await })
         };
         let mut has_come = false;
         let connect = self.connect(stdin, child.stdout.take(), place);
@@ -251,7 +277,7 @@ impl Keeper {
             (false, Some(meaning)) => format!("{name} ended with exit code {code}: {meaning}"),
             (false, None) => format!("{name} ended with exit code {code}"),
         };
-        for line in lock(&words.0).iter() {
+        for line in lock(&words.last).iter() {
             message = format!("{message}\n  {line}");
         }
         (code, message, has_come)
@@ -303,15 +329,26 @@ impl Keeper {
 
 /// The last lines of a starter's stderr that the user has not seen.
 #[derive(Default)]
-struct Words(Mutex<VecDeque<String>>);
+struct Words {
+    last: Mutex<VecDeque<String>>,
+    /// That there are new ones was said, and nobody has looked yet.
+    is_told: AtomicBool,
+}
 
 impl Words {
     /// What a remote shell says before its agent is there explains a failure, and is noise otherwise; the rest
     /// is shown as it comes.
-    async fn read(&self, stderr: ChildStderr, mut is_shown: bool, host: &str, voice: &Voice) {
+    async fn read(
+        self: Arc<Words>,
+        stderr: ChildStderr,
+        mut is_shown: bool,
+        host: String,
+        voice: Voice,
+        events: UnboundedSender<Told>,
+    ) {
         let mut lines = BufReader::new(stderr).lines();
         while let Ok(Some(line)) = lines.next_line().await {
-            let mut last = lock(&self.0);
+            let mut last = lock(&self.last);
             if line.as_bytes() == HERE.trim_ascii() {
                 is_shown = true;
                 last.clear();
@@ -322,8 +359,17 @@ impl Words {
                     last.pop_front();
                 }
                 last.push_back(line);
+                drop(last);
+                if !self.is_told.swap(true, Ordering::Relaxed) {
+                    let _ = events.send(Told::Words(host.clone(), self.clone()));
+                }
             }
         }
+    }
+
+    fn newest(&self) -> Option<String> {
+        self.is_told.store(false, Ordering::Relaxed);
+        lock(&self.last).back().cloned()
     }
 }
 

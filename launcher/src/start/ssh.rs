@@ -155,6 +155,11 @@ impl Plan {
         }))
     }
 
+    /// What they are called, in node order.
+    pub fn hosts(&self) -> impl Iterator<Item = &str> {
+        self.hosts.iter().map(|(host, _)| host.name())
+    }
+
     /// One program for each host, in node order.
     pub fn starters(&self) -> impl Iterator<Item = Starter> {
         (0..)

@@ -348,6 +348,48 @@ fn a_limit_of_file_size_ends_the_ranks_that_pass_it_and_not_the_launcher() {
 }
 
 #[test]
+fn lines_of_the_diary_that_a_full_disk_took_are_counted_when_there_is_room_again() {
+    let scene = Scene::new();
+    let full = scene.path("full");
+    fs_err::create_dir(&full).unwrap();
+    let Some(_mount) = Mount::tmpfs(&full) else {
+        return;
+    };
+    // The ends of so many ranks take more room than the file's last block has.
+    let script = r#"
+        [ $RANK = 0 ] || [ $TSM_RESTART_COUNT = 1 ] || exec sleep 1000
+        [ $RANK = 0 ] || exit 0
+        case $TSM_RESTART_COUNT in
+        0) cat /dev/zero > full/filler; exit 3 ;;
+        1) rm full/filler ;;
+        esac"#;
+    let options = "--cpus 24 --max-restarts 1 --preflight off --grace 5s --run-dir full/run";
+    let mut words: Vec<&str> = options.split(' ').collect();
+    words.extend(["--", "sh", "-c", script]);
+    let outcome = finish(start(&mut scene.command(&words)));
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    let warning = "events.jsonl, failure.json or manifest.json is not complete";
+    assert_eq!(outcome.err.matches(warning).count(), 1, "{}", outcome.err);
+    let text = fs_err::read_to_string(full.join("run/events.jsonl")).unwrap();
+    let lines = text.lines().map(serde_json::from_str::<serde_json::Value>);
+    let (whole, torn): (Vec<_>, Vec<_>) = lines.partition(Result::is_ok);
+    let whole: Vec<_> = whole.into_iter().flatten().collect();
+    let lost: u64 = whole.iter().filter_map(|line| line["lines"].as_u64()).sum();
+    let number = |kind| whole.iter().filter(|line| line["event"] == kind).count() as u64;
+    assert!(lost > 0 && torn.len() as u64 <= lost, "{text}");
+    assert!(number("lost") > 0, "{text}");
+    let told = number("spawn") + number("exit") + number("start") + number("generation_end");
+    assert!(
+        told < 2 * 24 * 2 + 4 && told + lost >= 2 * 24 * 2 + 4,
+        "{text}"
+    );
+    assert_eq!(whole.last().unwrap()["event"], "end", "{text}");
+    let manifest = fs_err::read_to_string(full.join("run/manifest.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+    assert_eq!(manifest["generations"].as_array().unwrap().len(), 2);
+}
+
+#[test]
 fn a_run_folder_that_is_removed_is_said_while_the_job_runs() {
     let scene = Scene::new();
     let go = scene.path("go").display().to_string();

@@ -141,7 +141,9 @@ fn pods_that_are_started_again_go_on_with_their_run() {
     let scene = Scene::new();
     let key = mount_key(&scene);
     write_lists(&scene.path(""));
-    let script = "#!/bin/sh\necho from ${TSM_RESUME_FROM:-nothing}; exit $(cat code)\n";
+    // Each waits until the other has said it: the first that fails ends both.
+    let script = "#!/bin/sh\necho from ${TSM_RESUME_FROM:-nothing}; n=$(cat code); touch said-$n-$RANK\n\
+                  until [ -e said-$n-0 ] && [ -e said-$n-1 ]; do sleep 0.01; done; exit $n\n";
     write_program(&scene.path("trainer"), script);
     let config = scene.run_dir().join("config.yaml");
     let went_on = format!("from nothing\nfrom {}\n", scene.run_dir().display());

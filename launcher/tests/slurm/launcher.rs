@@ -121,6 +121,9 @@ fn a_job_of_two_nodes_finds_everything_by_itself() {
         (&manifest["outcome"], &manifest["world_size"]),
         (&"succeeded".into(), &4.into())
     );
+    let slurm = scene.cluster.output("scontrol", &["--version"]);
+    let version = slurm.split_whitespace().last();
+    assert_eq!(manifest["versions"]["slurm"].as_str(), version, "{slurm}");
     scene.assert_nothing_is_left();
 }
 

@@ -345,6 +345,36 @@ fn a_job_that_needs_all_hosts_waits_for_the_lost_one() {
     hosts.scene.assert_nothing_survives();
 }
 
+/// A script that stands for ssh: what it does on the `$host` that it is to start an agent on with `$command`.
+fn own_ssh(scene: &Scene, script: &str) -> String {
+    let ssh = scene.path("ssh");
+    let find = "for word; do host=$command; command=$word; done\n";
+    program::write_program(&ssh, &format!("#!/bin/sh\n{find}{script}\n"));
+    ssh.display().to_string()
+}
+
+#[test]
+fn a_host_that_never_gets_to_start_its_agent_is_named_with_the_words_of_its_shell() {
+    let scene = Scene::new();
+    let stuck = "[ $host = b ] && { echo 'reading /home quota' >&2; exec sleep 1000; }";
+    let ssh = own_ssh(&scene, &format!("{stuck}\nexec sh -c \"$command\""));
+    let launcher = scene.own_launcher().display().to_string();
+    let options = format!(
+        "--hosts a:1,b:1 --cpus 1 --join-timeout 30m --ssh {ssh} --remote-launcher {launcher}"
+    );
+    let running = scene.start(&options, "--hang");
+    until("the wait to be told", || {
+        let events = fs_err::read_to_string(scene.run_dir().join("events.jsonl")).ok()?;
+        events.contains(r#""hosts":["b"]"#).then_some(())
+    });
+    running.signal(Signal::TERM);
+    let outcome = finish(running);
+    let text = "waiting up to 30m for 1 node to join; missing: b\n  heard from b so far: reading /home quota";
+    assert!(outcome.err.contains(text), "{}", outcome.err);
+    assert_eq!(outcome.code, 143, "{}", outcome.err);
+    scene.assert_nothing_survives();
+}
+
 #[test]
 fn no_more_than_64_connections_are_made_at_once() {
     let scene = Scene::new();

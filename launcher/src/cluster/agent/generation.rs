@@ -16,7 +16,9 @@ use crate::ahead::Ahead;
 use crate::cluster::message::{NodeReport, Start};
 use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::contain::{self, Ability, Containment};
+use crate::cores;
 use crate::doctor::kmsg;
+use crate::logs::keep;
 use crate::logs::{Finished, Logs, Shown, Sink, Source, Tail};
 use crate::machine;
 use crate::manifest::environment::{self, Change};
@@ -155,7 +157,8 @@ impl Generation {
         };
         let log = |stderr: bool| {
             let path = self.dir.log(&self.host, plan.rank, stderr);
-            File::options().create(true).append(true).open(path)
+            let file = File::options().create(true).append(true).open(path);
+            file.map_err(|e| keep::refuse(&e))
         };
         let (out_file, err_file) = (log(false)?, log(true)?);
         // Watched from before the start, so that no message is older than the watch.
@@ -244,6 +247,12 @@ impl Generation {
             .iter()
             .map(|w| w.pid.as_raw_nonzero().get())
             .collect()
+    }
+
+    /// The cores of each worker, as in [`crate::cluster::message::FromAgent::Started`].
+    pub fn cores(&self) -> Vec<String> {
+        let plans = self.plans.iter();
+        plans.map(|plan| cores::to_list(&plan.cores)).collect()
     }
 
     /// Waits until a worker did something; the supervisor's events about it.

@@ -46,6 +46,7 @@ impl Agent {
                 let started = FromAgent::Started {
                     generation: number,
                     pids: generation.pids(),
+                    cores: generation.cores(),
                     at: self.setup.start.elapsed(),
                     environment: generation.environment(),
                     containment: generation.containment(),

@@ -83,7 +83,11 @@ impl State {
                     (_, 1) => "is left".into(),
                     _ => "are left".into(),
                 };
-                let text = format!("{have}{hosts} {why}, {min} are needed");
+                let mut text = format!("{have}{hosts} {why}, {min} are needed");
+                if let Some(who) = self.name_missing() {
+                    let hint = "see whether tsm-launch starts there when you log in by hand, or give a longer --join-timeout";
+                    text = format!("{text}; {who}\n  hint: {hint}");
+                }
                 self.give_up(text, now, actions);
             } else {
                 self.phase = Phase::Gather {

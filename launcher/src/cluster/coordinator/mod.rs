@@ -24,6 +24,7 @@ mod rounds;
 mod running;
 mod trying;
 mod view;
+mod waiting;
 
 pub use ending::Ending;
 pub use left_out::Excluded;
@@ -78,6 +79,8 @@ pub struct Settings {
     pub lease: Duration,
     /// Nodes may join that nobody here has started.
     pub open: bool,
+    /// Hosts on which agents were started from here; empty: it is not known who comes.
+    pub hosts: Vec<String>,
     pub job: Job,
     pub policy: policy::Options,
     pub hang: Limits,
@@ -124,6 +127,8 @@ pub enum Event {
     },
     /// The connection is gone.
     Lost { node: NodeId, how: String },
+    /// The program that starts the agent of `host` says something, as long as there is none.
+    Starter { host: String, line: String },
     /// To the coordinator itself.
     Signal(i32),
     /// The same, by a scheduler that has signalled all agents too.
@@ -162,8 +167,8 @@ pub enum Action {
     Started(Box<Launched>),
     /// What rank 0 says of itself.
     Told(About),
-    /// What the first node changed in the environment of its workers.
-    Environment(Vec<Change>),
+    /// The ranks of a node of it have their processes.
+    Spawned(Box<Spawned>),
     /// A generation is over.
     Ended(Box<Ending>),
 }
@@ -176,6 +181,18 @@ pub struct Launched {
     pub members: Vec<(Member, Node)>,
     /// What the ranks are told to go on from, where they do not say themselves what they found there.
     pub resumed_from: Option<String>,
+}
+
+/// The processes of a node's ranks.
+#[derive(Clone, Debug)]
+pub struct Spawned {
+    pub first_rank: u32,
+    /// Of this rank and the next ones.
+    pub pids: Vec<i32>,
+    /// Likewise; see [`FromAgent::Started`].
+    pub cores: Vec<String>,
+    /// What the first node changed in the environment of its workers; empty for the others.
+    pub environment: Vec<Change>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -279,6 +296,8 @@ pub struct State {
     lost: Vec<LostNode>,
     /// Until when the ranks of lost nodes may still run.
     fence: Duration,
+    /// Whom it waits for, and what is known of them.
+    waiting: waiting::Waiting,
     /// What each node reached of the first node, by (first, other).
     reach: BTreeMap<(NodeId, NodeId), Vec<(IpAddr, String)>>,
     /// What ended the earlier starts.
@@ -358,6 +377,7 @@ impl State {
             parts: BTreeMap::new(),
             lost: Vec::new(),
             fence: Duration::ZERO,
+            waiting: waiting::Waiting::begin(now),
             reach: BTreeMap::new(),
             incidents: Vec::new(),
             left_out: Vec::new(),
@@ -406,7 +426,8 @@ impl State {
                 last_call,
             } => {
                 let ready = last_call.map(|call| call.max(self.fence));
-                Some(ready.unwrap_or(deadline).min(deadline.max(self.fence)))
+                let ready = ready.unwrap_or(deadline).min(deadline.max(self.fence));
+                Some(self.waiting.tell_at().map_or(ready, |at| ready.min(at)))
             }
             Phase::Form { deadline, .. } | Phase::Stop { deadline } => Some(*deadline),
             Phase::Leave { deadline, .. } => Some(self.left(*deadline)),
@@ -444,6 +465,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
             message,
         } => state.said(node, local, message, now, &mut actions),
         Event::Lost { node, how } => state.lost_connection(node, &how, now, &mut actions),
+        Event::Starter { host, line } => state.waiting.heard(host, &line),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
         Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
         Event::Stalled(time) => state.stalled(time, now, &mut actions),
@@ -509,11 +531,18 @@ impl State {
             FromAgent::Started {
                 generation,
                 pids,
+                cores,
                 at,
                 environment,
                 containment,
             } if self.runs(generation) => {
-                self.started(id, &pids, at, environment, containment, actions);
+                let spawned = Spawned {
+                    first_rank: 0,
+                    pids,
+                    cores,
+                    environment,
+                };
+                self.started(id, spawned, at, containment, actions);
             }
             FromAgent::About { generation, word }
                 if self.runs(generation) && self.members.first().is_some_and(|m| m.id == id) =>

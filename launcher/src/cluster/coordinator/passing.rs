@@ -3,10 +3,10 @@
 //!
 //! - A rank that ends with 75 after a SIGUSR2 has saved. The others have the grace to do so too, counted from the signal;
 //!   then they are stopped as always. With 75 from some and 75 or 0 from the rest the job was saved, and ends with 75.
+//! - What a scheduler has sent to all processes, the ranks have: it is noted, and not sent again.
 //! - A rank that ends with 75 without a signal has saved by its own clock. The others have the grace from then on. The
 //!   job ends with 75 also where they do not follow, or only lose the one that has ended: nobody failed, and what is
 //!   saved is to be continued, by whoever started the job and not by this launcher.
-//! - What a scheduler has sent to all processes, the ranks have: it is noted, and not sent again.
 //! - A rank that dies of a signal that was passed on has no handler for it. It did not fail: whoever sent the signal
 //!   ended the job. It is not started again, and ends with 128 + the signal, which asks for no requeue.
 

@@ -9,8 +9,8 @@ use tsm_job::exit;
 use super::left_out::words;
 use super::running::refusal;
 use super::{
-    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, State, nodes,
-    record, send,
+    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, State, record,
+    send,
 };
 use crate::cluster::message::{Finding, Join, Severity, ToAgent};
 use crate::cluster::topology::NodeId;
@@ -105,6 +105,7 @@ impl State {
             pids: Vec::new(),
             join,
         };
+        self.waiting.arrived(&host);
         let here = self.nodes.len() + 1;
         self.nodes.insert(id, node);
         if !local {
@@ -298,9 +299,10 @@ impl State {
                     "{name}{place}: stopping {ranks}{again}"
                 )));
                 self.interrupted = vec![place.into()];
-                // Workers are seldom ready for Ctrl-\, and would dump their memory.
+                // Workers that save when they are asked to end seldom know of a terminal that is closed or of Ctrl-\,
+                // which would also dump their memory.
                 let told = match signal {
-                    libc::SIGQUIT => libc::SIGTERM,
+                    libc::SIGHUP | libc::SIGQUIT => libc::SIGTERM,
                     signal => signal,
                 };
                 self.stop(Cause::Signal(signal), told, now, actions);
@@ -415,6 +417,9 @@ impl State {
                     );
                 }
             }
+            Phase::Gather { .. } if self.waiting.tell_at().is_some_and(|at| now >= at) => {
+                self.tell_waiting(now, actions);
+            }
             _ => {}
         }
     }
@@ -448,15 +453,8 @@ impl State {
             Phase::Gather { .. } => self.try_to_form(now, actions),
             Phase::Pause { until } if now >= until => {
                 self.gather(now);
-                let missing = self
-                    .settings
-                    .min_nodes
-                    .saturating_sub(self.candidates(now).len() as u32);
-                if missing > 0 && self.settings.open {
-                    let (missing, join) = (nodes(missing as usize), format(self.settings.join));
-                    actions.push(Action::Notice(format!(
-                        "waiting up to {join} for {missing} to join"
-                    )));
+                if self.settings.open {
+                    self.tell_waiting(now, actions);
                 }
                 self.try_to_form(now, actions);
             }
@@ -489,6 +487,7 @@ impl State {
 
     pub(super) fn gather(&mut self, now: Duration) {
         self.members.clear();
+        self.waiting.again(now);
         self.phase = Phase::Gather {
             deadline: now + self.settings.join,
             last_call: None,

@@ -248,6 +248,7 @@ impl Agent {
                 let started = FromAgent::Started {
                     generation: start.generation,
                     pids: vec![1; num_ranks],
+                    cores: Vec::new(),
                     at: now,
                     environment: Vec::new(),
                     containment: Default::default(),

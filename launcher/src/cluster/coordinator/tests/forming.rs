@@ -18,6 +18,35 @@ fn a_job_does_not_wait_for_nodes_for_ever() {
 }
 
 #[test]
+fn hosts_that_do_not_come_are_named_before_long_and_in_the_end() {
+    let mut settings = settings(3, 3);
+    settings.hosts = ["n1", "n2", "n3"].map(String::from).into();
+    let mut scene = Scene::new(settings);
+    scene.join(1);
+    let says = |scene: &mut Scene, host: &str, line: &str| {
+        let (host, line) = (host.into(), line.into());
+        scene.event(Event::Starter { host, line });
+    };
+    says(&mut scene, "n1", "Welcome");
+    says(&mut scene, "n2", "Welcome");
+    says(&mut scene, "n2", "quota: \x1b[1mno answer");
+    scene.pass(S(5) - MS(1));
+    assert!(!scene.notices().contains("waiting"), "{}", scene.notices());
+    scene.pass(MS(1));
+    let names = "missing: n2, n3\n  heard from n2 so far: quota: [1mno answer";
+    let waiting = format!("waiting up to 1m for 2 nodes to join; {names}");
+    assert_eq!(scene.notices().matches(&waiting).count(), 1);
+    scene.join(2);
+    scene.pass(S(54));
+    assert_eq!(scene.notices().matches("waiting up to").count(), 1);
+    scene.actions.clear();
+    scene.pass(S(1));
+    let text = "2 nodes (n1, n2) joined within 1m, 3 are needed; missing: n3\n  hint: ";
+    assert!(scene.notices().contains(text), "{}", scene.notices());
+    assert_eq!(scene.code(), Some(exit::PREFLIGHT));
+}
+
+#[test]
 fn nodes_beyond_the_most_are_spares_and_fewer_start_after_a_last_call() {
     let mut scene = Scene::running(settings(2, 2), 2);
     scene.join(3);
