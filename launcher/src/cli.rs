@@ -169,6 +169,11 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub run_dir: Option<PathBuf>,
 
+    /// Go on with the run in --run-dir where there is one, with its own config and from its own checkpoint, and do
+    /// nothing where it is finished: for a command that is given again until it succeeds.
+    #[arg(long = "continue", requires = "run_dir")]
+    pub go_on: bool,
+
     /// Continue a run folder in place, or start from a checkpoint. A program finds the path in TSM_RESUME_FROM, and
     /// makes of it what it can.
     #[arg(long, value_name = "PATH")]

@@ -4,6 +4,7 @@ use sha2::{Digest, Sha256};
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tsm_job::Config;
+use tsm_job::config::DeviceKind;
 use tsm_job::exit;
 
 use super::dry_run::run_dir;
@@ -148,7 +149,12 @@ impl Node<'_> {
 fn digest(target: &Target) -> String {
     let mut hash = Sha256::new();
     match &target.what {
-        What::Trainer { config, .. } => hash.update(Config::to_yaml(config)),
+        What::Trainer { config, .. } => {
+            // One node may go on with a config into which another has written its devices.
+            let mut config = config.clone();
+            (config.launch.device, config.launch.nproc_per_node) = (DeviceKind::Cpu, None);
+            hash.update(Config::to_yaml(&config));
+        }
         What::Program(words) => {
             for word in words {
                 hash.update(word.as_encoded_bytes());
