@@ -6,6 +6,7 @@
 
 mod signature;
 mod texts;
+pub mod unstarted;
 pub mod words;
 pub mod xid;
 
@@ -37,6 +38,8 @@ pub enum Class {
     GpuOutOfMemory,
     /// A GPU or its driver failed: Xid, ECC, "fell off the bus".
     Hardware,
+    /// The launcher could not prepare a worker there: its program was never executed.
+    Machine,
     /// A connection between ranks broke, and no rank is known to have failed first.
     Network,
     /// The connection to a node's agent is gone, or the node is silent.
@@ -59,6 +62,7 @@ impl fmt::Display for Class {
             Class::OutOfMemory => "out of memory",
             Class::GpuOutOfMemory => "out of GPU memory",
             Class::Hardware => "hardware",
+            Class::Machine => "machine",
             Class::Network => "network",
             Class::NodeLost => "node lost",
             Class::Hang => "hang",
@@ -138,6 +142,7 @@ fn shorten(line: &str) -> String {
 pub fn classify(facts: &Facts) -> Verdict {
     let looks = [
         lost_node,
+        unstarted::verdict,
         documented_code,
         gpu_log,
         hang,

@@ -12,6 +12,7 @@ use crate::cluster::key::Key;
 use crate::cluster::tls::{Tls, TlsFiles};
 use crate::console::painter::Format;
 use crate::doctor::preflight::Scale;
+use crate::say::reading;
 use crate::status::http::Port;
 
 const EXAMPLES: &str = "Examples:
@@ -245,7 +246,7 @@ impl Args {
                 format!("the nodes of this job need a key to know each other\n  hint: {hint}");
             return Err(Coded::new(exit::USAGE, text));
         };
-        Key::read_file(file)
+        reading(file, || Key::read_file(file))
     }
 }
 

@@ -11,12 +11,7 @@ pub struct Utc {
 
 impl Utc {
     pub fn now() -> Utc {
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        Utc {
-            ms: since.as_millis() as u64,
-        }
+        SystemTime::now().into()
     }
 
     /// So much later.
@@ -58,6 +53,15 @@ impl Utc {
         let month = if mp < 10 { mp + 3 } else { mp - 9 };
         let year = yoe + era * 400 + u64::from(month <= 2);
         (year, month, doy - (153 * mp + 2) / 5 + 1)
+    }
+}
+
+impl From<SystemTime> for Utc {
+    fn from(time: SystemTime) -> Utc {
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Utc {
+            ms: since.as_millis() as u64,
+        }
     }
 }
 

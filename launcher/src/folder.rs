@@ -3,10 +3,15 @@
 use anyhow::bail;
 use fs_err::File;
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use tsm_job::exit::{self, Coded};
 use tsm_job::{Config, RunDir};
+
+use crate::manifest::killed;
+use crate::replace::replace;
+use crate::say::say;
 
 /// A run folder that this launcher alone writes to.
 pub struct Folder {
@@ -92,9 +97,10 @@ impl Folder {
     /// When another launcher runs in it.
     pub fn resume(path: &Path) -> anyhow::Result<Folder> {
         let folder = Folder::open(path.to_path_buf())?;
+        killed::tell(&folder.dir).map_err(|e| refuse(&e))?;
         for kept in [folder.dir.manifest(), folder.dir.failure()] {
             if kept.exists() {
-                fs_err::rename(&kept, free_number(&kept, 1))?;
+                fs_err::rename(&kept, free_number(&kept, 1)).map_err(|e| refuse(&e))?;
             }
         }
         Ok(folder)
@@ -106,13 +112,18 @@ impl Folder {
             .append(true)
             .open(path.join("launcher.lock"));
         let lock = lock.map_err(|e| refuse(&e))?;
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            let hint = "wait for it, or give another folder";
-            let text = format!(
-                "another tsm-launch is running in {}\n  hint: {hint}",
-                path.display()
-            );
-            bail!(Coded::new(exit::USAGE, text));
+        let shown = path.display();
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                let hint = "wait for it, or give another folder";
+                let text = format!("another tsm-launch is running in {shown}\n  hint: {hint}");
+                bail!(Coded::new(exit::USAGE, text));
+            }
+            // Such as Lustre that is mounted without `flock`.
+            Err(e) => say(format_args!(
+                "warning: files in {shown} cannot be locked ({e}): a second tsm-launch there would not be noticed"
+            )),
         }
         let dir = RunDir::new(path);
         fs_err::create_dir_all(dir.logs()).map_err(|e| refuse(&e))?;
@@ -145,7 +156,10 @@ impl Folder {
             Some(last) => last.clone(),
             None => first,
         };
-        fs_err::write(&self.config, text).map_err(|e| refuse(&e))?;
+        // In one step, since nothing else holds what the run was made with.
+        if !same(&self.config) {
+            replace(&self.config, &text, 0o666).map_err(|e| refuse(&e))?;
+        }
         Ok(revised)
     }
 }

@@ -1,5 +1,6 @@
 //! From the command line to a job: everything that can be refused is refused here, before anything starts.
 
+mod again;
 mod dry_run;
 mod idle;
 mod in_slurm;

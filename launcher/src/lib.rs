@@ -15,6 +15,11 @@
 //!          folder, manifest, status (what others may read while it runs, and afterwards)
 //! ```
 
+#![cfg_attr(
+    not(test),
+    deny(clippy::print_stdout, clippy::print_stderr, reason = "see say")
+)]
+
 pub mod addresses;
 mod ahead;
 mod blame;
@@ -31,6 +36,7 @@ mod folder;
 mod gpus;
 pub mod hang;
 mod launch;
+mod limits;
 mod logs;
 mod machine;
 pub mod manifest;
@@ -41,6 +47,7 @@ pub mod port;
 pub mod process;
 mod replace;
 mod report;
+mod say;
 mod session;
 mod shim;
 mod signals;
@@ -53,7 +60,6 @@ mod text;
 mod watch;
 
 use clap::Parser;
-use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -63,6 +69,7 @@ use tsm_job::exit;
 pub fn main() -> ExitCode {
     let start = Instant::now();
     own::take_name();
+    signals::outlive_file_limit();
     let mut argv = std::env::args_os().skip(1);
     match argv.next().as_deref().and_then(|first| first.to_str()) {
         Some(shim::WORKER) => return shim::worker(argv),
@@ -129,7 +136,7 @@ fn run<A: Parser>(what: impl FnOnce(&A) -> anyhow::Result<i32>, skip: usize) -> 
     to_exit_code(match result {
         Ok(Ok(code)) => code,
         Ok(Err(e)) => {
-            let _ = writeln!(std::io::stderr(), "error: {e:#}");
+            say::tell(format_args!("error: {e:#}"));
             exit::code_of(&e)
         }
         Err(_) => exit::BUG,

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use crate::console::lines::{Batch, Lines, visible};
 use crate::console::queue::Feed;
+use crate::limits;
 use keep::Keep;
 
 /// Bytes of a stream's end that are kept for the report.
@@ -153,13 +154,10 @@ impl Logs {
             shown,
             start: Instant::now(),
         };
-        std::thread::Builder::new()
-            .name("logs".into())
-            .spawn(move || {
-                reader.run();
-                let _ = done.send(reader.keep.missing());
-            })
-            .context("cannot start the thread that reads the workers' output")?;
+        limits::thread("logs", "reads the workers' output", move || {
+            reader.run();
+            let _ = done.send(reader.keep.missing());
+        })?;
         Ok(Logs { finished, is_idle })
     }
 

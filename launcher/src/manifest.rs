@@ -1,21 +1,22 @@
-//! `manifest.json` and `events.jsonl`: what was run, on what, and what became of it.
+//! `manifest.json`, and `events.jsonl` beside it: what was run, on what, and what became of it.
 
+mod course;
 pub mod description;
 pub mod environment;
+pub mod events;
 pub mod files;
 pub mod generations;
+pub mod killed;
 pub mod versions;
+pub mod writer;
 
-use fs_err::File;
 use serde::Serialize;
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tsm_job::RunDir;
 
+use self::description::{Commit, Machine};
 use self::environment::Change;
 use self::files::{Binary, Checkpoint};
 use self::generations::Generations;
@@ -53,7 +54,8 @@ pub struct Manifest {
     pub world_size: usize,
     pub started: String,
     pub ended: Option<String>,
-    /// `running`, `succeeded`, `failed`, `stopped`.
+    /// `running`, `succeeded`, `failed`, `stopped`; `killed` in the manifest of a former launcher that could not write
+    /// its own end: `ended` then is when something was last written into the folder.
     pub outcome: &'static str,
     pub exit_code: Option<i32>,
     /// Of the newest generation.
@@ -65,7 +67,8 @@ pub struct Manifest {
     pub generations: Generations,
     /// See [`generations::goodput`].
     pub goodput: Option<f64>,
-    /// Those in the run folder when this was written.
+    /// Those in the run folder when this was written. While the job runs, that is whenever something happens to it, and
+    /// once a minute.
     pub checkpoints: Vec<Checkpoint>,
 }
 
@@ -139,40 +142,16 @@ impl LeftOut {
 #[derive(Clone, Debug, Serialize)]
 pub struct RankEntry {
     pub rank: u32,
-    pub pid: i32,
+    /// `None`: it has not been started yet.
+    pub pid: Option<i32>,
     pub device: String,
-    pub cores: Vec<usize>,
+    /// That it is bound to, as `0-3,8`; `None`: to none.
+    pub cores: Option<String>,
+    /// `None`: it runs, or is not known.
     pub end: Option<End>,
 }
 
-/// State of the source tree in the current directory.
-#[derive(Clone, Debug, Serialize)]
-pub struct Commit {
-    pub id: String,
-    /// Tracked files differ from it.
-    pub modified: bool,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct Machine {
-    pub cpu: String,
-    pub num_cpus: usize,
-    pub mem_bytes: u64,
-    pub kernel: String,
-}
-
 impl Manifest {
-    /// Finds out what takes a moment: the machine, the commit, the digests. Meant for a thread of its own,
-    /// after the workers are started.
-    #[must_use]
-    pub fn complete(mut self) -> Manifest {
-        self.machine = Some(machine());
-        self.commit = commit();
-        self.binaries = files::binaries(&self.command);
-        self.versions.extend(versions::of_starters());
-        self
-    }
-
     /// Looks for checkpoints, then replaces the file in one step, so that a reader never sees half of it.
     ///
     /// # Errors
@@ -193,83 +172,6 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> std::io::Result<()> {
     text.push(b'\n');
     fs_err::write(&partial, text)?;
     fs_err::rename(&partial, path)
-}
-
-fn machine() -> Machine {
-    use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
-    let what = RefreshKind::nothing()
-        .with_cpu(CpuRefreshKind::nothing())
-        .with_memory(MemoryRefreshKind::nothing().with_ram());
-    let system = System::new_with_specifics(what);
-    Machine {
-        cpu: system
-            .cpus()
-            .first()
-            .map_or("unknown".into(), |cpu| cpu.brand().trim().into()),
-        num_cpus: system.cpus().len(),
-        mem_bytes: system.total_memory(),
-        kernel: System::kernel_version().unwrap_or_default(),
-    }
-}
-
-fn commit() -> Option<Commit> {
-    let git = |args: &[&str]| {
-        let mut command = Command::new("git");
-        let output = command
-            .args(args)
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .output()
-            .ok()?;
-        let text = String::from_utf8_lossy(&output.stdout).trim().to_string();
-        output.status.success().then_some(text)
-    };
-    let id = git(&["rev-parse", "HEAD"])?;
-    let modified =
-        git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|s| !s.is_empty());
-    Some(Commit { id, modified })
-}
-
-/// The launcher's diary. A line that cannot be written is left out: the job matters more.
-pub struct Events {
-    file: Option<File>,
-    /// What is written next begins a line: the last one may have been written in part.
-    broken: bool,
-    start: Instant,
-}
-
-impl Events {
-    pub fn open(dir: &RunDir, start: Instant) -> Events {
-        Events {
-            file: File::options()
-                .create(true)
-                .append(true)
-                .open(dir.events())
-                .ok(),
-            broken: false,
-            start,
-        }
-    }
-
-    /// Adds a line: `fields` after the time, the milliseconds since the start, and the kind.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn write(&mut self, kind: &str, fields: Value) -> std::io::Result<()> {
-        let Some(file) = &mut self.file else {
-            return Ok(());
-        };
-        let ms = self.start.elapsed().as_secs_f64() * 1e3;
-        let mut line =
-            json!({"time": Utc::now().rfc3339(), "ms": (ms * 1e3).round() / 1e3, "event": kind});
-        if let (Value::Object(line), Value::Object(fields)) = (&mut line, fields) {
-            line.extend(fields);
-        }
-        let before = if self.broken { "\n" } else { "" };
-        let written = file.write_all(format!("{before}{line}\n").as_bytes());
-        self.broken = written.is_err();
-        written
-    }
 }
 
 /// This machine's name.

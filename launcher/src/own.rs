@@ -5,7 +5,7 @@
 //! their arguments. Only another host is told a path.
 
 use rustix::thread::set_name;
-use std::ffi::{CString, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -50,7 +50,7 @@ impl Executable {
         command
     }
 
-    /// For [`exec`] by a shim of this executable.
+    /// To be executed, under the name of [`arg0`], by a shim of this executable.
     pub fn program(&self) -> &Path {
         &self.program
     }
@@ -60,15 +60,11 @@ impl Executable {
     }
 }
 
-/// The command by which this process becomes `program`.
-pub fn exec(program: &OsString) -> Command {
-    let mut command = Command::new(program);
-    if program == LINK
-        && let Some(name) = std::env::args_os().next()
-    {
-        command.arg0(name);
-    }
-    command
+/// The name by which this process executes `program`.
+pub fn arg0(program: &OsStr) -> OsString {
+    let own = || std::env::args_os().next();
+    let own = (program == LINK).then(own).flatten();
+    own.unwrap_or(program.into())
 }
 
 /// Where the file of this executable is, or was until it was replaced or removed.

@@ -6,8 +6,8 @@
 use anyhow::Context;
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::{
-    Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getrlimit,
-    kill_process_group, pidfd_open, pidfd_send_signal, setrlimit, waitid,
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
+    pidfd_send_signal, waitid,
 };
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -43,23 +43,6 @@ pub struct Spec<'a> {
 pub struct Worker {
     pub pid: Pid,
     pidfd: OwnedFd,
-}
-
-/// Raises the limit of open files to `needed` where it is lower; workers inherit it. The hard limit where that is
-/// lower still.
-///
-/// # Errors
-/// The hard limit.
-pub fn allow_open_files(needed: u64) -> Result<(), u64> {
-    let limit = getrlimit(Resource::Nofile);
-    if limit.current.is_some_and(|current| current < needed) {
-        let current = Some(limit.maximum.map_or(needed, |maximum| needed.min(maximum)));
-        let _ = setrlimit(Resource::Nofile, Rlimit { current, ..limit });
-    }
-    match limit.maximum {
-        Some(maximum) if maximum < needed => Err(maximum),
-        _ => Ok(()),
-    }
 }
 
 /// The launcher's ends of a new worker's streams.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::blame::{Culprit, Fault, Role, role};
-use crate::class::{self, Again, Class, Facts, classify};
+use crate::class::{self, Again, Class, Facts, classify, unstarted};
 use crate::cluster::policy::Incident;
 use crate::end::End;
 use crate::logs::read_small;
@@ -305,8 +305,10 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
 
 /// What usually stands behind such an end.
 fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<String> {
+    let unstarted = facts.record.and_then(unstarted::meaning);
     match end? {
         _ if facts.hung => None,
+        _ if unstarted.is_some() => unstarted.map(str::to_string),
         End::Signal(signal) if facts.sent.contains(&signal) => {
             let told = matches!(role, Role::OwnError | Role::LastWords);
             told.then(|| "the launcher stopped it before its own end was done".into())

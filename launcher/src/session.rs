@@ -1,46 +1,44 @@
 //! The coordinator's side of a job: what it hears goes to [`coordinator::decide`], and what that decides is done.
 //!
 //! One loop on one thread owns all state, and does nothing that could wait: lines are shown on another
-//! thread, the machine is described on a third.
+//! thread, the manifest is written on a third.
 
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::{oneshot, watch};
 use tsm_job::exit;
 
 use crate::clock::Utc;
 use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, Settings, State};
 use crate::cluster::link::{Heard, Hub};
-use crate::cluster::message::{About, FromAgent, Join};
+use crate::cluster::message::FromAgent;
 use crate::cluster::topology::NodeId;
 use crate::cluster::wire::Refusal;
 use crate::console::lines::Batch;
 use crate::console::queue::Feed;
 use crate::folder::Folder;
+use crate::limits;
 use crate::logs::keep::remedy;
 use crate::manifest::description::Description;
-use crate::manifest::generations::{self, Culprit};
-use crate::manifest::{Events, LeftOut, Manifest, Node, RankEntry, versions, write_json};
-use crate::process;
+use crate::manifest::events::Events;
+use crate::manifest::writer::Writer;
+use crate::manifest::{Manifest, write_json};
 use crate::report::Failure;
-use crate::signals::Signals;
+use crate::signals::{Caught, Signals};
 use crate::start::children::{Children, News};
-use crate::start::slurm::{StopCause, Turn};
+use crate::start::slurm::{StopCause, Turn, step};
 use crate::status::Snapshot;
 use crate::text::count;
 
-/// How long to wait for the description of the machine at the end of a short run.
-const DESCRIBE: Duration = Duration::from_secs(2);
 /// Open files beside those of the nodes, generously.
 const FILES: u64 = 512;
-/// Versions in the manifest; workers say what they like.
-const MAX_VERSIONS: usize = 64;
 /// So many refused connections are told one by one.
 const EACH: u64 = 5;
 /// Between two looks of a status at the job.
 const PUBLISH: Duration = Duration::from_millis(200);
+/// The manifest is written so often though nothing but steps and checkpoints is new in it.
+const REFRESH: Duration = Duration::from_secs(60);
 
 /// The launcher's own words, in order with the lines of the workers.
 #[derive(Clone)]
@@ -79,14 +77,19 @@ struct Running {
     session: Session,
     state: State,
     events: Events,
-    described: Option<Description>,
+    writer: Writer,
+    /// The manifest says more than its file.
+    changed: bool,
+    /// When the manifest was last given to the writer.
+    kept_at: Duration,
+    described: bool,
     published: Option<Duration>,
     /// When the loop last had something to do.
     ran_at: Duration,
     /// A node had its turn: a signal, and whatever else waits, comes first, once.
     others_first: bool,
     /// SLURM is being asked why it stops the job.
-    asking: Option<JoinHandle<StopCause>>,
+    asking: Option<oneshot::Receiver<StopCause>>,
     stopped: Option<StopCause>,
     /// Connections that were refused.
     refused: u64,
@@ -116,12 +119,15 @@ impl Session {
     pub async fn run(self) -> anyhow::Result<End> {
         let mut signals = Signals::catch()?;
         // Every node is a connection. One that finds no room is refused by the kernel, and says so itself.
-        let _ = process::allow_open_files(FILES + u64::from(self.settings.max_nodes));
+        let _ = limits::allow_open_files(FILES + u64::from(self.settings.max_nodes));
         let now = self.start.elapsed();
         let mut running = Running {
             state: State::new(self.settings.clone(), now),
             events: Events::open(&self.folder.dir, self.start),
-            described: None,
+            writer: Writer::start(self.folder.dir.clone()),
+            changed: true,
+            kept_at: now,
+            described: false,
             published: None,
             ran_at: now,
             others_first: false,
@@ -174,7 +180,10 @@ impl Running {
                     return;
                 }
             },
-            signal = signals.next() => Event::Signal(signal),
+            Caught { signal, sender } = signals.next() => match step::is_sent_to_all(sender) {
+                true => Event::StepSignal(signal),
+                false => Event::Signal(signal),
+            },
             news = self.session.children.next() => match news {
                 News::Said { host, line } => Event::Starter { host, line },
                 News::Ended(ended) => {
@@ -205,6 +214,11 @@ impl Running {
                     StopCause::Cancelled | StopCause::Other => Event::Signal(libc::SIGTERM),
                 }
             }
+            written = self.writer.written() => {
+                self.noted(written);
+                // There is more to write, perhaps; else it is as if it woke up too early.
+                Event::Deadline
+            }
             () = tokio::time::sleep_until((start + wake).into()) => Event::Deadline,
             () = std::future::ready(()), if others_first => return,
         };
@@ -228,19 +242,34 @@ impl Running {
                 Action::Drop { node } => self.session.hub.drop(node),
                 Action::Notice(text) => self.session.voice.notice(&text),
                 Action::Record { kind, fields } => self.event(kind, fields),
-                Action::LeftOut(excluded) => {
-                    let left_out = LeftOut::at(Utc::now(), *excluded);
-                    self.session.manifest.left_out.push(left_out);
-                }
-                Action::Measured(report) => self.session.manifest.preflight.push(*report),
+                Action::LeftOut(excluded) => self.manifest().left_out(*excluded, Utc::now()),
+                Action::Measured(report) => self.manifest().preflight.push(*report),
                 Action::Show(batch) => self.session.voice.feed.offer(batch),
                 Action::Started(launched) => self.started(&launched, now),
-                Action::Told(word) => self.told(word),
-                Action::Environment(changes) => self.session.manifest.environment = changes,
+                Action::Told(word) => self.manifest().told(word),
+                Action::Spawned(spawned) => self.manifest().spawned(*spawned),
                 Action::Ended(ending) => self.ended(*ending),
             }
         }
         self.publish(now);
+        self.keep(now);
+    }
+
+    /// To be changed.
+    fn manifest(&mut self) -> &mut Manifest {
+        self.changed = true;
+        &mut self.session.manifest
+    }
+
+    /// Has the manifest written where it is time.
+    fn keep(&mut self, now: Duration) {
+        let is_due = self.changed || now >= self.kept_at + REFRESH;
+        if is_due && self.writer.is_ready() {
+            (self.changed, self.kept_at) = (false, now);
+            let manifest = &mut self.session.manifest;
+            manifest.goodput = manifest.generations.goodput(now);
+            self.writer.write(manifest.clone());
+        }
     }
 
     fn refused(&mut self, mut refusal: Refusal) {
@@ -266,9 +295,9 @@ impl Running {
     /// Under SLURM a SIGTERM has many meanings, and SLURM has to be asked which.
     fn understand(&mut self, event: Event) -> Option<Event> {
         let is_term = match &event {
-            Event::Signal(signal) => *signal == libc::SIGTERM,
+            Event::Signal(signal) | Event::StepSignal(signal) => *signal == libc::SIGTERM,
             Event::Said {
-                message: FromAgent::Signal { signal },
+                message: FromAgent::Signal { signal } | FromAgent::StepSignal { signal },
                 ..
             } => *signal == libc::SIGTERM,
             Event::Said {
@@ -287,8 +316,12 @@ impl Running {
             .filter(|_| is_term && saves && self.stopped.is_none());
         let Some(turn) = turn else { return Some(event) };
         if self.asking.is_none() {
+            let (answer, asking) = oneshot::channel();
             let ask = turn.asker();
-            self.asking = Some(tokio::task::spawn_blocking(ask));
+            limits::beside("ask", move || {
+                let _ = answer.send(ask());
+            });
+            self.asking = Some(asking);
         }
         None
     }
@@ -332,101 +365,16 @@ impl Running {
         self.session
             .voice
             .notice(&format!("{workers} on {at}{again}; run folder {dir}"));
-        let manifest = &mut self.session.manifest;
-        manifest.world_size = launched.world_size as usize;
-        for (_, node) in &launched.members {
-            let node = Node::from(&node.join);
-            if !manifest.nodes.contains(&node) {
-                manifest.nodes.push(node);
-            }
-        }
-        let joins: Vec<&Join> = launched.members.iter().map(|(_, n)| &n.join).collect();
-        manifest.versions.extend(versions::of_nodes(&joins));
-        let time = Utc::now().rfc3339();
-        manifest.generations.start(
-            now,
-            time,
-            launched.world_size,
-            hosts,
-            launched.resumed_from.clone(),
-        );
-        let entry = |rank: u32, device: &String| RankEntry {
-            rank,
-            pid: 0,
-            device: device.clone(),
-            cores: Vec::new(),
-            end: None,
-        };
-        let of = |(member, node): &(coordinator::Member, coordinator::Node)| {
-            let ranks = member.ranks.clone().zip(&node.join.devices);
-            ranks
-                .map(|(rank, device)| entry(rank, device))
-                .collect::<Vec<_>>()
-        };
-        manifest.ranks = launched.members.iter().flat_map(of).collect();
-        if self.described.is_none() {
-            let dir = self.session.folder.dir.clone();
-            let described = Description::begin(manifest.clone(), dir, Manifest::complete);
-            self.described = Some(described);
-        }
-    }
-
-    /// What the workers say of themselves.
-    fn told(&mut self, word: About) {
-        let manifest = &mut self.session.manifest;
-        match word {
-            About::Versions(versions) => {
-                let room = MAX_VERSIONS.saturating_sub(manifest.versions.len());
-                manifest.versions.extend(versions.into_iter().take(room));
-            }
-            About::Resumed { path, step } => {
-                let path = path.to_string_lossy().into_owned();
-                manifest.generations.resumed(path, step);
-            }
+        self.manifest().started(launched, now, Utc::now());
+        if !std::mem::replace(&mut self.described, true) {
+            let command = self.session.manifest.command.clone();
+            self.writer.describe(move || Description::find(&command));
         }
     }
 
     fn ended(&mut self, ending: Ending) {
-        if let Some(steps) = ending.steps {
-            self.session
-                .manifest
-                .generations
-                .step(ending.ended_at, steps);
-        }
-        let failure = ending.failure.as_deref();
-        let cause = match (failure, ending.outcome) {
-            (Some(failure), _) => failure.headline(),
-            (None, outcome) => outcome.to_string(),
-        };
-        let culprit = failure.and_then(|f| {
-            let (rank, device) = (f.rank? as u32, f.device.clone().unwrap_or_default());
-            Some(Culprit {
-                rank,
-                host: f.host.clone(),
-                device,
-            })
-        });
-        let why = generations::Ending {
-            cause,
-            class: failure.map(|f| f.class),
-            culprit,
-        };
-        self.session
-            .manifest
-            .generations
-            .end(Utc::now().rfc3339(), why);
-        for (i, entry) in self.session.manifest.ranks.iter_mut().enumerate() {
-            entry.end = ending.ends.get(i).copied().flatten();
-            entry.pid = ending.pids.get(i).copied().unwrap_or(0);
-        }
-        if !ending.again {
-            self.session.manifest.outcome = if ending.outcome == "saved" {
-                "stopped"
-            } else {
-                ending.outcome
-            };
-        }
-        if let Some(failure) = failure {
+        self.manifest().ended(&ending, Utc::now());
+        if let Some(failure) = &ending.failure {
             self.report(failure);
         }
         if let Some(verdict) = &ending.verdict {
@@ -472,19 +420,11 @@ impl Running {
         }
         let fields = json!({"outcome": manifest.outcome, "exit_code": code});
         self.event("end", fields);
-        let manifest = &mut self.session.manifest;
-        if let Some(described) = self.described.take()
-            && let Some(done) = described.end(DESCRIBE)
-        {
-            (manifest.machine, manifest.commit, manifest.binaries) =
-                (done.machine, done.commit, done.binaries);
-            for (name, version) in done.versions {
-                manifest.versions.entry(name).or_insert(version);
-            }
-        }
-        manifest.goodput = manifest.generations.goodput(self.session.start.elapsed());
+        let now = self.session.start.elapsed();
+        let manifest = self.manifest();
+        manifest.goodput = manifest.generations.goodput(now);
         (manifest.ended, manifest.exit_code) = (Some(Utc::now().rfc3339()), Some(code));
-        let written = manifest.write(&self.session.folder.dir);
+        let written = self.writer.end(self.session.manifest.clone());
         self.noted(written);
     }
 }

@@ -1,19 +1,26 @@
 //! What this executable does when the launcher starts it again: become a worker, or guard.
 
+mod exec;
+
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal, setsid};
 use rustix::stdio::dup2_stdin;
 use rustix::thread::sched_setaffinity;
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::os::fd::IntoRawFd;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use tsm_job::exit;
+use tsm_job::message::{AgentLink, FailureRecord, WorkerMessage};
+
+use crate::class::unstarted::{UNEXECUTED, UNPREPARED};
 use crate::contain::{self, Containment};
-use crate::{cores, own};
+use crate::cores;
+use crate::say::tell;
 
 /// First argument of a shim: `__worker PARENT_PID CORES SHIELD GROUP AGENT PROGRAM ARGS...`.
 pub const WORKER: &str = "__worker";
@@ -41,8 +48,9 @@ const AGENT_FD: i32 = 1000;
 /// How long the guard tries to end processes: in state D they may take a while.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The code of a shell for a program that cannot be executed.
-const CANNOT_EXECUTE: u8 = 126;
+/// The codes of a shell for a program that cannot be executed, and for one that is not there.
+const CANNOT_EXECUTE: i32 = 126;
+const NOT_FOUND: i32 = 127;
 
 /// The first arguments of a shim that only binds a process to the life of this one: it gets no cores, shield,
 /// control group or agent socket of its own. The program and its arguments follow.
@@ -78,55 +86,80 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     let group = args.next().unwrap_or_default();
     let agent = args.next().unwrap_or_default();
     let (Some(parent), Some(program)) = (parent, args.next()) else {
-        eprintln!("error: {WORKER} is for tsm-launch itself");
-        return ExitCode::from(tsm_job::exit::USAGE as u8);
+        tell(format_args!("error: {WORKER} is for tsm-launch itself"));
+        return ExitCode::from(exit::USAGE as u8);
     };
-    let fail = |what: &str, error: &dyn std::fmt::Display| {
-        eprintln!("error: cannot start {}: {what}: {error}", program.display());
-        ExitCode::from(CANNOT_EXECUTE)
+    let agent = (agent == AGENT).then(take_agent).transpose();
+    let socket = agent.as_ref().ok().copied().flatten();
+    let end = |cause: &str, code: i32, what: &str, error: std::io::Error| {
+        let message = format!("cannot start {}: {what}: {error}", program.display());
+        tell(format_args!("error: {message}"));
+        explain(socket, cause, code, message);
+        ExitCode::from(code as u8)
     };
+    let fail = |what: &str, error: std::io::Error| end(UNPREPARED, exit::PREFLIGHT, what, error);
+    if let Err(e) = agent {
+        return fail("no agent socket", e);
+    }
     if let Err(e) = setsid() {
-        return fail("no session of its own", &e);
+        return fail("no session of its own", e.into());
     }
     if let Err(e) = set_parent_process_death_signal(Some(Signal::KILL)) {
-        return fail("no parent-death signal", &e);
+        return fail("no parent-death signal", e.into());
     }
     // The launcher may have died before the line above; its death signal then never comes.
     if getppid().map(|p| p.as_raw_nonzero().get()) != Some(parent) {
-        return ExitCode::from(CANNOT_EXECUTE);
+        return ExitCode::from(exit::PREFLIGHT as u8);
     }
     if !group.is_empty()
         && let Err(e) = contain::enter(Path::new(&group))
     {
-        return fail("cannot enter its control group", &e);
+        return fail("cannot enter its control group", e);
     }
     if let Some(set) = cores.to_str().and_then(cores::from_list)
         && let Err(e) = sched_setaffinity(None, &set)
     {
-        return fail("its cores are not available", &e);
+        return fail("its cores are not available", e.into());
     }
     if shield == SHIELD {
         ignore_sigterm();
     }
-    let mut command = own::exec(&program);
-    if agent == AGENT {
-        match move_agent() {
-            Ok(number) => command.env("TSM_AGENT_FD", number.to_string()),
-            Err(e) => return fail("no agent socket", &e),
-        };
-    }
-    let error = command.args(args).exec();
-    fail("exec", &error)
+    let error = exec::exec(&program, args.collect());
+    let code = match error.kind() {
+        ErrorKind::NotFound => NOT_FOUND,
+        _ => CANNOT_EXECUTE,
+    };
+    end(UNEXECUTED, code, "exec", error)
 }
 
-/// Moves the agent socket from stdin to the number that it has in the worker.
-fn move_agent() -> std::io::Result<i32> {
+/// Says to the agent why the worker ends. What became of the program is then no guess from its exit code.
+fn explain(socket: Option<i32>, cause: &str, code: i32, message: String) {
+    let rank = std::env::var("RANK")
+        .ok()
+        .and_then(|rank| rank.parse().ok());
+    let record = FailureRecord {
+        rank: rank.unwrap_or(0),
+        step: None,
+        code,
+        cause: cause.into(),
+        message,
+        backtrace: None,
+    };
+    AgentLink::open(socket).send(&WorkerMessage::Failure(record));
+}
+
+/// Moves the agent socket from stdin to the number that it has in the worker, and notes that for the worker.
+#[expect(unsafe_code, reason = "the environment is changed before the exec")]
+fn take_agent() -> std::io::Result<i32> {
     let stdin = rustix::stdio::stdin();
     // Where the limit of open files is lower, it gets the next that is free.
     let agent = fcntl_dupfd_cloexec(stdin, AGENT_FD).or_else(|_| fcntl_dupfd_cloexec(stdin, 3))?;
     dup2_stdin(fs_err::File::open("/dev/null")?)?;
     fcntl_setfd(&agent, FdFlags::empty())?;
-    Ok(agent.into_raw_fd())
+    let number = agent.into_raw_fd();
+    // SAFETY: a shim has one thread.
+    unsafe { std::env::set_var("TSM_AGENT_FD", number.to_string()) };
+    Ok(number)
 }
 
 /// Both dispositions outlive the exec. SIGINT may have been ignored by a shell that started us in the background.
@@ -155,8 +188,8 @@ pub fn enter(mut args: impl Iterator<Item = OsString>) -> ExitCode {
 pub fn guard(args: impl Iterator<Item = OsString>) -> ExitCode {
     let words = args.filter_map(|word| word.into_string().ok());
     let Some(mut containment) = Containment::join(words) else {
-        eprintln!("error: {GUARD} is for tsm-launch itself");
-        return ExitCode::from(tsm_job::exit::USAGE as u8);
+        tell(format_args!("error: {GUARD} is for tsm-launch itself"));
+        return ExitCode::from(exit::USAGE as u8);
     };
     // A signal to the launcher's process group or terminal must not end the guard first.
     if setsid().is_err() {

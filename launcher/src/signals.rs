@@ -1,6 +1,7 @@
 //! Signals to the launcher, as a stream.
 
 use anyhow::Context;
+use std::sync::atomic::{AtomicI32, Ordering};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// The signals that the launcher answers, for its workers.
@@ -15,6 +16,33 @@ pub const HEARD: [i32; 6] = [
 
 pub struct Signals(Vec<(i32, Signal)>);
 
+/// A signal, and the process that sent it; 0: one that has no number here. `None`: the kernel, as for Ctrl-C.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caught {
+    pub signal: i32,
+    pub sender: Option<i32>,
+}
+
+/// The last senders, in order of [`HEARD`].
+static SENDERS: [AtomicI32; HEARD.len()] = [const { AtomicI32::new(NOBODY) }; HEARD.len()];
+const NOBODY: i32 = -1;
+
+/// Notes the sender of a signal before tokio hears of it: handlers run in the order in which they were set.
+#[expect(unsafe_code, reason = "tokio does not say who sent a signal")]
+fn note_sender(number: i32, sender: &'static AtomicI32) -> std::io::Result<()> {
+    let note = move |info: &libc::siginfo_t| {
+        let by_process = matches!(
+            info.si_code,
+            libc::SI_USER | libc::SI_QUEUE | libc::SI_TKILL
+        );
+        // SAFETY: with these codes the kernel has set the field.
+        let pid = by_process.then(|| unsafe { info.si_pid() });
+        sender.store(pid.unwrap_or(NOBODY), Ordering::Release);
+    };
+    // SAFETY: the closure stores a number, which a signal handler may do.
+    unsafe { signal_hook_registry::register_sigaction(number, note) }.map(drop)
+}
+
 impl Signals {
     /// Starts to catch signals, but for those that were ignored when the launcher was started
     /// (`nohup`, or SIGINT of a background job): they stay ignored.
@@ -24,22 +52,45 @@ impl Signals {
     pub fn catch() -> anyhow::Result<Signals> {
         let ignored = ignored(&fs_err::read_to_string("/proc/self/status").unwrap_or_default());
         let caught = HEARD.into_iter().filter(|s| ignored & (1 << (s - 1)) == 0);
-        let open = |number| Ok((number, signal(SignalKind::from_raw(number))?));
+        let open = |number| {
+            if let Some(i) = HEARD.iter().position(|heard| *heard == number) {
+                note_sender(number, &SENDERS[i])?;
+            }
+            Ok((number, signal(SignalKind::from_raw(number))?))
+        };
         let signals: std::io::Result<Vec<_>> = caught.map(open).collect();
         Ok(Signals(signals.context("cannot handle signals")?))
     }
 
     /// The next signal; never, when none is caught.
-    pub async fn next(&mut self) -> i32 {
+    pub async fn next(&mut self) -> Caught {
         std::future::poll_fn(|context| {
             for (number, stream) in &mut self.0 {
                 if stream.poll_recv(context).is_ready() {
-                    return std::task::Poll::Ready(*number);
+                    let index = HEARD.iter().position(|heard| heard == number);
+                    let sender = index.map_or(NOBODY, |i| SENDERS[i].load(Ordering::Acquire));
+                    let sender = Some(sender).filter(|pid| *pid != NOBODY);
+                    let signal = *number;
+                    return std::task::Poll::Ready(Caught { signal, sender });
                 }
             }
             std::task::Poll::Pending
         })
         .await
+    }
+}
+
+/// From now on a write beyond the limit of file size (`ulimit -f`) fails, and does not end this process. What it
+/// starts is ended as before: a handler, unlike a signal that is ignored, does not outlive an exec.
+#[expect(unsafe_code, reason = "rustix sets no dispositions")]
+pub fn outlive_file_limit() {
+    extern "C" fn nothing(_: i32) {}
+    let handler = nothing as extern "C" fn(i32) as libc::sighandler_t;
+    // SAFETY: a handler that does nothing may run at any time, and SIG_IGN runs no code of ours.
+    unsafe {
+        if libc::signal(libc::SIGXFSZ, handler) == libc::SIG_IGN {
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        }
     }
 }
 
@@ -52,6 +103,20 @@ fn ignored(status: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_sent_a_signal_is_known() {
+        let mut signals = Signals::catch().unwrap();
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "kill -USR1 $PPID"])
+            .spawn()
+            .unwrap();
+        let (signal, sender) = (libc::SIGUSR1, Some(child.id() as i32));
+        assert_eq!(signals.next().await, Caught { signal, sender });
+        child.wait().unwrap();
+    }
+
     #[test]
     fn ignored_signals_are_read() {
         assert_eq!(

@@ -11,6 +11,7 @@ use std::time::Duration;
 use tsm_job::exit;
 use tsm_job::message::FailureRecord;
 
+use crate::blame::{self, Role};
 use crate::end::End;
 
 /// How long the kernel may take to end a process after SIGKILL before it is named as stuck.
@@ -54,6 +55,10 @@ pub enum Event {
     },
     /// The coordinator passes a signal on.
     Pass {
+        signal: i32,
+    },
+    /// The ranks have got a signal that somebody sent to all processes.
+    Got {
         signal: i32,
     },
     /// The coordinator wants all ranks dead, or is itself lost.
@@ -111,7 +116,7 @@ pub struct Rank {
     pub after_stop: bool,
     /// When it closed its agent socket: position, time, and whether the job was being stopped.
     pub left: Option<(usize, Duration, bool)>,
-    /// Signals the launcher sent it, each once.
+    /// Signals the launcher sent it, or a scheduler to all, each once.
     pub sent: Vec<i32>,
     pub record: Option<FailureRecord>,
     /// It has said something: before, a worker has not got ready to save on a signal.
@@ -213,7 +218,20 @@ impl State {
         self.send(signal, actions);
     }
 
+    /// Of the ranks that are known to have failed the one that the report will most likely call the first, though
+    /// `rank` was seen to end before: that it was dying had shown later.
+    fn first_failed(&self, rank: usize) -> usize {
+        let failed = (0..self.ranks.len()).filter(|&rank| !self.ranks[rank].is_well());
+        // What they have written is not read to its end yet.
+        let place = |rank: usize| (blame::role(&self.ranks[rank], String::new), rank);
+        let failed = failed.map(place).filter(|(role, _)| *role < Role::Stopped);
+        let first = failed.min_by_key(|(role, rank)| (*role, self.ranks[*rank].order));
+        first.map_or(rank, |(_, rank)| rank)
+    }
+
+    /// Stops all ranks since `rank` has failed.
     fn fail(&mut self, rank: usize, now: Duration, actions: &mut Vec<Action>) {
+        let rank = self.first_failed(rank);
         let end = self.ranks[rank].end;
         self.stop(libc::SIGTERM, self.grace, now, actions);
         actions.push(Action::Failing { rank, end });
@@ -268,6 +286,7 @@ impl State {
             | Event::Hello { .. }
             | Event::Stop { .. }
             | Event::Pass { .. }
+            | Event::Got { .. }
             | Event::KillAll
             | Event::Deadline => {}
         }
@@ -348,6 +367,11 @@ fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Acti
             state.stop(*signal, *grace, now, actions);
         }
         (Event::Pass { signal }, _) => state.send(*signal, actions),
+        (Event::Got { signal }, _) => {
+            for rank in state.alive().collect::<Vec<_>>() {
+                state.ranks[rank].note_sent(*signal);
+            }
+        }
         (Event::KillAll, Phase::Running | Phase::Stopping { .. }) => state.kill(now, actions),
         _ => {}
     }

@@ -10,6 +10,7 @@ use tsm_job::{Config, RunDir};
 use crate::cli::Args;
 use crate::own;
 use crate::plan::Devices;
+use crate::say::reading;
 
 /// A resolved command line.
 pub struct Target {
@@ -72,7 +73,7 @@ impl Target {
                 "nothing to run\n  hint: give a CONFIG.yaml, or -- PROGRAM ARGS, or --resume RUN_FOLDER; see --help"
             )),
         };
-        let config = Config::load(&config, &args.overrides)
+        let config = reading(&config, || Config::load(&config, &args.overrides))
             .map_err(|e| Coded::new(exit::CONFIG, e.to_string()))?;
         check_files(&config)?;
         let trainer = match &args.trainer {

@@ -53,7 +53,8 @@ pub struct FailureRecord {
     pub step: Option<u64>,
     /// The exit code that will follow, see [`crate::exit`].
     pub code: i32,
-    /// `panic`, `error`, `peer` (the consequence of another rank's failure).
+    /// `panic`, `error`, `peer` (the consequence of another rank's failure); `not prepared` and `not executed` come from
+    /// the launcher itself, before the program runs.
     pub cause: String,
     pub message: String,
     pub backtrace: Option<String>,

@@ -73,6 +73,7 @@ pub fn fit(message: FromAgent, max: usize) -> Vec<FromAgent> {
         FromAgent::Started {
             generation,
             pids,
+            cores,
             at,
             mut environment,
             containment,
@@ -89,6 +90,7 @@ pub fn fit(message: FromAgent, max: usize) -> Vec<FromAgent> {
             vec![FromAgent::Started {
                 generation,
                 pids,
+                cores,
                 at,
                 environment,
                 containment,

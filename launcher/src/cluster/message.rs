@@ -68,6 +68,9 @@ pub enum FromAgent {
     Started {
         generation: u32,
         pids: Vec<i32>,
+        /// The cores that each is bound to, as [`crate::cores::to_list`] writes them; empty: to none.
+        #[serde(default)]
+        cores: Vec<String>,
         at: AgentTime,
         /// What was changed in their environment; from the first node only.
         environment: Vec<Change>,
@@ -122,6 +125,8 @@ pub enum FromAgent {
     },
     /// The agent was told to stop by a signal of its own: Ctrl-C, or the scheduler.
     Signal { signal: i32 },
+    /// The same, by a scheduler that has signalled every agent, each of which sees to its own ranks.
+    StepSignal { signal: i32 },
 }
 
 /// The coordinator to an agent.
@@ -172,6 +177,11 @@ pub enum ToAgent {
     },
     /// Pass a signal on to all ranks, and leave them running.
     Signal {
+        generation: u32,
+        signal: i32,
+    },
+    /// A scheduler has signalled all processes: see to the ranks of this node.
+    StepSignal {
         generation: u32,
         signal: i32,
     },

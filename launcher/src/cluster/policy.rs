@@ -324,12 +324,16 @@ impl Starts<'_> {
         backwards.take_while(|&i| !self.made_progress(i)).count()
     }
 
-    /// Whether the last incident repeats one before it. Broken hardware and lost nodes are no failure of the job.
+    /// Whether the last incident repeats one before it. Broken hardware, machines that cannot prepare a worker, and lost
+    /// nodes are no failure of the job.
     fn seen_before(&self) -> bool {
         let Some((last, before)) = self.history.split_last() else {
             return false;
         };
-        if matches!(last.class, Class::Hardware | Class::NodeLost) {
+        if matches!(
+            last.class,
+            Class::Hardware | Class::Machine | Class::NodeLost
+        ) {
             return false;
         }
         let same =
@@ -391,6 +395,7 @@ impl Starts<'_> {
                     | Class::NodeLost
                     | Class::Unknown
                     | Class::Hardware
+                    | Class::Machine
             )
         };
         let own = recent.iter().filter(of_host).filter(|i| i.agent == agent);

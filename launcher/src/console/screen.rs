@@ -1,6 +1,5 @@
 //! The thread that writes to the launcher's stdout and stderr: a stopped terminal stops nothing else.
 
-use anyhow::Context;
 use std::fs::File;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
@@ -10,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::Console;
 use super::painter::{Format, Painter, Style};
 use super::queue::{Feed, LIMIT, Taken, Tap, queue};
+use crate::limits;
 use crate::status::view::View;
 
 /// How long lines may wait so that the bottom of the terminal is not written anew for each.
@@ -97,13 +97,10 @@ impl Screen {
         let (done, finished) = channel();
         let mut view = view.filter(|_| style.format == Format::Text);
         let mut painter = Painter::new(style);
-        std::thread::Builder::new()
-            .name("screen".into())
-            .spawn(move || {
-                show(tap, outputs, &mut painter, &mut view);
-                let _ = done.send(());
-            })
-            .context("cannot start the thread that shows the workers' output")?;
+        limits::thread("screen", "shows the workers' output", move || {
+            show(tap, outputs, &mut painter, &mut view);
+            let _ = done.send(());
+        })?;
         Ok(Screen {
             feed,
             patience,

@@ -4,8 +4,8 @@
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::{ClockId, clock_gettime};
 
-use std::cell::Cell;
-use std::sync::mpsc::channel;
+use std::cell::RefCell;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
 use super::{MARK, Process};
@@ -27,8 +27,8 @@ pub struct Carriers {
     /// In the kernel's clock ticks since it started: what is older is not looked at.
     pub since: u64,
     pub sessions: Vec<i32>,
-    /// An environment could not be read in time: they are not looked at any more.
-    is_hung: Cell<bool>,
+    /// From a thread that could not read an environment in time: none is read until it has.
+    late: RefCell<Option<Receiver<Look>>>,
 }
 
 /// What one look has seen.
@@ -53,7 +53,7 @@ impl Carriers {
             mark,
             since,
             sessions: Vec::new(),
-            is_hung: Cell::new(false),
+            late: RefCell::default(),
         }
     }
 
@@ -74,11 +74,13 @@ impl Carriers {
         };
         let (done, result) = channel();
         let look = move || done.send(own.look_at_all(environment));
-        if !self.is_hung.get() && std::thread::Builder::new().spawn(look).is_ok() {
+        let mut late = self.late.borrow_mut();
+        let is_hung = |late: &Receiver<Look>| matches!(late.try_recv(), Err(TryRecvError::Empty));
+        if !late.as_ref().is_some_and(is_hung) && std::thread::Builder::new().spawn(look).is_ok() {
             if let Ok(look) = result.recv_timeout(patience) {
                 return look;
             }
-            self.is_hung.set(true);
+            *late = Some(result);
         }
         self.look_at_all(|_| Environment::Of(Vec::new()))
     }
@@ -252,7 +254,7 @@ mod tests {
             .spawn()
             .unwrap();
         let pid = child.id() as i32;
-        let (_open, locked) = channel::<()>();
+        let (open, locked) = channel::<()>();
         let locked = std::sync::Mutex::new(locked);
         let hangs = move |_: i32| {
             let _ = locked.lock().unwrap().recv();
@@ -265,6 +267,17 @@ mod tests {
         };
         let look = carriers.look_through(hangs, Duration::from_millis(10));
         let again = carriers.look_through(|_| panic!("not again"), READ);
+        // A machine that was only busy is looked at again.
+        drop(open);
+        let (tell, told) = channel();
+        while told.try_recv().is_err() {
+            let tell = tell.clone();
+            let looks = move |_: i32| {
+                let _ = tell.send(());
+                Environment::NotYet
+            };
+            carriers.look_through(looks, READ);
+        }
         let _ = child.kill();
         let _ = child.wait();
         for look in [look, again] {

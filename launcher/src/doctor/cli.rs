@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use serde_json::json;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use tsm_job::RunDir;
 use tsm_job::exit;
@@ -14,7 +14,7 @@ use crate::cluster::message::{Finding, Severity};
 use crate::own::{self, Executable};
 use crate::plan::{self, Devices};
 use crate::target::is_executable;
-use crate::{gpus, manifest};
+use crate::{gpus, manifest, say};
 
 /// Says whether this machine can run a job, and what to do where it cannot.
 #[derive(clap::Args, Clone, Debug)]
@@ -54,12 +54,12 @@ pub enum Preflight {
 /// Prints what is found about this node. The exit code is [`exit::PREFLIGHT`] where a job would fail.
 ///
 /// # Errors
-/// When nothing can be printed.
+/// When nothing can be printed, see [`say::print`].
 pub fn run(args: &Args) -> anyhow::Result<i32> {
     let color = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let (text, code) = report(args, color)?;
-    let printed = std::io::stdout().write_all(text.as_bytes());
-    printed.context("cannot print the findings").map(|()| code)
+    say::print(&text)?;
+    Ok(code)
 }
 
 /// The text to print, and the exit code.

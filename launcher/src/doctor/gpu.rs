@@ -53,6 +53,21 @@ pub struct Card {
     /// Other programs that compute on it: pid, name, memory.
     pub users: Vec<(u32, String, u64)>,
     pub persistent: Option<bool>,
+    /// While it runs at full performance: idle, it saves power.
+    pub pcie: Option<Pcie>,
+}
+
+/// The connection of a GPU, each as it is and at best in this slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pcie {
+    pub generation: (u32, u32),
+    pub lanes: (u32, u32),
+}
+
+impl Pcie {
+    fn is_reduced(self) -> bool {
+        self.generation.0 < self.generation.1 || self.lanes.0 < self.lanes.1
+    }
 }
 
 pub fn judge(reading: &Reading) -> Vec<Finding> {
@@ -166,6 +181,16 @@ fn judge_card(card: &Card) -> Vec<Finding> {
             "look at its cooling, see nvidia-smi -q -d TEMPERATURE",
         );
     }
+    if let Some(pcie) = card.pcie.filter(|pcie| pcie.is_reduced()) {
+        let (generation, lanes) = (pcie.generation, pcie.lanes);
+        warn(
+            format!(
+                "its PCIe link runs at generation {} with {} lanes; the slot has {} with {}",
+                generation.0, lanes.0, generation.1, lanes.1
+            ),
+            "batches and sums over several nodes go that way; reseat it, or look at its riser and the BIOS, see lspci -vv",
+        );
+    }
     let used = card.mem_total.saturating_sub(card.mem_free);
     if !card.users.is_empty() {
         let user = |(pid, name, bytes): &(u32, String, u64)| {
@@ -222,6 +247,10 @@ mod tests {
             mem_free: 140 << 30,
             mem_total: 141 << 30,
             persistent: Some(true),
+            pcie: Some(Pcie {
+                generation: (5, 5),
+                lanes: (16, 16),
+            }),
             ..Card::default()
         }
     }
@@ -241,6 +270,10 @@ mod tests {
         assert_eq!(severities(|c| c.slowed_by = vec!["heat"]), [Warning]);
         assert_eq!(severities(|c| c.temperature = Some(86)), []);
         assert_eq!(severities(|c| c.temperature = Some(87)), [Warning]);
+        let link = |generation, lanes| Some(Pcie { generation, lanes });
+        assert_eq!(severities(|c| c.pcie = link((5, 5), (8, 16))), [Warning]);
+        assert_eq!(severities(|c| c.pcie = link((1, 5), (16, 16))), [Warning]);
+        assert_eq!(severities(|c| c.pcie = None), [], "it is not told, or idle");
         assert_eq!(severities(|c| c.mem_free = 100 << 30), [Warning]);
         assert_eq!(severities(|c| c.broken = Some("lost".into())), [Error]);
         assert_eq!(severities(|c| *c = Card::default()), [], "a slice of a GPU");

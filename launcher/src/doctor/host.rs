@@ -14,6 +14,8 @@ const THREADS_PER_RANK: u64 = 256;
 const PORTS_PER_RANK: u64 = 64;
 const MIN_PORTS: u64 = 1000;
 const MIN_FILES: u64 = 4096;
+/// A checkpoint of a large model, or the output of a rank over weeks.
+const MIN_FILE: u64 = 16 << 30;
 const MIN_BACKLOG: u64 = 128;
 const SWAPPED: u64 = 1 << 30;
 
@@ -37,6 +39,8 @@ pub struct Host {
     pub open_files: Option<u64>,
     /// Further processes and threads that may be started.
     pub threads_left: Option<u64>,
+    /// That a file may have.
+    pub file_bytes: Option<u64>,
     pub locked_bytes: Option<u64>,
     pub core_bytes: Option<u64>,
     /// There are InfiniBand or RoCE devices.
@@ -138,6 +142,10 @@ fn limits(host: &Host, num_ranks: u64, ranks: &str, found: &mut Vec<Finding>) {
     {
         let text = format!("{n} further processes and threads may be started for {ranks}");
         found.push(Finding::warning("limits", text, "raise nproc in /etc/security/limits.conf, TasksMax= of systemd, or docker run --pids-limit"));
+    }
+    if let Some(bytes) = host.file_bytes.filter(|bytes| *bytes < MIN_FILE) {
+        let text = format!("a file may have {} at most", size(bytes));
+        found.push(Finding::warning("limits", text, "a program that writes a larger checkpoint or log ends by SIGXFSZ: raise ulimit -f, fsize in /etc/security/limits.conf, or LimitFSIZE= of systemd"));
     }
     if let Some(bytes) = host.locked_bytes.filter(|_| host.rdma) {
         let text = format!(
@@ -246,6 +254,8 @@ mod tests {
         assert_eq!(bad(|h| h.open_files = Some(1024)), ["limits"]);
         assert_eq!(bad(|h| h.open_files = None), [""; 0]);
         assert_eq!(bad(|h| h.threads_left = Some(2047)), ["limits"]);
+        assert_eq!(bad(|h| h.file_bytes = Some(4 << 10)), ["limits"]);
+        assert_eq!(bad(|h| h.file_bytes = Some(1 << 40)), [""; 0]);
         assert_eq!(bad(|h| h.rdma = true), ["limits"]);
         assert_eq!(bad(|h| (h.rdma, h.locked_bytes) = (true, None)), [""; 0]);
         assert_eq!(bad(|h| h.ports = Some((40_000, 40_998))), ["network"]);

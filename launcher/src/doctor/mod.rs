@@ -22,11 +22,11 @@ pub use show::print;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::cluster::message::{Facts, Finding, Severity};
 use crate::gpus::Gpu;
+use crate::limits;
 
 /// A driver that starts up takes seconds where persistence mode is off; a broken one takes forever.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -143,7 +143,7 @@ impl fmt::Display for Finding {
 /// Runs `work` on a thread that is left behind if it hangs.
 fn background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
     let (done, result) = channel();
-    thread::spawn(move || done.send(work()));
+    limits::beside("doctor", move || drop(done.send(work())));
     result
 }
 

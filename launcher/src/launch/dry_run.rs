@@ -1,7 +1,5 @@
 //! What a job would be, without one.
 
-use anyhow::Context as _;
-use std::io::Write;
 use std::path::PathBuf;
 use tsm_job::exit;
 
@@ -9,6 +7,7 @@ use super::prepared::run_id;
 use super::variables;
 use crate::cli::Args;
 use crate::plan::{self, Devices, Seat, Shape};
+use crate::say::print;
 use crate::target::{Resume, Target};
 use crate::{clock, cores, folder, manifest};
 
@@ -57,8 +56,6 @@ pub(super) fn run_dir(args: &Args, target: &Target) -> std::io::Result<PathBuf> 
 }
 
 pub(super) fn show(text: &str) -> anyhow::Result<i32> {
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("cannot print the plan")?;
+    print(text)?;
     Ok(exit::OK)
 }

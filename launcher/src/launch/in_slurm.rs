@@ -14,6 +14,7 @@ use crate::cluster::key::Key;
 use crate::cluster::wire;
 use crate::own::{self, Executable};
 use crate::plan::{self, Workers};
+use crate::say::{print, say};
 use crate::start::children::Starter;
 use crate::start::slurm::{self, Allocation, Entry, Place, Request, Turn};
 use crate::start::{agent, run_here};
@@ -52,19 +53,20 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
     match turn.entry(&folder) {
         Entry::AlreadyFinished(code) => {
             let job = turn.allocation.job;
-            println!(
-                "tsm-launch: job {job} has finished in {} with exit code {code}",
+            // Whoever asks for it has the exit code, too.
+            let _ = print(&format!(
+                "tsm-launch: job {job} has finished in {} with exit code {code}\n",
                 folder.display()
-            );
+            ));
             return Some(code);
         }
         Entry::Resume => target.resume = Some(Resume::Run(folder)),
         Entry::Fresh if turn.allocation.restart_count > 0 => {
             let job = turn.allocation.job;
-            eprintln!(
-                "tsm-launch: warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
+            say(format_args!(
+                "warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
                 folder.display()
-            );
+            ));
             args.run_dir = Some(folder);
         }
         Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),

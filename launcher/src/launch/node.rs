@@ -16,6 +16,7 @@ use crate::cluster::link::Link;
 use crate::cluster::tls::Tls;
 use crate::cluster::wire::Connection;
 use crate::plan::Devices;
+use crate::say::say;
 use crate::start::adopt::{kubernetes, mpi};
 use crate::start::agent::{self as start_agent, Parts};
 use crate::start::by_hand::{self, Part};
@@ -71,7 +72,7 @@ impl Node<'_> {
     /// By a file in a folder that all nodes share; `id` is the same on all, and `by` has started them.
     pub async fn meet_by_file(self, by: &str, id: &str) -> anyhow::Result<i32> {
         if let Some(text) = mpi::too_few_cores(by, &cores::allowed(), cores::online()) {
-            eprintln!("tsm-launch: warning: {text}");
+            say(format_args!("warning: {text}"));
         }
         let run_dir = run_dir(self.args, &self.target)?;
         let dir = match (&self.args.rendezvous_dir, run_dir.parent()) {
@@ -85,8 +86,8 @@ impl Node<'_> {
             let _announced = meet::announce(dir, id, port, &key)?;
             return self.coordinate(key, listener, None).await;
         }
-        let say = |text: &str| eprintln!("tsm-launch: {text}");
-        let (connection, key) = meet::join(dir, id, self.args.join_timeout, say).await?;
+        let (connection, key) =
+            meet::join(dir, id, self.args.join_timeout, |text| say(text)).await?;
         let leave = self.attend(key, connection).await?;
         // mpirun and srun end all others at once for a code that is not 0. So only the first node, which is
         // still writing down what happened, ends with the code of the job.

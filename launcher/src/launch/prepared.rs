@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tsm_job::exit;
 
-use super::variables;
+use super::{again, variables};
 use crate::cli::{Args, Preflight, Show};
 use crate::clock;
 use crate::cluster::agent;
@@ -23,7 +23,8 @@ use crate::folder::Folder;
 use crate::hang::progress::Limits;
 use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
-use crate::plan::{self, Devices};
+use crate::plan::Devices;
+use crate::say::say;
 use crate::session::{Session, Voice};
 use crate::start::agent::{self as start_agent, Parts};
 use crate::start::children::Children;
@@ -127,7 +128,7 @@ impl Prepared {
         let turn = end.turn.as_ref();
         let again = |turn: &Turn| turn.end(end.code, end.outcome, &folder, end.stopped, end.saves);
         if let Some(text) = turn.and_then(again) {
-            eprintln!("tsm-launch: {text}");
+            say(text);
         }
         Ok(end.code)
     }
@@ -227,7 +228,7 @@ fn job(
             Some(Show::All) | None => None,
         },
         affinity: !args.no_affinity,
-        resume: is_trainer.then(|| resume_command(args, &run_dir)),
+        resume: is_trainer.then(|| again::command(std::env::args_os(), args, &run_dir)),
         saves: is_trainer,
         shielded: false,
         run_dir,
@@ -239,7 +240,7 @@ fn manifest(args: &Args, target: &Target, job: &Job, now: &clock::Utc) -> Manife
     let path = |path: &Path| path.to_string_lossy().into_owned();
     Manifest {
         run_id: job.run_id.clone(),
-        argv: std::env::args_os().map(|word| text(&word)).collect(),
+        argv: again::shown(std::env::args_os()),
         overrides: args.overrides.clone(),
         command: job.command.iter().map(text).collect(),
         folder: path(&job.run_dir),
@@ -294,67 +295,10 @@ fn style(args: &Args, settings: &Settings, devices: Option<&Devices>, folder: &F
     }
 }
 
-/// The command that continues the run in `dir` with the same program on the same devices and hosts.
-fn resume_command(args: &Args, dir: &Path) -> String {
-    let mut words: Vec<OsString> = vec!["tsm-launch".into()];
-    let mut give = |flag: &str, value: Option<OsString>| {
-        words.extend(value.into_iter().flat_map(|value| [flag.into(), value]));
-    };
-    let path = |path: &Option<PathBuf>| path.as_ref().map(OsString::from);
-    give("--gpus", args.gpus.as_ref().map(|g| g.to_string().into()));
-    give("--cpus", args.cpus.map(|n| n.to_string().into()));
-    // Elsewhere the number of nodes is what SLURM or mpirun gives.
-    if args.rendezvous.is_some() || args.hosts.is_some() || args.hostfile.is_some() {
-        give("--nodes", args.nodes.map(|n| n.to_string().into()));
-    }
-    if let Some(point) = &args.rendezvous {
-        give("--rendezvous", Some(point.into()));
-        give("--key-file", path(&args.key_file));
-        give("--tls-cert", path(&args.tls_cert));
-        give("--tls-key", path(&args.tls_key));
-        give("--tls-ca", path(&args.tls_ca));
-    }
-    give("--hosts", args.hosts.as_ref().map(OsString::from));
-    give("--hostfile", path(&args.hostfile));
-    give("--remote-launcher", path(&args.remote_launcher));
-    let own_ssh = (args.ssh != "ssh").then(|| OsString::from(&args.ssh));
-    give("--ssh", own_ssh);
-    give("--trainer", path(&args.trainer));
-    give("--resume", Some(dir.into()));
-    plan::shell(&words)
-}
-
 /// A run is called after its folder.
 pub(super) fn run_id(dir: &Path) -> String {
     dir.file_name()
         .unwrap_or(dir.as_os_str())
         .to_string_lossy()
         .into_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::Parser;
-
-    #[test]
-    fn a_run_is_continued_where_and_as_it_was() {
-        for (given, kept) in [
-            ("--cpus 2 --grace 1s", "--cpus 2"),
-            ("--gpus 8 --nodes 4", "--gpus 8"),
-            (
-                "--hosts a:1,b:1 --cpus 1 --nodes 1:2 --ssh my-ssh --trainer /opt/trainer",
-                "--cpus 1 --nodes 1:2 --hosts a:1,b:1 --ssh my-ssh --trainer /opt/trainer",
-            ),
-            (
-                "--nodes 2 --rendezvous a:1 --key-file k --tls-cert c --tls-key p --tls-ca r",
-                "--nodes 2 --rendezvous a:1 --key-file k --tls-cert c --tls-key p --tls-ca r",
-            ),
-        ] {
-            let words = format!("tsm-launch {given} a.yaml optim.lr=1");
-            let args = Args::try_parse_from(words.split(' ')).unwrap();
-            let expected = format!("tsm-launch {kept} --resume runs/a");
-            assert_eq!(resume_command(&args, Path::new("runs/a")), expected);
-        }
-    }
 }

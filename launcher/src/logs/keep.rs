@@ -80,6 +80,9 @@ pub fn remedy(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::StorageFull => "free some space on that disk",
         ErrorKind::QuotaExceeded => "free some space, or have the quota raised",
+        ErrorKind::FileTooLarge => {
+            "raise the limit of file size: ulimit -f, fsize in /etc/security/limits.conf, LimitFSIZE= of systemd"
+        }
         ErrorKind::NotFound => "the run folder was removed while the job ran",
         _ => "see whether that disk or its file server is there and takes what is written",
     }

@@ -1,87 +1,94 @@
-//! The part of a manifest that takes a moment to find out, on a thread of its own while the job runs.
+//! The part of a manifest that takes a moment to find out.
 
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-use tsm_job::RunDir;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::process::{Command, Stdio};
 
-use super::Manifest;
+use super::files::{self, Binary};
+use super::{Manifest, versions};
 
-/// A description under way. The thread writes the manifest when it is done, unless [`Description::end`] came first:
-/// it must not replace what is written at the end of the job.
+/// What the launcher runs on, and what it runs.
+#[derive(Clone, Debug)]
 pub struct Description {
-    done: Receiver<Manifest>,
-    is_over: Arc<Mutex<bool>>,
+    machine: Machine,
+    commit: Option<Commit>,
+    binaries: Vec<Binary>,
+    versions: BTreeMap<String, String>,
+}
+
+/// State of the source tree in the current directory.
+#[derive(Clone, Debug, Serialize)]
+pub struct Commit {
+    pub id: String,
+    /// Tracked files differ from it.
+    pub modified: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Machine {
+    pub cpu: String,
+    pub num_cpus: usize,
+    pub mem_bytes: u64,
+    pub kernel: String,
 }
 
 impl Description {
-    /// `complete`: [`Manifest::complete`]. Where no thread can be started, nothing is found out.
-    pub fn begin(
-        manifest: Manifest,
-        dir: RunDir,
-        complete: impl FnOnce(Manifest) -> Manifest + Send + 'static,
-    ) -> Description {
-        let (send, done) = channel();
-        let is_over = Arc::new(Mutex::new(false));
-        let over = Arc::clone(&is_over);
-        let describe = move || {
-            let mut manifest = complete(manifest);
-            let over = lock(&over);
-            if !*over {
-                // What goes wrong here goes wrong again, and is said, at the end.
-                let _ = manifest.write(&dir);
-            }
-            let _ = send.send(manifest);
-        };
-        let thread = std::thread::Builder::new().name("manifest".into());
-        // Without the thread, its end of the channel is gone.
-        let _ = thread.spawn(describe);
-        Description { done, is_over }
-    }
-
-    /// What was found out, if it is within `wait`. From now on nobody but the caller writes the manifest.
-    pub fn end(self, wait: Duration) -> Option<Manifest> {
-        let found = self.done.recv_timeout(wait);
-        *lock(&self.is_over) = true;
-        found.ok()
-    }
-}
-
-fn lock(is_over: &Mutex<bool>) -> MutexGuard<'_, bool> {
-    is_over.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_description_that_comes_too_late_does_not_replace_the_end_of_the_job() {
-        let root = tempfile::tempdir().unwrap();
-        let dir = RunDir::new(root.path());
-        let manifest = |outcome| Manifest {
-            outcome,
-            ..Manifest::default()
-        };
-        let written = || fs_err::read_to_string(dir.manifest()).unwrap();
-        let (go_on, is_told) = channel::<()>();
-        let complete = move |manifest| {
-            is_told.recv().unwrap();
-            manifest
-        };
-        let late = Description::begin(manifest("running"), dir.clone(), complete);
-        let held = Arc::clone(&late.is_over);
-        assert!(late.end(Duration::ZERO).is_none());
-        manifest("succeeded").write(&dir).unwrap();
-        go_on.send(()).unwrap();
-        // The thread holds it to its end.
-        while Arc::strong_count(&held) > 1 {
-            std::thread::yield_now();
+    /// Asks programs and reads whole files: for a thread of its own, after the workers are started.
+    pub fn find(command: &[String]) -> Description {
+        Description {
+            machine: machine(),
+            commit: commit(),
+            binaries: files::binaries(command),
+            versions: versions::of_starters(),
         }
-        assert!(written().contains("succeeded"), "{}", written());
-
-        let in_time = Description::begin(manifest("running"), dir.clone(), |manifest| manifest);
-        assert!(in_time.end(Duration::from_secs(60)).is_some());
-        assert!(written().contains("running"));
     }
+
+    /// What is known of versions otherwise stays.
+    pub fn write_into(&self, manifest: &mut Manifest) {
+        let Description {
+            machine,
+            commit,
+            binaries,
+            versions,
+        } = self.clone();
+        (manifest.machine, manifest.commit, manifest.binaries) = (Some(machine), commit, binaries);
+        for (name, version) in versions {
+            manifest.versions.entry(name).or_insert(version);
+        }
+    }
+}
+
+fn machine() -> Machine {
+    use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
+    let what = RefreshKind::nothing()
+        .with_cpu(CpuRefreshKind::nothing())
+        .with_memory(MemoryRefreshKind::nothing().with_ram());
+    let system = System::new_with_specifics(what);
+    Machine {
+        cpu: system
+            .cpus()
+            .first()
+            .map_or("unknown".into(), |cpu| cpu.brand().trim().into()),
+        num_cpus: system.cpus().len(),
+        mem_bytes: system.total_memory(),
+        kernel: System::kernel_version().unwrap_or_default(),
+    }
+}
+
+fn commit() -> Option<Commit> {
+    let git = |args: &[&str]| {
+        let mut command = Command::new("git");
+        let output = command
+            .args(args)
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .output()
+            .ok()?;
+        let text = String::from_utf8_lossy(&output.stdout).trim().to_string();
+        output.status.success().then_some(text)
+    };
+    let id = git(&["rev-parse", "HEAD"])?;
+    let modified =
+        git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|s| !s.is_empty());
+    Some(Commit { id, modified })
 }

@@ -52,17 +52,25 @@ pub fn difference(
 }
 
 fn shown(name: &str, value: String) -> String {
+    if is_secret(name, &value) {
+        HIDDEN.into()
+    } else {
+        value
+    }
+}
+
+/// In place of a secret.
+pub const HIDDEN: &str = "(hidden)";
+
+/// Whether the value of a variable must not be written down, by its name or as a URL with a password.
+pub fn is_secret(name: &str, value: &str) -> bool {
     let name = name.to_ascii_uppercase();
     let in_url = value.split_once("://").is_some_and(|(_, rest)| {
         rest.split('/')
             .next()
             .is_some_and(|host| host.contains('@'))
     });
-    if in_url || SECRET.iter().any(|word| name.contains(word)) {
-        "(hidden)".into()
-    } else {
-        value
-    }
+    in_url || SECRET.iter().any(|word| name.contains(word))
 }
 
 #[cfg(test)]

@@ -289,3 +289,50 @@ fn a_text_of_many_different_ends_stays_short() {
     );
     assert!(text.lines().count() < 30, "{text}");
 }
+
+#[test]
+fn of_a_long_history_the_first_and_the_last_failures_are_told() {
+    let ranks = [ended(Some(End::Code(3)), 10)];
+    let fault = Fault {
+        culprit: Culprit::Rank(0),
+        reason: "its end came first".into(),
+    };
+    let incident = |i: u64| Incident {
+        at: Duration::from_secs(i),
+        ran: Duration::from_secs(1),
+        class: Class::Program,
+        again: class::Again::MayWork,
+        signature: "exit code 3".into(),
+        host: None,
+        agent: 0,
+        rank: Some(0),
+        tells: false,
+        step: None,
+        checkpoint_step: None,
+    };
+    let told = |number: u64| {
+        let earlier: Vec<Incident> = (0..number).map(incident).collect();
+        let run = Run {
+            earlier: &earlier,
+            ..run()
+        };
+        let failure = failure(&run, &fault, &ranks, &two_hosts(&ranks));
+        assert_eq!(failure.earlier.len() as u64, number);
+        let text = failure.to_string();
+        let lines = text.lines().filter(|line| {
+            line.ends_with("exit code 3") && line.starts_with("    ")
+                || line.starts_with("    and ")
+        });
+        lines
+            .map(|line| line.trim().split(" s after").next().unwrap().to_string())
+            .collect::<Vec<_>>()
+    };
+    let times = |range: std::ops::Range<u64>| range.map(|i| format!("{i}.0")).collect::<Vec<_>>();
+    for all in [0, 1, 16, 17] {
+        assert_eq!(told(all), times(0..all));
+    }
+    for all in [18, 1000] {
+        let more = vec![format!("and {} more, see failure.json", all - 16)];
+        assert_eq!(told(all), [times(0..8), more, times(all - 8..all)].concat());
+    }
+}

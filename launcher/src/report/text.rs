@@ -12,6 +12,8 @@ use crate::text::ranks_named;
 
 /// Lines about the other ranks in the text; failure.json has them all.
 const MAX_OTHERS: usize = 16;
+/// Of the failures before, so many of the first and of the last.
+const MAX_EARLIER: usize = 8;
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -43,16 +45,7 @@ impl fmt::Display for Failure {
             writeln!(f, "  named first because {}; the others:", self.reason)?;
             self.fmt_others(f)?;
         }
-        if !self.earlier.is_empty() {
-            writeln!(f, "  failed before, and was started again:")?;
-            for incident in &self.earlier {
-                writeln!(
-                    f,
-                    "    {:.1} s after the start: {incident}",
-                    incident.at.as_secs_f64()
-                )?;
-            }
-        }
+        self.fmt_earlier(f)?;
         write!(f, "  hint: {}", self.hint)
     }
 }
@@ -134,6 +127,31 @@ impl Failure {
         writeln!(f, "  {upto}stderr ({}):", file.display())?;
         for line in &self.stderr {
             writeln!(f, "    | {line}")?;
+        }
+        Ok(())
+    }
+
+    fn fmt_earlier(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.earlier.is_empty() {
+            writeln!(f, "  failed before, and was started again:")?;
+        }
+        let left_out = match self.earlier.len().saturating_sub(2 * MAX_EARLIER) {
+            // A line for a line.
+            1 => 0,
+            more => more,
+        };
+        for (i, incident) in self.earlier.iter().enumerate() {
+            match i.checked_sub(MAX_EARLIER) {
+                Some(0) if left_out > 0 => {
+                    writeln!(f, "    and {left_out} more, see failure.json")?;
+                }
+                Some(n) if n < left_out => {}
+                _ => writeln!(
+                    f,
+                    "    {:.1} s after the start: {incident}",
+                    incident.at.as_secs_f64()
+                )?,
+            }
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ use crate::doctor::{self, Context};
 use crate::logs::Shown;
 use crate::own::Executable;
 use crate::plan::{self, Devices};
-use crate::{gpus, manifest};
+use crate::{gpus, limits, manifest, say};
 
 /// First argument of an agent that was started by the coordinator: `__agent`.
 pub const AGENT: &str = "__agent";
@@ -187,7 +187,7 @@ async fn unfit(mut link: Link, host: String, e: &Coded) -> i32 {
 pub fn finish(leave: Leave) -> i32 {
     if let Some(message) = leave.message {
         // Its reader may be gone, as mpirun is when it was killed.
-        let _ = writeln!(std::io::stderr(), "error: {message}");
+        say::tell(format_args!("error: {message}"));
     }
     leave.code
 }
@@ -220,29 +220,25 @@ async fn over_stdio(key: &Key) -> anyhow::Result<Connection> {
         out.flush()?;
     }
     let (mut to_us, mut from_us) = (theirs.try_clone()?, theirs);
-    std::thread::Builder::new()
-        .name("stdin".into())
-        .spawn(move || {
-            let _ = copy_fd(rustix::stdio::stdin(), &mut to_us);
-            let _ = to_us.shutdown(std::net::Shutdown::Write);
-        })?;
-    std::thread::Builder::new()
-        .name("stdout".into())
-        .spawn(move || {
-            let mut out = std::io::stdout().lock();
-            let mut buffer = vec![0; 64 << 10];
-            while let Ok(n) = std::io::Read::read(&mut from_us, &mut buffer)
-                && n > 0
+    limits::thread("stdin", "reads the connection", move || {
+        let _ = copy_fd(rustix::stdio::stdin(), &mut to_us);
+        let _ = to_us.shutdown(std::net::Shutdown::Write);
+    })?;
+    limits::thread("stdout", "writes to the connection", move || {
+        let mut out = std::io::stdout().lock();
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(n) = std::io::Read::read(&mut from_us, &mut buffer)
+            && n > 0
+        {
+            if out
+                .write_all(&buffer[..n])
+                .and_then(|()| out.flush())
+                .is_err()
             {
-                if out
-                    .write_all(&buffer[..n])
-                    .and_then(|()| out.flush())
-                    .is_err()
-                {
-                    break;
-                }
+                break;
             }
-        })?;
+        }
+    })?;
     ours.set_nonblocking(true)?;
     let stream = tokio::net::UnixStream::from_std(ours)?;
     let connection = wire::authenticate(Role::Agent, stream, "the coordinator", key, PROOF).await;

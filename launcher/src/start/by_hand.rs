@@ -11,6 +11,7 @@ use crate::addresses;
 use crate::cluster::key::Key;
 use crate::cluster::tls::Tls;
 use crate::cluster::wire::{self, Connection, Why};
+use crate::say::say;
 
 /// Between two tries to reach the coordinator.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -78,7 +79,9 @@ pub fn resolve(point: &str, patience: Duration) -> anyhow::Result<(String, u16, 
         if !is_said {
             is_said = true;
             let wait = duration::format(patience);
-            eprintln!("tsm-launch: waiting up to {wait} for {host} to have an address: {e}");
+            say(format_args!(
+                "waiting up to {wait} for {host} to have an address: {e}"
+            ));
         }
         std::thread::sleep(LOOK_UP);
     }

@@ -6,8 +6,8 @@
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
-use std::io::Write;
 
+use crate::say::say;
 use crate::stat::Stat;
 
 /// Set in every process that Open MPI's mpirun starts, and in what those start.
@@ -31,8 +31,7 @@ pub fn end_with_mpirun() {
             {}
         }
         // Most likely nobody reads it.
-        let text = "tsm-launch: the mpirun that started this node is gone";
-        let _ = writeln!(std::io::stderr(), "{text}");
+        say("the mpirun that started this node is gone");
         let _ = kill_process(getpid(), Signal::TERM);
     };
     // Without the thread the job runs as well.

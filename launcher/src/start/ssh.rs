@@ -12,6 +12,7 @@ use super::hosts::{self, Host};
 use crate::cli::{Args, Nodes, Preflight};
 use crate::own;
 use crate::plan::{self, Workers};
+use crate::say::reading;
 use crate::target::{Target, find_program};
 use crate::text::count;
 
@@ -112,7 +113,7 @@ impl Plan {
         let found = match (&args.hosts, &args.hostfile) {
             (Some(list), _) => hosts::parse_list(list)?,
             (None, Some(file)) => {
-                let text = fs_err::read_to_string(file)
+                let text = reading(file, || fs_err::read_to_string(file))
                     .map_err(|e| Coded::new(exit::USAGE, format!("--hostfile: {e}")))?;
                 hosts::parse_file(&file.to_string_lossy(), &text)?
             }

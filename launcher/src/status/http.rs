@@ -11,7 +11,6 @@
 
 mod reply;
 
-use anyhow::Context;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -25,6 +24,7 @@ use tsm_job::RunDir;
 use tsm_job::exit::{self, Coded};
 
 use super::Snapshot;
+use crate::limits;
 use crate::manifest::write_json;
 use reply::reply;
 
@@ -96,23 +96,29 @@ impl Server {
             std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, number)).map_err(refuse)?;
         listener.set_nonblocking(true).map_err(refuse)?;
         let address = listener.local_addr().map_err(refuse)?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .enable_time()
-            .build()?;
         let (stop, stopped) = oneshot::channel::<()>();
         let file = address_file(run_dir);
-        let thread = std::thread::Builder::new()
-            .name("status".into())
-            .spawn(move || {
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        // The runtime is made on its thread: where that cannot be started, it could not be dropped on this one.
+        let thread = limits::thread("status", "serves the status", move || {
+            let mut builder = tokio::runtime::Builder::new_current_thread();
+            let runtime = builder.enable_io().enable_time().build();
+            let serving = runtime.map(|runtime| {
+                let _ = ready.send(Ok(()));
                 runtime.block_on(async {
                     tokio::select! {
                         _ = stopped => {}
                         _ = serve(listener, snapshots) => {}
                     }
                 });
-            })
-            .context("cannot start the thread that serves the status")?;
+            });
+            if let Err(e) = serving {
+                let _ = ready.send(Err(e));
+            }
+        })?;
+        if let Ok(Err(e)) = is_ready.recv() {
+            return Err(refuse(e).into());
+        }
         let server = Server {
             file,
             stop: Some(stop),

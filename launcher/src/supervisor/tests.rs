@@ -229,16 +229,19 @@ fn for_other_programs_75_is_a_failure_like_any() {
 /// It is the coordinator that says how long the others may take.
 #[test]
 fn after_a_sigusr2_75_is_an_answer_and_so_is_a_death_by_it() {
-    let pass = Event::Pass {
-        signal: libc::SIGUSR2,
-    };
-    for end in [
+    let signal = libc::SIGUSR2;
+    let pass = Event::Pass { signal };
+    // The scheduler has sent it: not again.
+    let got = Event::Got { signal };
+    let ends = [
         End::Code(exit::REQUEUE),
-        End::Signal(libc::SIGUSR2),
-        End::Code(exit::SIGNAL_BASE + libc::SIGUSR2),
-    ] {
+        End::Signal(signal),
+        End::Code(exit::SIGNAL_BASE + signal),
+    ];
+    for (end, event, sent) in ends.iter().flat_map(|&e| [(e, &pass, 3), (e, &got, 0)]) {
         let mut state = State::new(3, GRACE, false, false);
-        decide(&mut state, std::slice::from_ref(&pass), at(1));
+        let actions = decide(&mut state, std::slice::from_ref(event), at(1));
+        assert_eq!(signals(&actions).len(), sent);
         let actions = decide(&mut state, &[ended(0, end)], at(2));
         assert_eq!(actions, [Action::Answered { rank: 0, end }]);
         assert_eq!(state.phase, Phase::Running);
@@ -302,6 +305,28 @@ fn a_rank_was_dying_since_it_closed_its_agent_socket() {
         at(900),
     );
     assert_eq!(blamed(&state), Some(2));
+}
+
+#[test]
+fn of_ends_that_are_seen_together_the_one_is_told_that_the_report_calls_the_first() {
+    let left = |rank| Event::Left { rank };
+    let failed = |rank| ended(rank, End::Code(1 + rank as i32));
+    let lost_peer = ended(0, End::Code(exit::PEER));
+    for (seen, first) in [
+        (vec![left(2), left(1), failed(1), failed(2)], 2),
+        (vec![failed(1), failed(2)], 1),
+        (vec![lost_peer, failed(1)], 1),
+        (vec![ended(0, End::Code(0)), failed(1)], 1),
+    ] {
+        let mut state = State::new(3, GRACE, false, false);
+        let actions = decide(&mut state, &seen, at(1));
+        let told = actions.iter().filter_map(|action| match action {
+            Action::Failing { rank, .. } => Some(*rank),
+            _ => None,
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [first], "{seen:?}");
+        assert_eq!(blamed(&state), Some(first), "{seen:?}");
+    }
 }
 
 #[test]

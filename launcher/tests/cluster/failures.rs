@@ -5,7 +5,6 @@ use crate::job::Job;
 use crate::nodes::Cluster;
 use crate::program::write_program;
 use serde_json::Value;
-use std::path::Path;
 use std::time::Duration;
 
 /// Ranks 0 to 3 on two nodes; `actions` of rank `culprit` bring the end about, the others hang. The codes, the failure
@@ -115,9 +114,10 @@ fn a_program_that_one_node_lacks_is_named_with_its_node() {
     };
     let mut job = Job::new(&cluster);
     // It is the same command, but only the first node has the program.
-    let program = cluster.scene.path("program").display().to_string();
+    let program = cluster.scene.path("program");
     let script = "#!/bin/sh\n[ $GROUP_RANK = 0 ] && exec sleep 1000\nexec /no/such/program\n";
-    write_program(Path::new(&program), script);
+    write_program(&program, script);
+    let program = program.display().to_string();
     for n in 1..=2 {
         job.start_words(n, &["--cpus=1", "--nodes=2", "--", &program]);
         job.wait_until_joined(n);

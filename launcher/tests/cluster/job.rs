@@ -1,5 +1,6 @@
 //! A job over the nodes of a [`Cluster`]: one `tsm-launch` on each, in order of the nodes.
 
+use crate::demo::write_lists;
 use crate::ground::Ground;
 use crate::harness::{FAKE, send, until};
 use crate::nodes::Cluster;
@@ -12,8 +13,6 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
-
-pub const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
 
 /// Where losses are not what is tested, a busy machine must not look like one.
 const NODE_TIMEOUT: &str = "4s";
@@ -72,16 +71,11 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// A job for [`DEMO`] with `--trainer trainer`, whose workers do `actions`.
+    /// A job for [`crate::demo::DEMO`] with `--trainer trainer`, whose workers do `actions`.
     pub fn with_trainer(cluster: &'a Cluster, actions: &str) -> Job<'a> {
-        let data = cluster.scene.path("data/demo");
-        fs_err::create_dir_all(&data).unwrap();
-        for name in ["train.txt", "val.txt", "classes.txt"] {
-            fs_err::write(data.join(name), "").unwrap();
-        }
-        let trainer = cluster.scene.path("trainer");
-        let script = format!("#!/bin/sh\nexec {} {actions}\n", FAKE);
-        write_program(&trainer, &script);
+        write_lists(&cluster.scene.path(""));
+        let script = format!("#!/bin/sh\nexec {FAKE} {actions}\n");
+        write_program(&cluster.scene.path("trainer"), &script);
         Job::new(cluster)
     }
 

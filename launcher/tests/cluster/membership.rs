@@ -1,7 +1,8 @@
 //! Jobs that lose nodes and gain others.
 
+use crate::demo::DEMO;
 use crate::harness::FAKE;
-use crate::job::{DEMO, Job};
+use crate::job::Job;
 use crate::nodes::Cluster;
 use rustix::process::Signal;
 use serde_json::Value;

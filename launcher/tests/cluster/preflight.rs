@@ -2,6 +2,7 @@
 //!
 //! The cables are made slow enough that they, and not this machine, are what is measured.
 
+use crate::demo::DEMO;
 use crate::harness::until;
 use crate::job::Job;
 use crate::nodes::Cluster;
@@ -247,4 +248,54 @@ fn a_broken_node_alone_gets_no_ranks() {
     let text =
         "node-1: a sum over two threads through loopback failed: cannot connect to 127.0.0.1:";
     assert!(job.err(1).contains(text) && job.err(1).contains("0 nodes left, 1 are needed"));
+}
+
+/// Nodes that come later are measured too, one of them without stopping anybody.
+#[test]
+fn a_faulty_node_that_joins_an_elastic_job_disturbs_nobody_and_a_good_one_is_taken_in() {
+    let Some(cluster) = cluster(3, &[]) else {
+        return;
+    };
+    cluster.node(2).ip("link set lo down\n");
+    let at = |name: &str| cluster.scene.path(name).display().to_string();
+    let (ready, save, going) = (at("ready"), at("save"), at("going"));
+    let actions = format!(
+        "--exit-on 12 75 --meet \
+         --when TSM_GENERATION=0 --step 1 --touch {ready}{{rank}} --wait-for {save}1 --step 2 --section checkpoint \
+         --section train --step 3 --touch {going}{{rank}} --wait-for {save}3 --section checkpoint --section train --hang --end \
+         --exit 0"
+    );
+    let mut job = Job::with_trainer(&cluster, &actions);
+    let options = "--cpus=2 --nodes=1:2 --max-restarts=1 --show-ranks=all --trainer trainer --preflight full \
+                   --preflight-scale 262144,400ms,5s --join-timeout 1s";
+    let words: Vec<&str> = options.split_whitespace().chain([DEMO]).collect();
+    job.start_words(1, &words);
+    job.wait_for_pids("ready", 0..2);
+    job.start_words(2, &words);
+    until("the faulty node to be left out", || {
+        let said = "gets no ranks any more: node-2: a sum over two threads through loopback failed";
+        job.err(1).contains(said).then_some(())
+    });
+    fs_err::write(format!("{save}1"), "").unwrap();
+    job.wait_for_pids("going", 0..2);
+    assert_eq!(job.events("start").len(), 1, "nobody was stopped for it");
+    job.start_words(3, &words);
+    until("the good node to be measured", || {
+        (job.events("preflight").len() == 3).then_some(())
+    });
+    assert_eq!(job.events("start").len(), 1);
+    fs_err::write(format!("{save}3"), "").unwrap();
+    let ends = job.end();
+    assert_eq!((ends[0], ends[2]), (0, 0), "{}", job.err(1));
+    let starts = job.events("start");
+    assert_eq!(starts.len(), 2);
+    assert_eq!(starts[1]["hosts"], serde_json::json!(["node-1", "node-3"]));
+    // Alone it was measured while the others ran, in the pause with them.
+    let nodes = |i: usize| {
+        job.events("preflight")[i]["groups"]
+            .as_array()
+            .unwrap()
+            .len()
+    };
+    assert_eq!((nodes(2), nodes(3)), (0, 1));
 }

@@ -1,6 +1,7 @@
 //! Who may not take part, and that it harms nobody.
 
-use crate::job::{DEMO, Job};
+use crate::demo::DEMO;
+use crate::job::Job;
 use crate::nodes::Cluster;
 use std::io::{Read, Write};
 use std::net::TcpStream;

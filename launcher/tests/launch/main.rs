@@ -1,7 +1,10 @@
 //! The launcher with real processes: exit codes, reports, files, and that nothing survives.
 
-#[path = "../common/ground.rs"]
+#[path = "../common/demo.rs"]
 #[allow(dead_code, reason = "what only the other test programs use")]
+mod demo;
+#[path = "../common/ground.rs"]
+#[allow(dead_code, reason = "as above")]
 mod ground;
 #[path = "../common/harness.rs"]
 #[allow(dead_code, reason = "as above")]

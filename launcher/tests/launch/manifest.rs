@@ -1,6 +1,7 @@
 //! What is written down about a run.
 
-use crate::harness::Scene;
+use crate::harness::{FAKE, Scene, finish, start, until};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 #[test]
@@ -67,4 +68,53 @@ fn of_a_program_without_steps_no_goodput_is_known() {
     assert_eq!(scene.launch("--cpus 1", "--step 1 --step 2").code, 0);
     let manifest = scene.json("manifest.json");
     assert!(manifest["goodput"].is_number(), "{}", manifest["goodput"]);
+}
+
+#[test]
+fn the_manifest_of_a_killed_launcher_tells_what_happened_until_then_and_later_that_it_was_killed() {
+    let scene = Scene::new();
+    let ready = scene.path("ready").display().to_string();
+    let says = format!(
+        "--when TSM_GENERATION=2 --print-cores --touch {ready}{{rank}} --hang --end --on-rank 1 --exit 3"
+    );
+    let running = scene.start("--cpus 2 --max-restarts 5 --grace 1s", &says);
+    let pids = scene.wait_for_pids("ready", 2);
+    let read = || fs_err::read_to_string(scene.run_dir().join("manifest.json")).ok();
+    let manifest: Value = until("the manifest to name the processes of start 3", || {
+        let manifest: Value = serde_json::from_str(&read()?).expect("never half a manifest");
+        (manifest["ranks"][1]["pid"] == pids[1]).then_some(manifest)
+    });
+    running.signal(Signal::KILL);
+    assert_eq!(finish(running).code, 137);
+    assert_eq!(manifest["ranks"][0]["pid"], pids[0]);
+    let cores = tsm_launch::cores::allowed();
+    for rank in 0..2 {
+        let own = tsm_launch::cores::share(&cores, rank, 2);
+        let found = &manifest["ranks"][rank]["cores"];
+        match own {
+            [] => assert_eq!(found, &Value::Null),
+            own => assert_eq!(found, &tsm_launch::cores::to_list(own)),
+        }
+    }
+    let generations = manifest["generations"].as_array().unwrap();
+    let causes: Vec<&Value> = generations.iter().map(|g| &g["cause"]).collect();
+    let failed = "rank 1 failed first: exit code 3";
+    assert_eq!(causes, [&json!(failed), &json!(failed), &Value::Null]);
+
+    scene.assert_nothing_survives();
+    let words = ["--cpus", "1", "--resume", "run", "--", FAKE];
+    let outcome = finish(start(&mut scene.command(&words)));
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    let kept = scene.json("manifest-1.json");
+    assert_eq!(
+        (&kept["outcome"], &kept["exit_code"]),
+        (&json!("killed"), &Value::Null)
+    );
+    let ended = kept["ended"].as_str().expect("a time");
+    assert!(ended > kept["started"].as_str().unwrap(), "{kept:#}");
+    let last = &kept["generations"][2];
+    assert_eq!(last["ended"], ended);
+    assert_eq!(last["cause"], "tsm-launch or its machine was killed");
+    assert_eq!(kept["generations"][1], generations[1]);
+    assert_eq!(scene.json("manifest.json")["outcome"], "succeeded");
 }

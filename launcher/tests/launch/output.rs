@@ -119,6 +119,49 @@ fn a_reader_that_goes_away_stops_nothing() {
     assert_eq!(log.lines().count(), 20_000);
 }
 
+#[test]
+fn a_reader_that_has_seen_enough_of_a_plan_is_no_error_and_a_full_disk_is() {
+    let scene = Scene::new();
+    let launcher = env!("CARGO_BIN_EXE_tsm-launch");
+    for words in ["--dry-run --cpus 4096 -- true", "doctor --json"] {
+        // The reader is gone before anything is printed.
+        let script = r#"{ while [ ! -e closed ]; do sleep 0.01; done; "$0" "$@"; echo code $? >&2; } | { exec <&-; touch closed; }"#;
+        let shell = |script: &str| {
+            let _ = fs_err::remove_file(scene.path("closed"));
+            let mut shell = scene.command_of("sh");
+            shell.args(["-c", script, launcher]);
+            finish(start(shell.args(words.split(' '))))
+        };
+        let outcome = shell(script);
+        assert_eq!(outcome.err, "code 0\n", "{words}");
+        let outcome = shell(r#"exec "$0" "$@" > /dev/full"#);
+        assert_eq!(outcome.code, 73, "{words}: {}", outcome.err);
+        let said = "error: cannot write to stdout: No space left on device";
+        assert!(outcome.err.starts_with(said), "{words}: {}", outcome.err);
+    }
+}
+
+/// As the fifo of a script whose other half has died.
+#[test]
+fn whoever_waits_for_a_config_that_nobody_writes_hears_of_it() {
+    let scene = Scene::new();
+    let fifo = scene.path("job.yaml");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status();
+    assert!(made.unwrap().success());
+    let running = start_writing(&scene, &["--cpus=1", "job.yaml"]);
+    let said = "tsm-launch: still waiting for job.yaml: it is a fifo ";
+    until("the fifo to be named", || {
+        read_err(&scene).contains(said).then_some(())
+    });
+    // It still reads what comes.
+    fs_err::write(&fifo, "no_such_section: 1\n").unwrap();
+    let outcome = finish(running);
+    let err = read_err(&scene);
+    assert_eq!(outcome.code, 78, "{err}");
+    assert!(err.contains("no_such_section"), "{err}");
+    assert_eq!(err.matches("still waiting").count(), 1, "{err}");
+}
+
 /// The ranks in the labels of `line`, sorted: on a busy machine not all need to be folded into one.
 fn ranks_that_said(line: &str, console: &str) -> Vec<u32> {
     let ends = format!(" | {line}");
@@ -272,6 +315,80 @@ fn a_disk_that_fills_up_while_the_job_runs_is_said_once_when_it_is_noticed() {
     assert!(err.contains(&hint), "{err}");
 }
 
+/// `ulimit -f`, as a batch system may set it: it ends who writes a larger file, and the launcher writes for others.
+#[test]
+fn a_limit_of_file_size_ends_the_ranks_that_pass_it_and_not_the_launcher() {
+    let scene = Scene::new();
+    let launcher = env!("CARGO_BIN_EXE_tsm-launch");
+    // 64 KiB. The second rank writes a file of its own.
+    let script = r#"ulimit -f 128; launcher=$0; exec "$launcher" --cpus 2 --preflight off --grace 60s --run-dir run -- \
+        sh -c 'echo up$RANK; [ $RANK = 0 ] && "$0" --spam 3000 && touch printed && exec "$0" --hang
+               while [ ! -e printed ]; do sleep 0.01; done; exec cat /dev/zero > large' "$@" "#;
+    let outcome = finish(start(
+        scene.command_of("sh").args(["-c", script, launcher, FAKE]),
+    ));
+    let err = &outcome.err;
+    assert_eq!(outcome.code, 128 + libc::SIGXFSZ, "{err}");
+    assert!(
+        err.contains("rank 1 failed first: signal 25 (SIGXFSZ)"),
+        "{err}"
+    );
+    assert_eq!(
+        err.matches("warning: output of the ranks on ").count(),
+        1,
+        "{err}"
+    );
+    assert!(
+        err.contains("File too large") && err.contains("hint: raise the limit of file size"),
+        "{err}"
+    );
+    assert_eq!(scene.json("manifest.json")["outcome"], "failed");
+    let kept = scene.log(0, "out").len();
+    assert_eq!(kept, 128 * 512);
+}
+
+#[test]
+fn lines_of_the_diary_that_a_full_disk_took_are_counted_when_there_is_room_again() {
+    let scene = Scene::new();
+    let full = scene.path("full");
+    fs_err::create_dir(&full).unwrap();
+    let Some(_mount) = Mount::tmpfs(&full) else {
+        return;
+    };
+    // The ends of so many ranks take more room than the file's last block has.
+    let script = r#"
+        [ $RANK = 0 ] || [ $TSM_RESTART_COUNT = 1 ] || exec sleep 1000
+        [ $RANK = 0 ] || exit 0
+        case $TSM_RESTART_COUNT in
+        0) cat /dev/zero > full/filler; exit 3 ;;
+        1) rm full/filler ;;
+        esac"#;
+    let options = "--cpus 24 --max-restarts 1 --preflight off --grace 5s --run-dir full/run";
+    let mut words: Vec<&str> = options.split(' ').collect();
+    words.extend(["--", "sh", "-c", script]);
+    let outcome = finish(start(&mut scene.command(&words)));
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    let warning = "events.jsonl, failure.json or manifest.json is not complete";
+    assert_eq!(outcome.err.matches(warning).count(), 1, "{}", outcome.err);
+    let text = fs_err::read_to_string(full.join("run/events.jsonl")).unwrap();
+    let lines = text.lines().map(serde_json::from_str::<serde_json::Value>);
+    let (whole, torn): (Vec<_>, Vec<_>) = lines.partition(Result::is_ok);
+    let whole: Vec<_> = whole.into_iter().flatten().collect();
+    let lost: u64 = whole.iter().filter_map(|line| line["lines"].as_u64()).sum();
+    let number = |kind| whole.iter().filter(|line| line["event"] == kind).count() as u64;
+    assert!(lost > 0 && torn.len() as u64 <= lost, "{text}");
+    assert!(number("lost") > 0, "{text}");
+    let told = number("spawn") + number("exit") + number("start") + number("generation_end");
+    assert!(
+        told < 2 * 24 * 2 + 4 && told + lost >= 2 * 24 * 2 + 4,
+        "{text}"
+    );
+    assert_eq!(whole.last().unwrap()["event"], "end", "{text}");
+    let manifest = fs_err::read_to_string(full.join("run/manifest.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+    assert_eq!(manifest["generations"].as_array().unwrap().len(), 2);
+}
+
 #[test]
 fn a_run_folder_that_is_removed_is_said_while_the_job_runs() {
     let scene = Scene::new();
@@ -304,11 +421,11 @@ fn a_run_folder_that_is_removed_is_said_while_the_job_runs() {
     );
 }
 
-/// `tsm-launch` with its stderr in a file, for [`read_err`].
+/// `tsm-launch` with its output in files: nobody reads a pipe while it runs. See [`read_err`].
 fn start_writing(scene: &Scene, words: &[&str]) -> Running {
     let mut shell = scene.command_of("sh");
     let launcher = env!("CARGO_BIN_EXE_tsm-launch");
-    shell.args(["-c", r#"exec "$0" "$@" 2> err"#, launcher]);
+    shell.args(["-c", r#"exec "$0" "$@" > out 2> err"#, launcher]);
     start(shell.args(words))
 }
 

@@ -1,5 +1,6 @@
 //! What is refused, with which code, before anything starts.
 
+use crate::demo::DEMO;
 use crate::harness::{FAKE, Outcome, Scene, finish, start};
 use std::collections::BTreeSet;
 use std::net::TcpListener;
@@ -118,8 +119,7 @@ fn a_config_that_is_missing_or_broken() {
 
 /// Files with which something is wrong, in an empty folder.
 fn junk(scene: &Scene) {
-    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
-    let config = fs_err::read_to_string(config).unwrap();
+    let config = fs_err::read_to_string(DEMO).unwrap();
     let write = |name: &str, bytes: &[u8]| fs_err::write(scene.path(name), bytes).unwrap();
     write("ok.yaml", config.as_bytes());
     write(

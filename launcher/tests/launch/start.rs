@@ -1,13 +1,23 @@
 //! Success, environment, plan, folders.
 
-use crate::harness::{Scene, finish, start, until};
+use crate::harness::{FAKE, Scene, finish, start, until};
 use std::collections::BTreeMap;
+use std::fs::Permissions;
+use std::io::Read;
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use tsm_job::exit;
+use tsm_job::message::WorkerMessage;
 
 #[test]
 fn success_leaves_logs_and_a_manifest() {
     let scene = Scene::new();
-    let outcome = scene.launch("--cpus 3", "--say done");
+    // It is written while the job runs, when the machine has been looked at; a short run may end before.
+    let actions = "--say done --wait-for run/manifest.json";
+    let outcome = scene.launch("--cpus 3", actions);
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     for rank in 0..3 {
         assert_eq!(scene.log(rank, "err"), b"done\n");
@@ -210,6 +220,171 @@ fn a_hard_limit_of_open_files_below_the_need_is_said_before_the_start() {
             .current_dir(scene.path(".")),
     ));
     assert_eq!(outcome.code, 69, "{}", outcome.err);
-    let said = "64 ranks need 512 open files, and the hard limit is 64\n  hint: ulimit -Hn 512";
+    let said =
+        "512 open files are needed for 64 ranks, and the hard limit is 64\n  hint: ulimit -Hn 512";
     assert!(outcome.err.contains(said), "{}", outcome.err);
+}
+
+/// The shim tells its agent, so that no report takes it for a fault of the program.
+#[test]
+fn a_worker_that_cannot_be_prepared_says_so_to_its_agent() {
+    let scene = Scene::new();
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let gone = scene.path("gone").display().to_string();
+    let parent = std::process::id().to_string();
+    let mut shim = scene.command(&["__worker", &parent, "", "", &gone, "agent", "true"]);
+    shim.stdin(OwnedFd::from(theirs)).env("RANK", "3");
+    let running = start(&mut shim);
+    drop(shim);
+    let outcome = finish(running);
+    let said =
+        format!("cannot start true: cannot enter its control group: failed to open file `{gone}");
+    assert_eq!(outcome.code, exit::PREFLIGHT, "{}", outcome.err);
+    assert!(outcome.err.contains(&said), "{}", outcome.err);
+    let mut text = String::new();
+    ours.read_to_string(&mut text).unwrap();
+    let WorkerMessage::Failure(record) = serde_json::from_str(&text).unwrap() else {
+        panic!("{text}");
+    };
+    assert_eq!((record.rank, record.code), (3, exit::PREFLIGHT));
+    assert_eq!(record.cause, "not prepared");
+    assert!(record.message.starts_with(&said), "{}", record.message);
+}
+
+#[test]
+fn what_keeps_a_program_from_being_executed_is_told_with_its_remedy() {
+    let scene = Scene::new();
+    let file = |name: &str, text: &[u8], mode| {
+        let path = scene.path(name);
+        fs_err::write(&path, text).unwrap();
+        fs_err::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        path.display().to_string()
+    };
+    // The machine that a binary is for is in these two bytes of its head.
+    let mut foreign = fs_err::read(FAKE).unwrap();
+    foreign[18..20].copy_from_slice(&[0xff, 0xfe]);
+    let cases = [
+        (
+            file("foreign", &foreign, 0o755),
+            126,
+            8,
+            "built for another kind of machine",
+        ),
+        (
+            file("orphan", b"#!/nowhere/sh\n", 0o755),
+            127,
+            2,
+            "the interpreter in its first line",
+        ),
+    ];
+    for (n, (program, code, errno, hint)) in cases.into_iter().enumerate() {
+        let dir = format!("run-{n}");
+        let words = [
+            "--cpus=1",
+            "--max-restarts=2",
+            "--run-dir",
+            &dir,
+            "--",
+            &program,
+        ];
+        let outcome = finish(start(&mut scene.command(&words)));
+        let err = &outcome.err;
+        assert_eq!(outcome.code, code, "{err}");
+        let said = format!("not executed: cannot start {program}: exec: ");
+        let line = err
+            .lines()
+            .find(|line| line.contains(&said))
+            .unwrap_or_else(|| panic!("{err}"));
+        assert!(line.ends_with(&format!("(os error {errno})")), "{line}");
+        assert!(err.contains("class: configuration"), "{err}");
+        assert!(
+            err.lines()
+                .any(|line| line.starts_with("  hint: ") && line.contains(hint)),
+            "{err}"
+        );
+        assert!(!err.contains("start 2"), "it was started again: {err}");
+    }
+}
+
+/// Rust ignores SIGPIPE in its own programs.
+#[test]
+fn a_program_starts_with_the_usual_signals() {
+    for program in ["grep", "./script"] {
+        let scene = Scene::new();
+        let script = scene.path("script");
+        fs_err::write(&script, "#!/bin/sh\nexec grep \"$@\"\n").unwrap();
+        fs_err::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
+        let words = [
+            "--cpus=1",
+            "--run-dir=run",
+            "--",
+            program,
+            "-E",
+            "^Sig(Ign|Blk)",
+            "/proc/self/status",
+        ];
+        let outcome = finish(start(&mut scene.command(&words)));
+        assert_eq!(outcome.code, 0, "{}", outcome.err);
+        let masks = outcome.out.lines().map(|line| {
+            let mask = line.rsplit_once('\t').unwrap().1;
+            u64::from_str_radix(mask, 16).unwrap()
+        });
+        let masks: Vec<u64> = masks.collect();
+        assert_eq!(masks.len(), 2, "{}", outcome.out);
+        assert!(
+            masks.iter().all(|mask| mask & (1 << 12) == 0),
+            "{program}: {masks:x?}"
+        );
+    }
+}
+/// Too few for the launcher itself.
+#[test]
+fn whatever_the_limit_of_open_files_is_the_launcher_says_what_it_needs() {
+    for limit in [6, 10, 30] {
+        let scene = Scene::new();
+        let launch = env!("CARGO_BIN_EXE_tsm-launch");
+        let script = format!("ulimit -n {limit}; exec {launch} --cpus 1 --run-dir run -- true");
+        let outcome = finish(start(scene.command_of("sh").args(["-c", &script])));
+        let said = format!(
+            "error: 64 open files are needed for the launcher and its connections, and the hard limit is {limit}\n  hint: ulimit -Hn 64"
+        );
+        assert_eq!(outcome.code, 69, "{limit}: {}", outcome.err);
+        assert!(outcome.err.contains(&said), "{limit}: {}", outcome.err);
+    }
+}
+
+/// `ulimit -u` counts the processes and threads of a user, who has to be one without others.
+#[test]
+fn whatever_the_limit_of_threads_is_the_job_runs_or_is_refused() {
+    let first = 2_000_000_000 + 100 * std::process::id();
+    let other = std::process::Command::new("true").uid(first).status();
+    if other.is_err() {
+        return eprintln!("skipped: to be another user needs root");
+    }
+    let (mut ran, mut refused) = (0, 0);
+    for limit in 1..=24 {
+        let scene = Scene::new();
+        let user = first + limit;
+        let all = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        fs_err::set_permissions(scene.path(""), all).unwrap();
+        let launch = scene.own_launcher().display().to_string();
+        let script = format!("ulimit -u {limit}; exec {launch} --cpus 1 --run-dir run -- true");
+        let mut command = scene.command_of("bash");
+        let outcome = finish(start(command.args(["-c", &script]).uid(user).gid(user)));
+        let err = &outcome.err;
+        match outcome.code {
+            0 => ran += 1,
+            69 => {
+                refused += 1;
+                assert!(
+                    err.contains("Resource temporarily unavailable"),
+                    "{limit}: {err}"
+                );
+            }
+            code => panic!("{limit}: {code}: {err}"),
+        }
+        assert!(!err.contains("panicked"), "{limit}: {err}");
+        scene.assert_nothing_survives();
+    }
+    assert!(ran > 0 && refused > 0, "{ran} ran, {refused} were refused");
 }

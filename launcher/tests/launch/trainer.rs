@@ -1,21 +1,15 @@
 //! A config, and a stand-in for the trainer.
 
+use crate::demo::{DEMO, write_lists};
 use crate::harness::{Outcome, Scene, finish, start};
 use crate::program::write_program;
 use std::path::Path;
 
-const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
-
 /// A scene with the demo's data files and a trainer that is this shell script.
 fn scene(script: &str) -> Scene {
     let scene = Scene::new();
-    let data = scene.path("data/demo");
-    fs_err::create_dir_all(&data).unwrap();
-    for name in ["train.txt", "val.txt", "classes.txt"] {
-        fs_err::write(data.join(name), "").unwrap();
-    }
-    let trainer = scene.path("trainer");
-    write_program(&trainer, &format!("#!/bin/sh\n{script}\n"));
+    write_lists(&scene.path(""));
+    write_program(&scene.path("trainer"), &format!("#!/bin/sh\n{script}\n"));
     scene
 }
 

@@ -177,6 +177,21 @@ fn a_name_that_comes_late_is_waited_for() {
 }
 
 #[test]
+fn words_that_nobody_reads_are_no_failure() {
+    let scene = Scene::new();
+    let key = mount_key(&scene);
+    let words = format!(
+        "--nodes 1 --rendezvous late-0.late.invalid:1 --key-file {key} --join-timeout 2s --cpus 1 -- {FAKE}"
+    );
+    let mut command = scene.command(&words.split_whitespace().collect::<Vec<_>>());
+    let (reader, stderr) = std::io::pipe().unwrap();
+    drop(reader);
+    let command = command.env("KUBERNETES_SERVICE_HOST", "10.0.0.1");
+    let status = command.stderr(stderr).status().unwrap();
+    assert_eq!(status.code(), Some(69));
+}
+
+#[test]
 fn the_example_says_what_this_program_understands() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/kubernetes/job.yaml");
     let text = fs_err::read_to_string(path).unwrap();

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use crate::cluster;
 use crate::cluster::Cluster;
+use crate::demo::{DEMO, write_lists};
 use crate::program::write_program;
 
 const LAUNCH: &str = env!("CARGO_BIN_EXE_tsm-launch");
-const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/demo.yaml");
 
 /// A worker that counts to the number in the file `goal`, 20 steps a second, goes on where it was, and saves on
 /// SIGUSR2: all that the launcher needs to know of a trainer.
@@ -37,12 +37,8 @@ impl Scene {
     fn new(name: &str) -> Option<Scene> {
         let cluster = cluster()?;
         let dir = cluster.path().join(name);
-        fs_err::create_dir_all(dir.join("data/demo")).unwrap();
-        for file in ["train.txt", "val.txt", "classes.txt"] {
-            fs_err::write(dir.join("data/demo").join(file), "").unwrap();
-        }
-        let trainer = dir.join("trainer");
-        write_program(&trainer, TRAINER);
+        write_lists(&dir);
+        write_program(&dir.join("trainer"), TRAINER);
         Some(Scene { cluster, dir })
     }
 
@@ -60,10 +56,24 @@ impl Scene {
         fs_err::read_to_string(self.dir.join(name)).unwrap_or_default()
     }
 
-    /// Waits for a file.
-    fn until_there(&self, path: &Path) {
-        self.cluster
-            .until(&path.display().to_string(), || path.exists().then_some(()));
+    /// Waits until each of two ranks has made its file `<name>-<rank>` in `folder`.
+    fn until_both_have(&self, folder: &Path, name: &str) {
+        for path in [0, 1].map(|rank| folder.join(format!("{name}-{rank}"))) {
+            let what = path.display().to_string();
+            self.cluster.until(&what, || path.exists().then_some(()));
+        }
+    }
+
+    /// Waits for the end of a job, which is `state` after so many restarts; what it said.
+    fn wait(&self, job: crate::JobId, state: &str, restarts: u32) -> String {
+        let end = self.cluster.wait(job);
+        let said = self.cluster.job_output(job);
+        assert_eq!(
+            (end.state.as_str(), end.restarts),
+            (state, restarts),
+            "{said}"
+        );
+        said
     }
 
     /// No process that was started in this folder lives.
@@ -157,9 +167,7 @@ fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
         &format!("--trainer trainer --cpus 1 {DEMO}"),
     );
     let run = run_of(&scene, job);
-    for rank in 0..2 {
-        scene.until_there(&run.join(format!("going-{rank}")));
-    }
+    scene.until_both_have(&run, "going");
     let script = "#!/bin/bash\nuntil [ -e ".to_string()
         + &scene.dir.join("go").display().to_string()
         + " ]; do sleep 0.1; done\n";
@@ -168,9 +176,7 @@ fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
         &script,
     );
     // It has saved, and waits for its next turn.
-    for rank in 0..2 {
-        scene.until_there(&run.join(format!("steps-{rank}")));
-    }
+    scene.until_both_have(&run, "steps");
     let again = scene.cluster.until("the job to be queued again", || {
         Some(scene.cluster.job(job)).filter(|j| j.restarts == 1)
     });
@@ -224,21 +230,11 @@ fn a_program_that_saves_on_sigusr2_is_queued_again_and_one_without_a_handler_is_
     };
     let job = scene.submit(&nodes, "--cpus 1 --max-restarts 2 -- ./trainer");
     let run = scene.dir.join(format!("runs/trainer-slurm-{job}"));
-    for rank in 0..2 {
-        scene.until_there(&run.join(format!("going-{rank}")));
-    }
+    scene.until_both_have(&run, "going");
     to_batch(job);
-    for rank in 0..2 {
-        scene.until_there(&run.join(format!("steps-{rank}")));
-    }
+    scene.until_both_have(&run, "steps");
     fs_err::write(scene.dir.join("goal"), "0").unwrap();
-    let end = scene.cluster.wait(job);
-    let said = scene.cluster.job_output(job);
-    assert_eq!(
-        (end.state.as_str(), end.restarts),
-        ("COMPLETED", 1),
-        "{said}"
-    );
+    let said = scene.wait(job, "COMPLETED", 1);
     assert!(
         said.contains(&format!("job {job} is queued again")),
         "{said}"
@@ -248,9 +244,7 @@ fn a_program_that_saves_on_sigusr2_is_queued_again_and_one_without_a_handler_is_
     let script = format!("touch {}-$RANK; exec sleep 300", going.display());
     let words = format!("--cpus 1 --max-restarts 2 -- sh -c '{script}'");
     let job = scene.submit(&nodes, &words);
-    for rank in 0..2 {
-        scene.until_there(&scene.dir.join(format!("going-{rank}")));
-    }
+    scene.until_both_have(&scene.dir, "going");
     to_batch(job);
     let end = scene.cluster.wait(job);
     let said = scene.cluster.job_output(job);
@@ -263,6 +257,49 @@ fn a_program_that_saves_on_sigusr2_is_queued_again_and_one_without_a_handler_is_
     scene.assert_nothing_is_left();
 }
 
+/// SLURM signals ranks and agents alike; a rank hears it once, however many agents tell of it.
+#[test]
+fn a_signal_to_the_step_reaches_each_rank_once() {
+    let Some(scene) = Scene::new("once") else {
+        return;
+    };
+    let heard = |rank: u32| scene.dir.join(format!("heard-{rank}"));
+    let script = r#"#!/bin/bash
+trap 'echo USR1 >> heard-$RANK' USR1
+trap 'echo USR2 >> heard-$RANK; exit 0' USR2
+: > heard-$RANK
+while :; do sleep 0.05 & wait $!; done
+"#;
+    fs_err::write(scene.dir.join("witness"), script).unwrap();
+    let job = scene.submit(
+        &["--nodelist=n[3-4]"],
+        "--cpus 1 --run-dir run -- bash witness",
+    );
+    let id = job.to_string();
+    scene.until_both_have(&scene.dir, "heard");
+    let scancel = |words: &[&str]| {
+        scene.cluster.output("scancel", &[words, &[&id]].concat());
+    };
+    scancel(&["--signal=USR1"]);
+    scene.cluster.until("word of both agents", || {
+        let events = scene.read("run/events.jsonl");
+        (events.matches(r#""signal":"SIGUSR1""#).count() == 2).then_some(())
+    });
+    for rank in 0..2 {
+        scene.cluster.until("the signal", || {
+            (fs_err::read_to_string(heard(rank)).unwrap() != "").then_some(())
+        });
+    }
+    // Whatever was passed on before comes before this.
+    scancel(&["--batch", "--signal=USR2"]);
+    scene.wait(job, "COMPLETED", 0);
+    for rank in 0..2 {
+        let all = fs_err::read_to_string(heard(rank)).unwrap();
+        assert_eq!(all, "USR1\nUSR2\n", "rank {rank}");
+    }
+    scene.assert_nothing_is_left();
+}
+
 #[test]
 fn a_job_that_does_not_find_its_run_again_says_so() {
     let Some(scene) = Scene::new("forgotten") else {
@@ -271,9 +308,7 @@ fn a_job_that_does_not_find_its_run_again_says_so() {
     fs_err::write(scene.dir.join("goal"), "100000").unwrap();
     let job = scene.submit(&[], &format!("--trainer trainer --cpus 1 {DEMO}"));
     let run = run_of(&scene, job);
-    for rank in 0..2 {
-        scene.until_there(&run.join(format!("going-{rank}")));
-    }
+    scene.until_both_have(&run, "going");
     let id = job.to_string();
     scene.cluster.output("scontrol", &["requeuehold", &id]);
     scene.cluster.until("the end of the first turn", || {
@@ -287,13 +322,7 @@ fn a_job_that_does_not_find_its_run_again_says_so() {
     fs_err::write(run.join("config.yaml"), config).unwrap();
     fs_err::write(scene.dir.join("goal"), "0").unwrap();
     scene.cluster.output("scontrol", &["release", &id]);
-    let end = scene.cluster.wait(job);
-    let said = scene.cluster.job_output(job);
-    assert_eq!(
-        (end.state.as_str(), end.restarts),
-        ("COMPLETED", 1),
-        "{said}"
-    );
+    let said = scene.wait(job, "COMPLETED", 1);
     let warning = format!(
         "warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning",
         run.display()
@@ -316,17 +345,9 @@ fn a_job_saves_before_its_time_limit_and_a_finished_one_is_not_run_again() {
         &format!("--trainer trainer --cpus 1 {DEMO}"),
     );
     let run = run_of(&scene, job);
-    for rank in 0..2 {
-        scene.until_there(&run.join(format!("steps-{rank}")));
-    }
+    scene.until_both_have(&run, "steps");
     fs_err::write(scene.dir.join("goal"), "0").unwrap();
-    let end = scene.cluster.wait(job);
-    let said = scene.cluster.job_output(job);
-    assert_eq!(
-        (end.state.as_str(), end.restarts),
-        ("COMPLETED", 1),
-        "{said}"
-    );
+    let said = scene.wait(job, "COMPLETED", 1);
     assert!(
         said.contains(&format!("job {job} is queued again")),
         "{said}"

@@ -6,6 +6,8 @@
 #[path = "../../../tests/slurm-cluster/cluster.rs"]
 mod cluster;
 mod contract;
+#[path = "../common/demo.rs"]
+mod demo;
 mod launcher;
 #[path = "../common/program.rs"]
 mod program;

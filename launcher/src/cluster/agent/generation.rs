@@ -16,6 +16,7 @@ use crate::ahead::Ahead;
 use crate::cluster::message::{NodeReport, Start};
 use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::contain::{self, Ability, Containment};
+use crate::cores;
 use crate::doctor::kmsg;
 use crate::logs::{Finished, Logs, Shown, Sink, Source, Tail};
 use crate::machine;
@@ -244,6 +245,12 @@ impl Generation {
             .iter()
             .map(|w| w.pid.as_raw_nonzero().get())
             .collect()
+    }
+
+    /// The cores of each worker, as in [`crate::cluster::message::FromAgent::Started`].
+    pub fn cores(&self) -> Vec<String> {
+        let plans = self.plans.iter();
+        plans.map(|plan| cores::to_list(&plan.cores)).collect()
     }
 
     /// Waits until a worker did something; the supervisor's events about it.

@@ -14,6 +14,7 @@ mod running;
 
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
 use tsm_job::exit;
 
 use super::key::Key;
@@ -24,7 +25,9 @@ use crate::contain::Ability;
 use crate::logs::{Finished, Shown};
 use crate::own::Executable;
 use crate::plan::Devices;
-use crate::signals::Signals;
+use crate::say::say;
+use crate::signals::{Caught, Signals};
+use crate::start::slurm::step;
 use crate::supervisor::{Event, Phase};
 use generation::Generation;
 use lease::Lease;
@@ -61,7 +64,7 @@ pub struct Leave {
 enum Wake {
     Message(Option<ToAgent>),
     Workers(anyhow::Result<Vec<Event>>),
-    Signal(i32),
+    Signal(Caught),
     Found(FromAgent),
     Drained(Finished),
     StartMore,
@@ -80,7 +83,7 @@ struct Agent {
     lease: Lease,
     /// The coordinator is gone, or said so: leave when nothing runs any more.
     leaving: Option<Leave>,
-    draining: Option<tokio::task::JoinHandle<Finished>>,
+    draining: Option<oneshot::Receiver<Finished>>,
     /// Debuggers are at work.
     looking: bool,
     /// The workers had their turn: whatever else waits comes first, once.
@@ -180,6 +183,13 @@ impl Agent {
         let (generation, draining) = (&mut self.generation, &mut self.draining);
         tokio::select! {
             biased;
+            // Before the ends of ranks that may have got it too.
+            caught = async {
+                match signals {
+                    Some(signals) => signals.next().await,
+                    None => std::future::pending().await,
+                }
+            } => Wake::Signal(caught),
             events = async {
                 match generation {
                     Some(generation) if !is_draining => generation.next().await,
@@ -187,12 +197,6 @@ impl Agent {
                 }
             }, if !others_first => Wake::Workers(events),
             message = self.link.from.recv(), if connected => Wake::Message(message),
-            signal = async {
-                match signals {
-                    Some(signals) => signals.next().await,
-                    None => std::future::pending().await,
-                }
-            } => Wake::Signal(signal),
             Some(found) = self.found.1.recv() => Wake::Found(found),
             () = tokio::time::sleep_until(deadline.unwrap_or_else(tokio::time::Instant::now)), if deadline.is_some() => Wake::Time,
             output = async {
@@ -229,7 +233,11 @@ impl Agent {
             }
             Wake::Workers(Err(e)) => self.cut_off(&format!("{e:#}")),
             // The coordinator decides; if it does not answer, the lease runs out.
-            Wake::Signal(signal) => self.say(FromAgent::Signal { signal }),
+            Wake::Signal(Caught { signal, sender }) if step::is_sent_to_all(sender) => {
+                self.see_to_ranks(signal);
+                self.say(FromAgent::StepSignal { signal });
+            }
+            Wake::Signal(Caught { signal, .. }) => self.say(FromAgent::Signal { signal }),
             Wake::Found(message) => {
                 self.looking &= !matches!(message, FromAgent::Inspected { .. });
                 self.say(message);
@@ -238,6 +246,24 @@ impl Agent {
             Wake::StartMore => self.start_more(),
             Wake::Time | Wake::Nothing => {}
         }
+    }
+
+    /// A scheduler has signalled every process that it knows as one of the job: the ranks too, unless they are in
+    /// a group of their own that it does not know.
+    fn see_to_ranks(&mut self, signal: i32) {
+        let Some(generation) = &self.generation else {
+            return;
+        };
+        let saves = generation.start.saves && signal == libc::SIGUSR2;
+        if !matches!(signal, libc::SIGUSR1 | libc::SIGUSR2) || saves {
+            // The coordinator says what is to be done.
+            return;
+        }
+        let event = match step::reaches(generation.containment()) {
+            true => Event::Got { signal },
+            false => Event::Pass { signal },
+        };
+        self.decide(&[event]);
     }
 
     fn pass_words_on(&mut self) {
@@ -306,13 +332,16 @@ impl Agent {
             ToAgent::Signal { generation, signal } if number == Some(generation) => {
                 self.decide(&[Event::Pass { signal }])
             }
+            ToAgent::StepSignal { generation, signal } if number == Some(generation) => {
+                self.see_to_ranks(signal);
+            }
             ToAgent::Kill { generation } if number == Some(generation) => {
                 self.decide(&[Event::KillAll])
             }
             ToAgent::Inspect { generation } if number == Some(generation) => {
                 self.inspect(generation)
             }
-            ToAgent::Tell { text } => eprintln!("tsm-launch: {text}"),
+            ToAgent::Tell { text } => say(text),
             ToAgent::Exit { code, message } => {
                 self.decide(&[Event::KillAll]);
                 self.leaving = Some(Leave { code, message });
@@ -320,6 +349,7 @@ impl Agent {
             // Of a generation that is over.
             ToAgent::Stop { .. }
             | ToAgent::Signal { .. }
+            | ToAgent::StepSignal { .. }
             | ToAgent::Kill { .. }
             | ToAgent::Inspect { .. } => {}
         }

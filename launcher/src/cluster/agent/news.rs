@@ -159,6 +159,8 @@ mod tests {
         news.hear(0, section("train"));
         news.hear(0, section("validate"));
         assert_eq!(checkpoint(&mut news), Some(9));
+        news.hear(0, section("train"));
+        assert_eq!(checkpoint(&mut news), None, "that of another section");
     }
 
     #[test]

@@ -4,16 +4,16 @@ use anyhow::Context;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use tsm_job::RunDir;
-use tsm_job::exit::{self, Coded};
 
 use super::Setup;
 use crate::cluster::message::Start;
 use crate::cores;
+use crate::limits;
 use crate::plan::{self, Devices, REMOVED_VARIABLES, Seat, Shape, WorkerPlan};
 use crate::port::Port;
-use crate::process;
 use crate::replace::replace;
 use crate::start::adopt::mpi;
+use crate::text::count;
 
 /// Open files of the launcher itself, generously, and those that it has for each rank: two pipes, two logs,
 /// a pidfd, and a socket twice.
@@ -62,13 +62,7 @@ pub fn prepare(setup: &Setup, start: &Start) -> anyhow::Result<Prepared> {
     let remove = removed.chain(mpi::identity(names)).collect();
     let num_ranks = start.num_ranks;
     let files = FILES + FILES_PER_RANK * u64::from(num_ranks);
-    if let Err(limit) = process::allow_open_files(files) {
-        let text = format!(
-            "{num_ranks} ranks need {files} open files, and the hard limit is {limit}\n  hint: ulimit -Hn {files}, \
-            nofile in /etc/security/limits.conf, LimitNOFILE= of systemd, docker run --ulimit nofile={files}"
-        );
-        anyhow::bail!(Coded::new(exit::PREFLIGHT, text));
-    }
+    limits::need_open_files(files, &count(num_ranks, "rank"))?;
     Ok(Prepared {
         plans,
         remove,

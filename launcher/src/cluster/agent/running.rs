@@ -7,8 +7,10 @@ use crate::cluster::fit;
 use crate::cluster::message::{FromAgent, Start};
 use crate::hang;
 use crate::hang::report::Inspection;
+use crate::limits;
 use crate::logs::Finished;
 use crate::supervisor::{Action, Event, Phase};
+use tokio::sync::oneshot;
 use tsm_job::exit;
 
 impl Agent {
@@ -44,6 +46,7 @@ impl Agent {
                 let started = FromAgent::Started {
                     generation: number,
                     pids: generation.pids(),
+                    cores: generation.cores(),
                     at: self.setup.start.elapsed(),
                     environment: generation.environment(),
                     containment: generation.containment(),
@@ -160,7 +163,9 @@ impl Agent {
         if generation.end_leftovers(now, at_once, |text| to.send(FromAgent::Notice { text }))
             && let Some(logs) = generation.take_logs()
         {
-            self.draining = Some(tokio::task::spawn_blocking(move || drain(logs)));
+            let (done, draining) = oneshot::channel();
+            limits::beside("drain", move || drop(done.send(drain(logs))));
+            self.draining = Some(draining);
         }
     }
 

@@ -9,6 +9,7 @@ use super::{Action, Phase, State, nodes, record};
 use crate::cluster::message::{FromAgent, Severity};
 use crate::cluster::policy::LeftOut;
 use crate::cluster::topology::{Candidate, NodeId};
+use crate::doctor::preflight::Scale;
 
 /// Bad nodes that are named where the job ends for them.
 const SHOWN: usize = 8;
@@ -28,14 +29,11 @@ impl State {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        let Some(mut scale) = self.settings.measure.clone() else {
+        let members: Vec<NodeId> = self.members.iter().map(|m| m.id).collect();
+        let Some(scale) = self.scale_for(&members) else {
             return;
         };
-        // Figures of GPUs and of the network alone do not compare.
-        let has_gpus = |id| self.nodes.get(&id).is_some_and(|n| !n.join.gpus.is_empty());
-        if !scale.on_cpus && !self.members.iter().all(|m| has_gpus(m.id)) {
-            scale.trainer = None;
-        }
+        self.trying.interrupt();
         let place = |(i, interface): (usize, &String)| {
             let id = self.members[i].id;
             let node = self.nodes.get(&id)?;
@@ -43,11 +41,13 @@ impl State {
                 0 => Some(master),
                 _ => address_on(&node.join.addresses, interface, master),
             };
-            let (host, own) = (node.join.host.clone(), self.measured.get(&id).cloned());
+            let own = self.measured.get(&id).or(self.trying.own(id));
+            let (host, own) = (node.join.host.clone(), own.cloned());
             Some(Place {
                 id,
                 host,
                 address,
+                interface: interface.clone(),
                 own,
             })
         };
@@ -65,12 +65,26 @@ impl State {
         self.advance(now, actions);
     }
 
+    /// How these nodes are measured; `None`: not at all.
+    pub(super) fn scale_for(&self, nodes: &[NodeId]) -> Option<Scale> {
+        let mut scale = self.settings.measure.clone()?;
+        // Figures of GPUs and of the network alone do not compare.
+        let has_gpus = |id| self.nodes.get(id).is_some_and(|n| !n.join.gpus.is_empty());
+        if !scale.on_cpus && !nodes.iter().all(has_gpus) {
+            scale.trainer = None;
+        }
+        Some(scale)
+    }
+
     pub(super) fn measurement(
         &mut self,
         id: NodeId,
         message: FromAgent,
         actions: &mut Vec<Action>,
     ) {
+        if self.tried(id, &message) {
+            return;
+        }
         let Phase::Measure { measuring, .. } = &mut self.phase else {
             return;
         };
@@ -157,7 +171,7 @@ impl State {
     }
 
     /// Shows and writes down what was found.
-    fn tell(&mut self, report: Report, actions: &mut Vec<Action>) {
+    pub(super) fn tell(&mut self, report: Report, actions: &mut Vec<Action>) {
         let of = |severity| {
             report
                 .findings

@@ -22,6 +22,7 @@ mod passing;
 mod phases;
 mod rounds;
 mod running;
+mod trying;
 mod view;
 mod waiting;
 
@@ -128,6 +129,8 @@ pub enum Event {
     Starter { host: String, line: String },
     /// To the coordinator itself.
     Signal(i32),
+    /// The same, by a scheduler that has signalled all agents too.
+    StepSignal(i32),
     /// The coordinator was not run for this long, though there was something to do.
     Stalled(Duration),
     /// [`State::deadline`] has come.
@@ -162,8 +165,8 @@ pub enum Action {
     Started(Box<Launched>),
     /// What rank 0 says of itself.
     Told(About),
-    /// What the first node changed in the environment of its workers.
-    Environment(Vec<Change>),
+    /// The ranks of a node of it have their processes.
+    Spawned(Box<Spawned>),
     /// A generation is over.
     Ended(Box<Ending>),
 }
@@ -176,6 +179,18 @@ pub struct Launched {
     pub members: Vec<(Member, Node)>,
     /// What the ranks are told to go on from, where they do not say themselves what they found there.
     pub resumed_from: Option<String>,
+}
+
+/// The processes of a node's ranks.
+#[derive(Clone, Debug)]
+pub struct Spawned {
+    pub first_rank: u32,
+    /// Of this rank and the next ones.
+    pub pids: Vec<i32>,
+    /// Likewise; see [`FromAgent::Started`].
+    pub cores: Vec<String>,
+    /// What the first node changed in the environment of its workers; empty for the others.
+    pub environment: Vec<Change>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -291,6 +306,7 @@ pub struct State {
     compared: Vec<Join>,
     /// Nodes that were measured and are well.
     measured: BTreeMap<NodeId, OwnNode>,
+    trying: trying::Trying,
     /// The spares are measured too, to tell who is to blame; once in a generation.
     is_wide: bool,
     was_wide: bool,
@@ -364,6 +380,7 @@ impl State {
             convicted: Vec::new(),
             compared: Vec::new(),
             measured: BTreeMap::new(),
+            trying: trying::Trying::default(),
             is_wide: false,
             was_wide: false,
             warned: BTreeSet::new(),
@@ -417,7 +434,13 @@ impl State {
                 let inspection = self.inspection.as_ref().map(|i| i.deadline);
                 let look = inspection.unwrap_or(self.next_look);
                 let saves = [self.settings.save_at, self.passing.deadline];
-                saves.into_iter().flatten().chain([look]).min()
+                let tried = self.trying.deadline();
+                saves
+                    .into_iter()
+                    .chain([tried])
+                    .flatten()
+                    .chain([look])
+                    .min()
             }
             Phase::Finished { .. } => return None,
         };
@@ -440,6 +463,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         Event::Lost { node, how } => state.lost_connection(node, &how, now, &mut actions),
         Event::Starter { host, line } => state.waiting.heard(host, &line),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
+        Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
         Event::Stalled(time) => state.stalled(time, now, &mut actions),
         Event::Deadline => state.expired(now, &mut actions),
     }
@@ -478,6 +502,10 @@ impl State {
                 let host = self.nodes[&id].join.host.clone();
                 self.signal(signal, &format!(" on {host}"), now, actions);
             }
+            FromAgent::StepSignal { signal } if HEARD.contains(&signal) => {
+                let host = self.nodes[&id].join.host.clone();
+                self.step_signal(signal, &format!(" on {host}"), now, actions);
+            }
             FromAgent::Notice { text } => actions.push(Action::Notice(text)),
             FromAgent::Output { batch } => actions.push(Action::Show(batch)),
             FromAgent::Reserved {
@@ -499,11 +527,18 @@ impl State {
             FromAgent::Started {
                 generation,
                 pids,
+                cores,
                 at,
                 environment,
                 containment,
             } if self.runs(generation) => {
-                self.started(id, &pids, at, environment, containment, actions);
+                let spawned = Spawned {
+                    first_rank: 0,
+                    pids,
+                    cores,
+                    environment,
+                };
+                self.started(id, spawned, at, containment, actions);
             }
             FromAgent::About { generation, word }
                 if self.runs(generation) && self.members.first().is_some_and(|m| m.id == id) =>

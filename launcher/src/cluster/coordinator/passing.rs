@@ -3,6 +3,7 @@
 //!
 //! - A rank that ends with 75 after a SIGUSR2 has saved. The others have the grace to do so too, counted from the signal;
 //!   then they are stopped as always. With 75 from some and 75 or 0 from the rest the job was saved, and ends with 75.
+//! - What a scheduler has sent to all processes, the ranks have: it is noted, and not sent again.
 //! - A rank that dies of a signal that was passed on has no handler for it. It did not fail: whoever sent the signal
 //!   ended the job. It is not started again, and ends with 128 + the signal, which asks for no requeue.
 
@@ -12,7 +13,7 @@ use tsm_job::config::duration::format;
 use tsm_job::exit;
 
 use super::running::rank_of;
-use super::{Action, Cause, Phase, State, record};
+use super::{Action, Cause, Phase, State, record, send};
 use crate::cluster::message::ToAgent;
 use crate::cluster::topology::NodeId;
 use crate::end::{End, signal_name};
@@ -111,6 +112,32 @@ impl State {
     pub(super) fn pass_on(&mut self, signal: i32, now: Duration, actions: &mut Vec<Action>) {
         self.passing.heard(signal, now);
         self.to_members(|generation| ToAgent::Signal { generation, signal }, actions);
+    }
+
+    /// A signal that the scheduler sent to all processes at once, of which `place` tells, as others will: what is passed
+    /// on otherwise is not, since every agent sees to its own ranks.
+    pub(super) fn step_signal(
+        &mut self,
+        signal: i32,
+        place: &str,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let saves = self.settings.job.saves && signal == libc::SIGUSR2;
+        let is_passed = matches!(signal, libc::SIGUSR1 | libc::SIGUSR2) && !saves;
+        if self.phase != Phase::Run || !is_passed {
+            return self.signal(signal, place, now, actions);
+        }
+        let fields = json!({"signal": signal_name(signal), "place": place.trim_start_matches(" on "),
+            "to": "the step"});
+        actions.push(record("signal", fields));
+        self.passing.heard(signal, now);
+        let generation = self.generation;
+        if place.is_empty() {
+            let here = self.members.iter().map(|m| m.id);
+            let here = here.filter(|id| self.nodes.get(id).is_some_and(|n| n.local));
+            actions.extend(here.map(|id| send(id, ToAgent::StepSignal { generation, signal })));
+        }
     }
 
     /// A rank ended in answer to a SIGUSR2, by itself.

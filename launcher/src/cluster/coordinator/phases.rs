@@ -132,6 +132,7 @@ impl State {
             actions.push(Action::Notice(format!(
                 "{host} joined: a spare until it is needed"
             )));
+            self.try_next(now, actions);
         }
         if let Phase::Leave { code, .. } = self.phase {
             actions.push(send(
@@ -200,6 +201,7 @@ impl State {
         let Some(node) = self.nodes.remove(&id) else {
             return;
         };
+        self.trying.forget(id);
         let host = node.join.host.clone();
         if matches!(self.phase, Phase::Leave { .. }) {
             return;
@@ -440,6 +442,12 @@ impl State {
 
     /// All that follows from the state alone.
     pub(super) fn advance(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        if matches!(
+            self.phase,
+            Phase::Run | Phase::Stop { .. } | Phase::Pause { .. }
+        ) {
+            self.go_on_trying(now, actions);
+        }
         match self.phase {
             Phase::Gather { .. } => self.try_to_form(now, actions),
             Phase::Pause { until } if now >= until => {

@@ -17,7 +17,8 @@ use crate::cluster::message::{Finding, Round, Severity, ToAgent};
 use crate::cluster::policy::LeftOut;
 use crate::cluster::topology::NodeId;
 use crate::doctor::preflight::{
-    self, Measured, Outcome, OwnNode, Scale, Task, Verdict, conviction, judge, judge_memory, range,
+    self, Measured, Outcome, OwnNode, Scale, Task, Verdict, conviction, judge, judge_memory, link,
+    range,
 };
 
 /// An agent answers this long after a measurement must be over.
@@ -30,6 +31,8 @@ pub struct Place {
     pub host: String,
     /// Where the others of a group find it.
     pub address: Option<IpAddr>,
+    /// Which interface that is on.
+    pub interface: String,
     /// What it measured of itself, where that is known already.
     pub own: Option<OwnNode>,
 }
@@ -326,6 +329,15 @@ impl Measuring {
         judgement.errors = between.clone();
         judgement.errors.retain(|f| f.severity == Severity::Error);
         findings.extend(between);
+        // What NCCL reaches is not bound to one interface, nor to TCP.
+        if self.scale.trainer.is_none() {
+            let ends: Vec<link::End> = self.places.iter().map(link::End::from).collect();
+            let told = |o: &&Outcome| !o.members.iter().any(|&m| network[m].is_conviction());
+            findings.extend(link::findings(
+                &ends,
+                self.done.iter().flatten().filter(told),
+            ));
+        }
         findings.splice(0..0, self.figures());
         judgement.report = Report {
             generation: self.round.generation,
@@ -380,6 +392,19 @@ impl Measuring {
         };
         let round = |outcomes: &Vec<Outcome>| outcomes.iter().map(figures).collect();
         self.done.iter().map(round).collect()
+    }
+}
+
+impl From<&Place> for link::End {
+    fn from(place: &Place) -> link::End {
+        let own = place.own.as_ref();
+        let stated = own.and_then(|o| o.links.get(&place.interface));
+        link::End {
+            host: place.host.clone(),
+            interface: place.interface.clone(),
+            stated_gbit_s: stated.map(|mbit_s| f64::from(*mbit_s) / 1e3),
+            loopback_gbit_s: own.and_then(|o| o.loopback_gbit_s),
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tsm_job::config::duration::format;
 use tsm_job::exit;
 
-use super::{Action, Cause, INSPECT, Inspection, LOOK, Phase, State, record};
+use super::{Action, Cause, INSPECT, Inspection, LOOK, Phase, Spawned, State, record};
 use crate::cluster::message::{Beat, NodeReport, ToAgent};
 use crate::cluster::topology::{Member, NodeId};
 use crate::contain;
@@ -13,7 +13,6 @@ use crate::end::End;
 use crate::hang::progress::Event as Pace;
 use crate::hang::ras::Answer;
 use crate::hang::report::{Inspection as Look, report};
-use crate::manifest::environment::Change;
 use crate::report::Place;
 use crate::supervisor::Rank;
 use crate::text::count;
@@ -26,9 +25,8 @@ impl State {
     pub(super) fn started(
         &mut self,
         id: NodeId,
-        pids: &[i32],
+        mut spawned: Spawned,
         at: Duration,
-        environment: Vec<Change>,
         containment: contain::Kind,
         actions: &mut Vec<Action>,
     ) {
@@ -38,16 +36,16 @@ impl State {
         let Some(node) = self.nodes.get_mut(&id) else {
             return;
         };
-        node.pids = pids[..pids.len().min(member.ranks.len())].to_vec();
+        spawned.first_rank = member.ranks.start;
+        spawned.pids.truncate(member.ranks.len());
+        node.pids = spawned.pids.clone();
         let (host, at) = (node.join.host.clone(), node.clock.map(at));
-        for (rank, pid) in member.ranks.zip(pids) {
+        for (rank, pid) in member.ranks.zip(&spawned.pids) {
             let fields = json!({"generation": self.generation, "rank": rank, "pid": pid, "host": host,
                 "at_ms": at.as_secs_f64() * 1e3, "containment": containment});
             actions.push(record("spawn", fields));
         }
-        if !environment.is_empty() {
-            actions.push(Action::Environment(environment));
-        }
+        actions.push(Action::Spawned(Box::new(spawned)));
     }
 
     pub(super) fn cannot_start(
@@ -251,17 +249,15 @@ impl State {
 
     /// Takes in a waiting node, now that little is lost by a new start.
     pub(super) fn grow(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let spare = self
-            .candidates(now)
-            .into_iter()
-            .find(|c| self.member(c.id).is_none());
-        let Some(spare) = spare else { return };
-        if self.cause.is_some()
-            || self.members.len() as u32 >= self.settings.max_nodes
-            || !self.settings.job.saves
-        {
+        if !self.may_grow() {
             return;
         }
+        let mut spares = self.candidates(now).into_iter();
+        let is_fit = |id| self.member(id).is_none() && self.is_tried(id);
+        let Some(spare) = spares.find(|c| is_fit(c.id)) else {
+            // There may be some that joined when nothing ran.
+            return self.try_next(now, actions);
+        };
         let host = self.host(spare.id);
         actions.push(Action::Notice(format!(
             "{host} is taken in: the workers save and start again"

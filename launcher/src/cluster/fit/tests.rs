@@ -282,6 +282,7 @@ fn what_has_no_list_loses_the_middle_of_its_text() {
         let message = FromAgent::Started {
             generation: 0,
             pids: vec![i32::MAX; 4096],
+            cores: vec!["1000-1007,2000-2007".into(); 4096],
             at: Duration::ZERO,
             environment: (0..changes).map(|i| change(i, bytes)).collect(),
             containment: Default::default(),

@@ -324,6 +324,7 @@ fn any_incident() -> impl Strategy<Value = Incident> {
         Just(Class::Network),
         Just(Class::NodeLost),
         Just(Class::Hardware),
+        Just(Class::Machine),
         Just(Class::Hang),
         Just(Class::Killed),
         Just(Class::Unknown),

@@ -248,6 +248,7 @@ impl Agent {
                 let started = FromAgent::Started {
                     generation: start.generation,
                     pids: vec![1; num_ranks],
+                    cores: Vec::new(),
                     at: now,
                     environment: Vec::new(),
                     containment: Default::default(),
@@ -291,6 +292,7 @@ impl Agent {
             }
             ToAgent::Stop { .. }
             | ToAgent::Signal { .. }
+            | ToAgent::StepSignal { .. }
             | ToAgent::Kill { .. }
             | ToAgent::Inspect { .. }
             | ToAgent::Tell { .. } => {}

@@ -4,6 +4,7 @@ use super::handshake::{HELLO_LEN, PROOF_LEN, shake};
 use super::*;
 use crate::cluster::message::{Beat, FromAgent, ToAgent};
 use proptest::prelude::*;
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadBuf, duplex};
@@ -551,7 +552,7 @@ fn loopback() -> SocketAddr {
 #[tokio::test]
 async fn a_thousand_agents_dial_at_once() {
     const NUM_AGENTS: usize = 1024;
-    crate::process::allow_open_files(2 * NUM_AGENTS as u64 + 500).unwrap();
+    crate::limits::allow_open_files(2 * NUM_AGENTS as u64 + 500).unwrap();
     let key = Key::random();
     let listener = listen(loopback()).unwrap();
     let address = listener.local_addr().unwrap();
@@ -562,26 +563,44 @@ async fn a_thousand_agents_dial_at_once() {
     for i in 0..NUM_AGENTS {
         let key = key.clone();
         agents.spawn(async move {
-            let host = address.ip().to_string();
-            let mut agent = dial(&host, address.port(), &key, None, LONG).await.unwrap();
-            agent.sender.send(&i).await.unwrap();
-            let told: Option<usize> = agent.receiver.recv().await.unwrap();
-            assert_eq!(told, Some(i + 1));
+            let (host, port) = (address.ip().to_string(), address.port());
+            loop {
+                // On a busy machine some have to dial again, as agents do.
+                let Ok(mut agent) = dial(&host, port, &key, None, LONG).await else {
+                    continue;
+                };
+                if agent.sender.send(&i).await.is_err() {
+                    continue;
+                }
+                let told: Result<Option<usize>, _> = agent.receiver.recv().await;
+                if let Ok(told) = told {
+                    return assert_eq!(told, Some(i + 1));
+                }
+            }
         });
     }
-    let mut joined = Vec::new();
+    let (mut joined, mut late) = (BTreeMap::new(), 0);
     while joined.len() < NUM_AGENTS {
         let arrival = timeout(LONG, arrivals.recv()).await.expect("agents come");
-        let mut connection = arrival.unwrap().unwrap();
-        let i: usize = connection.receiver.recv().await.unwrap().unwrap();
-        connection.sender.send(&(i + 1)).await.unwrap();
-        joined.push((i, connection));
+        let mut connection = match arrival.unwrap() {
+            Ok(connection) => connection,
+            Err(refusal) => {
+                assert!(matches!(refusal.why, Why::TooSlow(_)), "{refusal}");
+                late += 1;
+                continue;
+            }
+        };
+        let Ok(Some(i)) = connection.receiver.recv::<usize>().await else {
+            late += 1;
+            continue;
+        };
+        if connection.sender.send(&(i + 1)).await.is_ok() {
+            joined.insert(i, connection);
+        }
     }
     agents.join_all().await;
-    eprintln!("{NUM_AGENTS} agents: {:?}", start.elapsed());
-    let mut numbers: Vec<usize> = joined.iter().map(|(i, _)| *i).collect();
-    numbers.sort_unstable();
-    assert_eq!(numbers, (0..NUM_AGENTS).collect::<Vec<_>>());
+    eprintln!("{NUM_AGENTS} agents: {:?}, {late} late", start.elapsed());
+    assert!(joined.keys().copied().eq(0..NUM_AGENTS));
     drop(arrivals);
     server.await.unwrap();
 }

@@ -2,7 +2,7 @@
 
 use nvml_wrapper::bitmasks::device::ThrottleReasons;
 use nvml_wrapper::enum_wrappers::device::{
-    EccCounter, MemoryError, TemperatureSensor, TemperatureThreshold,
+    EccCounter, MemoryError, PerformanceState, TemperatureSensor, TemperatureThreshold,
 };
 use nvml_wrapper::enums::device::{SampleValue, UsedGpuMemory};
 use nvml_wrapper::error::NvmlError;
@@ -13,7 +13,7 @@ use nvml_wrapper::sys_exports::field_id::{
 use nvml_wrapper::{Device, Nvml};
 use std::time::Duration;
 
-use super::{Card, Reading};
+use super::{Card, Pcie, Reading};
 use crate::doctor::kmsg;
 use crate::gpus::{self, Gpu};
 use crate::text::count;
@@ -97,6 +97,7 @@ fn card(nvml: &Nvml, gpu: &Gpu) -> Card {
         .temperature_threshold(TemperatureThreshold::Slowdown)
         .ok();
     card.persistent = device.is_in_persistent_mode().ok();
+    card.pcie = pcie(&device);
     let own = std::process::id();
     let users = device.running_compute_processes().unwrap_or_default();
     card.users = users
@@ -116,6 +117,23 @@ fn card(nvml: &Nvml, gpu: &Gpu) -> Card {
         })
         .collect();
     card
+}
+
+/// `None` also where the GPU is not at its full performance now: its link may then be slower on purpose.
+fn pcie(device: &Device) -> Option<Pcie> {
+    let state = device.performance_state().ok()?;
+    if state != PerformanceState::Zero {
+        return None;
+    }
+    let generation = (
+        device.current_pcie_link_gen().ok()?,
+        device.max_pcie_link_gen().ok()?,
+    );
+    let lanes = (
+        device.current_pcie_link_width().ok()?,
+        device.max_pcie_link_width().ok()?,
+    );
+    Some(Pcie { generation, lanes })
 }
 
 fn flag(device: &Device, field: u32) -> bool {

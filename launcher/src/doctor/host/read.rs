@@ -32,6 +32,7 @@ pub fn read() -> Host {
         shm_bytes: rustix::fs::statvfs("/dev/shm").map_or(0, |fs| fs.f_blocks * fs.f_frsize),
         open_files: getrlimit(Resource::Nofile).maximum,
         threads_left: threads_left(&groups),
+        file_bytes: getrlimit(Resource::Fsize).current,
         locked_bytes: getrlimit(Resource::Memlock).current,
         core_bytes: getrlimit(Resource::Core).current,
         rdma: fs_err::read_dir("/sys/class/infiniband").is_ok_and(|mut all| all.next().is_some()),

@@ -12,15 +12,16 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
-use std::{fmt, io, thread};
+use std::{fmt, io};
 use tokio::sync::oneshot;
 use tsm_job::RunDir;
 use tsm_job::all_reduce::{self, AllReduce};
 
-use super::ring::{LATE, LEFT, Measured};
+use super::ring::{LATE, LEFT, Measured, failed};
 use super::{OwnNode, Scale, Task};
 use crate::cluster::key::Key;
 use crate::cluster::message::Finding;
+use crate::limits;
 use crate::own::Executable;
 use crate::plan::{self, Devices};
 use crate::shim;
@@ -60,11 +61,11 @@ impl GpuTask {
     /// Measures on a thread of its own. When the receiver is dropped, it ends all that it has started.
     pub fn start(self) -> oneshot::Receiver<Result<Measured, String>> {
         let (done, result) = oneshot::channel();
-        thread::spawn(move || {
+        let started = limits::thread("all-reduce", "measures the GPUs", move || {
             let lines = measure(&self, || done.is_closed());
             let _ = done.send(lines.map(|lines| summary(&lines)));
         });
-        result
+        started.map_or_else(|e| failed(e.message), |_| result)
     }
 
     fn trainer(&self) -> PathBuf {

@@ -4,10 +4,12 @@
 //! memory    how fast a node copies, and whether the copy is equal
 //! ring      a sum over the members of a group, over TCP, compared bit for bit
 //! gpus      the same over their GPUs, through NCCL
+//! link      what of its stated speed the network reaches (pure)
 //! schedule  who is measured with whom, and who is to blame (pure)
 //! ```
 
 mod gpus;
+pub mod link;
 mod memory;
 mod ring;
 mod schedule;
@@ -20,6 +22,7 @@ pub use schedule::{
 };
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -111,6 +114,9 @@ pub struct OwnNode {
     /// Bus bandwidth of an all-reduce over its GPUs, in GB/s.
     #[serde(default)]
     pub all_reduce_gb_s: Option<f64>,
+    /// Mbit/s that the kernel states for its network cards.
+    #[serde(default)]
+    pub links: BTreeMap<String, u32>,
     pub findings: Vec<Finding>,
 }
 
@@ -161,6 +167,7 @@ pub fn own_node(scale: &Scale) -> OwnNode {
         memory_gbyte_s: memory.ok(),
         loopback_gbit_s: loopback.ok().map(|measured| measured.gbit_s),
         all_reduce_gb_s: None,
+        links: link::speeds(),
         findings: vec![of_memory, of_network],
     }
 }

@@ -9,7 +9,6 @@ use std::fmt;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::ops::Range;
 use std::path::PathBuf;
-use std::thread;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -18,6 +17,7 @@ use tokio::time::timeout;
 
 use super::{GPU_WAIT, Scale};
 use crate::addresses::listen_on_all;
+use crate::limits;
 use crate::median::median;
 
 /// Laps of a byte whose quickest is the round trip.
@@ -112,7 +112,7 @@ impl Ring {
         prove: impl Fn([u8; 16]) -> [u8; 32] + Send + 'static,
     ) -> oneshot::Receiver<Result<Measured, String>> {
         let (mut done, result) = oneshot::channel();
-        thread::spawn(move || {
+        let started = limits::thread("ring", "measures the network", move || {
             let run = || {
                 let runtime = tokio::runtime::Builder::new_current_thread()
                     .enable_all()
@@ -130,8 +130,15 @@ impl Ring {
             let result = run().map_err(|e: anyhow::Error| format!("{e:#}"));
             done.send(result)
         });
-        result
+        started.map_or_else(|e| failed(e.message), |_| result)
     }
+}
+
+/// A measurement that cannot begin.
+pub(super) fn failed<T>(why: String) -> oneshot::Receiver<Result<T, String>> {
+    let (done, result) = oneshot::channel();
+    let _ = done.send(Err(why));
+    result
 }
 
 /// Whether this error of a member tells no more than that another one has failed.

@@ -75,6 +75,12 @@ pub enum Verdict {
     Unclear(String),
 }
 
+impl Verdict {
+    pub fn is_conviction(&self) -> bool {
+        matches!(self, Verdict::Slow { .. } | Verdict::Faulty(_))
+    }
+}
+
 /// The groups to measure next, each at the same time as the others of its round; none: everything is known.
 /// `done` are the rounds so far.
 pub fn next_round(num_nodes: usize, done: &[Vec<Outcome>]) -> Vec<Vec<usize>> {

@@ -16,7 +16,7 @@
 //! | the end of that grace, or no grace | CONT, TERM; KILL after `KillWait` | the same | queued again |
 //! | the job ends by itself in that grace | | | FAILED or COMPLETED, not queued again |
 //! | `scontrol requeue` | CONT, TERM; KILL after `KillWait` | the same | queued again |
-//! | `scancel --signal=S` | nothing | S | goes on |
+//! | `scancel --signal=S`, S to srun | nothing | S, and their ranks too | goes on |
 //! | `scancel --batch --signal=S` | S | nothing | goes on |
 //! | srun gets TERM, or is killed | | KILL, at once | goes on |
 //! | a node is lost, after `SlurmdTimeout` | TERM, KILL | the same | queued again |
@@ -29,6 +29,7 @@ pub mod nodelist;
 mod requeue;
 mod script;
 mod srun;
+pub mod step;
 mod submit;
 mod turn;
 

@@ -12,6 +12,7 @@ use super::commands::Slurm;
 use super::job::{JobId, run_folder_name};
 use super::script::{Options, Sbatch, render};
 use crate::own;
+use crate::say::{print, reading, tell};
 
 const EXAMPLES: &str = "Examples:
   tsm-launch slurm --nodes 2 --gpus 8 --cpus-per-gpu 12 --time 1-00:00 configs/ucf101.yaml
@@ -129,7 +130,7 @@ impl Submit {
     /// # Errors
     /// As the help says. Nothing is submitted then.
     pub fn execute(&self, slurm: &Slurm) -> anyhow::Result<i32> {
-        let config = Config::load(&self.config, &self.overrides)
+        let config = reading(&self.config, || Config::load(&self.config, &self.overrides))
             .map_err(|e| Coded::new(exit::CONFIG, e.to_string()))?;
         let program = own::path().context("cannot find this program")?;
         let directory = std::env::current_dir().context("cannot find the current folder")?;
@@ -141,12 +142,12 @@ impl Submit {
                 .iter()
                 .any(|o| o.contains("cpus") || o.contains("exclusive"))
         {
-            eprintln!(
-                "note: without --cpus-per-gpu the site decides how many cores the workers get, perhaps one on a node"
+            tell(
+                "note: without --cpus-per-gpu the site decides how many cores the workers get, perhaps one on a node",
             );
         }
         if self.print {
-            print!("{}", render(&options));
+            print(&render(&options))?;
             return Ok(exit::OK);
         }
         let root = directory.join(&config.run.dir);
@@ -162,12 +163,12 @@ impl Submit {
             output,
             run_dir,
         } = &submitted;
-        println!(
-            "job {job} submitted\noutput      {}\nrun folder  {}",
+        let text = format!(
+            "job {job} submitted\noutput      {}\nrun folder  {}\nlook        squeue -j {job}\nend it      scancel {job}\n",
             output.display(),
             run_dir.display()
         );
-        println!("look        squeue -j {job}\nend it      scancel {job}");
+        print(&text).map_err(|e| Coded::new(e.code, format!("job {job} is submitted, but {e}")))?;
         Ok(exit::OK)
     }
 }

@@ -111,8 +111,9 @@ impl Turn {
         Some(match should_requeue(ended, permitted) {
             Err(why) => format!("job {job} is not queued again: {why}"),
             Ok(()) => match self.slurm.requeue(job) {
-                Ok(()) => format!("job {job} is queued again, and goes on from here"),
-                Err(e) => format!("warning: {e}"),
+                // SLURM begins to end the processes of the job at once, and its own scontrol may be the first.
+                Err(e) if self.asker()() != StopCause::Requeued => format!("warning: {e}"),
+                Ok(()) | Err(_) => format!("job {job} is queued again, and goes on from here"),
             },
         })
     }
@@ -163,18 +164,41 @@ mod tests {
         }
     }
 
+    /// A turn whose scontrol is this script, in a folder of its own.
+    fn with_scontrol(dir: &Path, script: &str) -> Turn {
+        let scontrol = dir.join("scontrol");
+        fs_err::write(&scontrol, format!("#!/bin/sh\n{script}\n")).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs_err::set_permissions(&scontrol, mode).unwrap();
+        let slurm = Slurm::default().env("PATH", &dir.to_string_lossy());
+        Turn { slurm, ..turn(0) }
+    }
+
     #[test]
     fn a_question_that_was_ended_by_the_job_s_own_signal_is_asked_again() {
         let dir = tempfile::tempdir().unwrap();
-        let scontrol = dir.path().join("scontrol");
-        let script = "#!/bin/sh\n[ -e $0.1 ] || { : > $0.1; kill -TERM $$; }\necho JobState=COMPLETING Restarts=1\n";
-        fs_err::write(&scontrol, script).unwrap();
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        fs_err::set_permissions(&scontrol, mode).unwrap();
-        let slurm = Slurm::default().env("PATH", &dir.path().to_string_lossy());
-        let turn = Turn { slurm, ..turn(0) };
+        let script =
+            "[ -e $0.1 ] || { : > $0.1; kill -TERM $$; }\necho JobState=COMPLETING Restarts=1";
+        let turn = with_scontrol(dir.path(), script);
         assert_eq!(turn.asker()(), StopCause::Requeued);
         assert!(dir.path().join("scontrol.1").exists());
+    }
+
+    #[test]
+    fn a_job_is_queued_again_also_where_slurm_ends_the_one_that_asks_for_it() {
+        for (state, expected) in [
+            (
+                "COMPLETING Restarts=1",
+                "job 7 is queued again, and goes on",
+            ),
+            ("RUNNING Restarts=0", "warning: cannot queue job 7 again: "),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let script = format!("[ $1 = show ] || kill -TERM $$\necho JobState={state}");
+            let turn = with_scontrol(dir.path(), &script);
+            let said = turn.end(exit::REQUEUE, "stopped", dir.path(), None, false);
+            assert!(said.as_ref().unwrap().starts_with(expected), "{said:?}");
+        }
     }
 
     #[test]

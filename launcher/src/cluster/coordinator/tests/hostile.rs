@@ -158,7 +158,7 @@ fn message() -> impl Strategy<Value = FromAgent> {
         }),
         2 => (generation(), prop_oneof![Just(0usize), Just(2), Just(100_000)], time()).prop_map(|(generation, n, at)| {
             let environment = vec![Change { name: "N".into(), before: None, after: None }];
-            FromAgent::Started { generation, pids: vec![-1; n], at, environment, containment: Default::default() }
+            FromAgent::Started { generation, pids: vec![-1; n], cores: vec!["0-".into(); n / 2], at, environment, containment: Default::default() }
         }),
         1 => (generation(), code(), text())
             .prop_map(|(generation, code, message)| FromAgent::CannotStart { generation, code, message }),
@@ -181,6 +181,7 @@ fn message() -> impl Strategy<Value = FromAgent> {
             FromAgent::Inspected { generation, looks: vec![look; n], ras: Some(ras::Answer::default()), more }
         }),
         1 => code().prop_map(|signal| FromAgent::Signal { signal }),
+        1 => code().prop_map(|signal| FromAgent::StepSignal { signal }),
         1 => text().prop_map(|text| FromAgent::Notice { text }),
     ]
 }

@@ -58,6 +58,7 @@ fn own(memory_gbyte_s: f64) -> OwnNode {
         memory_gbyte_s: Some(memory_gbyte_s),
         loopback_gbit_s: Some(20.0),
         all_reduce_gb_s: None,
+        links: [("eth0".into(), 10_000)].into(),
         findings: Vec::new(),
     }
 }
@@ -262,6 +263,27 @@ fn a_failure_without_a_culprit_ends_the_job_and_a_slow_one_does_not() {
     let text =
         "warning: n1 and n2 did badly together, and each well with another node: 1.00 Gbit/s";
     assert!(scene.notices().contains(text), "{}", scene.notices());
+}
+
+/// Each is the other's only yardstick, but for what the kernel says of their links.
+#[test]
+fn two_nodes_that_are_both_slow_are_told_and_start_all_the_same() {
+    for (gbit_s, told) in [(2.6, false), (0.94, true)] {
+        let mut scene = Scene::joined(measuring(2, 2), 2);
+        let others = match told {
+            true => scene.measure(|_| Ok(0.94)),
+            false => scene.measure(|_| Ok(2.6)),
+        };
+        assert_eq!(starts(&others), [1, 2]);
+        let text =
+            "warning: n1 and n2 reach 0.94 Gbit/s together, and eth0 on n1 is a link of 10 Gbit/s";
+        assert_eq!(
+            scene.notices().contains(text),
+            told,
+            "{gbit_s}: {}",
+            scene.notices()
+        );
+    }
 }
 
 #[test]
@@ -529,4 +551,95 @@ fn what_was_seen_without_measuring_is_told_once_and_an_error_keeps_a_node_out() 
             .contains("n1 cannot run the job: 0 bytes are free")
     );
     assert_eq!(scene.code(), Some(exit::PREFLIGHT));
+}
+
+/// An elastic job on node 1, and node 2, which joins while it runs and is asked to measure itself.
+fn newcomer() -> (Scene, Round) {
+    let mut scene = Scene::joined(measuring(1, 2), 1);
+    scene.pass(S(6));
+    assert_eq!(starts(&scene.measure(good)), [1]);
+    scene.join(2);
+    let asked = scene.asked();
+    let [(2, ToAgent::MeasureNode { round, .. })] = asked[..] else {
+        panic!("{asked:?}");
+    };
+    (scene, round)
+}
+
+#[test]
+fn a_newcomer_measures_itself_before_anybody_is_stopped_for_it() {
+    let (mut scene, round) = newcomer();
+    scene.step(3, Some(3));
+    assert_eq!(scene.was_stopped_by(1), None, "nothing is known of it yet");
+    let own = own(10.0);
+    scene.says(2, FromAgent::NodeMeasured { round, own });
+    assert_eq!(scene.asked(), [], "one that is well waits for a checkpoint");
+    scene.step(4, Some(4));
+    assert_eq!(scene.was_stopped_by(1), Some(libc::SIGUSR2));
+    scene.all_end(1, End::Code(exit::REQUEUE));
+    // In the pause only what they reach together is measured.
+    let asked = scene.asked();
+    let opens = |(_, m): &(NodeId, ToAgent)| matches!(m, ToAgent::OpenRing { .. });
+    assert!(asked.len() == 2 && asked.iter().all(opens), "{asked:?}");
+    for (id, message) in asked {
+        if let ToAgent::OpenRing { round } = message {
+            let port = Ok(id as u16);
+            scene.says(id, FromAgent::RingOpen { round, port });
+        }
+    }
+    assert_eq!(starts(&scene.measure(good)), [1, 2]);
+    assert_eq!(scene.state.generation, 1);
+}
+
+#[test]
+fn a_faulty_newcomer_disturbs_nobody() {
+    let broken = || OwnNode::failed("the copy differs");
+    let answers = [Some(broken()), None];
+    for answer in answers {
+        let (mut scene, round) = newcomer();
+        let why = match answer {
+            Some(own) => {
+                scene.says(2, FromAgent::NodeMeasured { round, own });
+                "n2: the copy differs"
+            }
+            None => {
+                scene.pass(WAIT + rounds::MARGIN);
+                "n2: it did not measure itself within"
+            }
+        };
+        let said = format!("n2 gets no ranks any more: {why}");
+        assert!(scene.notices().contains(&said), "{}", scene.notices());
+        let report = scene.reports().last().unwrap().left_out[0].clone();
+        assert!(report.must && report.why.starts_with(why), "{report:?}");
+        scene.step(4, Some(4));
+        assert_eq!(scene.was_stopped_by(1), None);
+        assert_eq!(scene.state.phase, Phase::Run);
+        // The next one has its chance.
+        scene.join(3);
+        let asked = scene.asked();
+        assert!(
+            asked
+                .iter()
+                .any(|(id, m)| *id == 3 && matches!(m, ToAgent::MeasureNode { .. })),
+            "{asked:?}"
+        );
+    }
+}
+
+#[test]
+fn a_newcomer_that_leaves_in_the_middle_is_forgotten() {
+    let (mut scene, _) = newcomer();
+    scene.lose(2);
+    scene.pass(WAIT + rounds::MARGIN + S(1));
+    assert!(
+        !scene.notices().contains("gets no ranks"),
+        "{}",
+        scene.notices()
+    );
+    scene.join(3);
+    let asked = scene.asked();
+    assert!(
+        matches!(asked[..], [(3, ToAgent::MeasureNode { .. })]),
+        "{asked:?}"
+    );
 }

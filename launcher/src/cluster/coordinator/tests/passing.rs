@@ -144,3 +144,38 @@ fn a_signal_that_is_heard_after_its_victims_explains_them() {
     scene.clean(1, ranks);
     assert_eq!(scene.code(), Some(exit::SIGNAL_BASE + USR2));
 }
+
+/// Each agent sees to its own ranks, and tells of it: with as many nodes as there are, nobody is told more.
+#[test]
+fn what_a_scheduler_sent_to_all_is_not_passed_on() {
+    let mut settings = settings(2, 2);
+    settings.job.saves = false;
+    let mut scene = Scene::running(settings, 2);
+    let (signal, generation) = (USR2, 0);
+    for node in [1, 2] {
+        scene.says(node, FromAgent::StepSignal { signal });
+    }
+    assert_eq!((scene.told(1), scene.told(2)), (vec![], vec![]));
+    // As if it had been passed on.
+    answered(&mut scene, 1, SAVED);
+    scene.clean(1, vec![asked(USR2, SAVED, 10), asked(USR2, SAVED, 10)]);
+    scene.clean(2, vec![asked(USR2, SAVED, 10), asked(USR2, SAVED, 10)]);
+    assert_eq!(scene.code(), Some(exit::REQUEUE));
+
+    // The coordinator is one of the processes, and its own agent hears of it.
+    let mut alone = super::settings(1, 1);
+    alone.job.saves = false;
+    let mut scene = Scene::new(alone);
+    let join = FromAgent::Join(Box::new(join_of("n1", WORKERS)));
+    scene.event(Event::Said {
+        node: 1,
+        local: true,
+        message: join,
+    });
+    scene.actions.clear();
+    scene.event(Event::StepSignal(signal));
+    assert_eq!(scene.told(1), [ToAgent::StepSignal { generation, signal }]);
+    // What stops the job does so wherever it comes from.
+    scene.event(Event::StepSignal(TERM));
+    assert_eq!(scene.was_stopped_by(1), Some(TERM));
+}

@@ -179,6 +179,7 @@ impl Scene {
                 FromAgent::Started {
                     generation,
                     pids: vec![1, 2, 3],
+                    cores: Vec::new(),
                     at: Duration::MAX,
                     environment: Vec::new(),
                     containment: Default::default(),

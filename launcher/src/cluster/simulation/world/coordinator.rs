@@ -143,7 +143,7 @@ impl World {
             Action::Measured(report) => self.judged(&report),
             Action::Record { .. }
             | Action::Show(_)
-            | Action::Environment(_)
+            | Action::Spawned(_)
             | Action::LeftOut(_)
             | Action::Told(_) => {}
         }
