@@ -20,6 +20,7 @@ mod measuring;
 mod member;
 mod passing;
 mod phases;
+mod reason;
 mod rounds;
 mod running;
 mod trying;
@@ -29,6 +30,7 @@ mod waiting;
 pub use ending::Ending;
 pub use left_out::Excluded;
 pub use member::{Clock, Node};
+pub use reason::Reason;
 pub use rounds::Report;
 
 use serde_json::Value;
@@ -169,6 +171,8 @@ pub enum Action {
     Spawned(Box<Spawned>),
     /// A generation is over.
     Ended(Box<Ending>),
+    /// Everybody leaves, and this is why.
+    Left(Reason),
 }
 
 /// A generation that starts.
@@ -281,6 +285,8 @@ pub struct State {
     attempt: u32,
     pub started_at: Duration,
     cause: Option<Cause>,
+    /// Who wants the job, or this generation, to end.
+    asked: Option<Reason>,
     passing: passing::Passing,
     /// Where Ctrl-C was pressed in this generation.
     interrupted: Vec<String>,
@@ -366,6 +372,7 @@ impl State {
             attempt: 0,
             started_at: now,
             cause: None,
+            asked: None,
             passing: passing::Passing::default(),
             interrupted: Vec::new(),
             pause: Duration::ZERO,

@@ -13,7 +13,7 @@ use tsm_job::config::duration::format;
 use tsm_job::exit;
 
 use super::running::rank_of;
-use super::{Action, Cause, Phase, State, record, send};
+use super::{Action, Cause, Phase, Reason, State, record, send};
 use crate::cluster::message::ToAgent;
 use crate::cluster::topology::NodeId;
 use crate::end::{End, signal_name};
@@ -131,6 +131,10 @@ impl State {
         let fields = json!({"signal": signal_name(signal), "place": place.trim_start_matches(" on "),
             "to": "the step"});
         actions.push(record("signal", fields));
+        self.asked(Reason::Signal {
+            signal,
+            place: place.into(),
+        });
         self.passing.heard(signal, now);
         let generation = self.generation;
         if place.is_empty() {

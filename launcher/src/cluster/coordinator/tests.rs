@@ -360,6 +360,14 @@ impl Scene {
             .collect()
     }
 
+    /// Why everybody left.
+    fn reason(&self) -> Option<String> {
+        self.actions.iter().find_map(|action| match action {
+            Action::Left(reason) => Some(reason.to_string()),
+            _ => None,
+        })
+    }
+
     /// The last.
     fn ending(&self) -> Ending {
         let last = self.endings().last().copied();

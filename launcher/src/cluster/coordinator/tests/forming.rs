@@ -43,6 +43,7 @@ fn hosts_that_do_not_come_are_named_before_long_and_in_the_end() {
     scene.pass(S(1));
     let text = "2 nodes (n1, n2) joined within 1m, 3 are needed; missing: n3\n  hint: ";
     assert!(scene.notices().contains(text), "{}", scene.notices());
+    assert!(scene.reason().expect("a reason").contains(text));
     assert_eq!(scene.code(), Some(exit::PREFLIGHT));
 }
 
@@ -144,7 +145,9 @@ fn a_node_that_cannot_run_the_job_ends_one_that_needs_it() {
         message: "4 GPUs, 8 are needed".into(),
     };
     scene.says(2, unfit.clone());
-    assert!(scene.notices().contains("n2 cannot run the job: 4 GPUs"));
+    let text = "n2 cannot run the job: 4 GPUs, 8 are needed";
+    assert!(scene.notices().contains(text));
+    assert_eq!(scene.reason().as_deref(), Some(text));
     assert_eq!(scene.code(), Some(exit::PREFLIGHT));
     // Where fewer nodes do, it is let go.
     settings.min_nodes = 1;
@@ -237,6 +240,12 @@ fn workers_that_cannot_be_started_end_the_job_with_the_reason_s_code() {
     );
     // No worker failed, so none is named.
     assert!(scene.endings()[0].failure.is_none());
+    let reason = "the workers on n2 cannot be started: no such directory";
+    assert_eq!(scene.reason().as_deref(), Some(reason));
+    assert_eq!(
+        scene.endings()[0].reason,
+        Some(Reason::Text(reason.to_string()))
+    );
     assert_eq!(scene.code(), Some(exit::PREFLIGHT));
 
     // Before any was started there is nothing to stop.
@@ -247,6 +256,12 @@ fn workers_that_cannot_be_started_end_the_job_with_the_reason_s_code() {
     }
     scene.says(1, cannot(exit::PREFLIGHT));
     assert_eq!(scene.exit_of(2), Some(exit::PREFLIGHT));
+    assert!(
+        scene
+            .reason()
+            .expect("a reason")
+            .starts_with("the workers on n1")
+    );
 }
 
 #[test]
