@@ -114,8 +114,12 @@ pub fn role(rank: &Rank, stderr: impl FnOnce() -> String) -> Role {
             }
         }
         Some(End::Code(exit::PEER)) => Role::LostPeer,
-        // It saved, as it was asked to.
-        Some(End::Code(exit::REQUEUE)) if rank.sent.contains(&libc::SIGUSR2) => Role::Succeeded,
+        // It saved, as it was asked to or by itself.
+        Some(End::Code(exit::REQUEUE))
+            if rank.saved_by_itself() || rank.sent.contains(&libc::SIGUSR2) =>
+        {
+            Role::Succeeded
+        }
         // After a first signal it may have written its answer to that.
         Some(End::Signal(signal)) if rank.sent.first() == Some(&signal) => {
             match tells_own_error(&stderr()) {

@@ -2,6 +2,7 @@
 
 mod course;
 pub mod description;
+pub mod earlier;
 pub mod environment;
 pub mod events;
 pub mod files;

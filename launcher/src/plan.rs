@@ -31,7 +31,7 @@ pub const RANK_VARIABLES: [&str; 10] = [
 ];
 
 /// Variables of another launcher that change how torch starts, and none of ours sets.
-pub const REMOVED_VARIABLES: [&str; 8] = [
+pub const REMOVED_VARIABLES: [&str; 9] = [
     "TORCHELASTIC_USE_AGENT_STORE",
     "TORCHELASTIC_ERROR_FILE",
     "GROUP_WORLD_SIZE",
@@ -40,6 +40,7 @@ pub const REMOVED_VARIABLES: [&str; 8] = [
     "ROLE_NAME",
     "TSM_AGENT_FD",
     "TSM_RESUME_FROM",
+    "TSM_START_FROM",
 ];
 
 const RANKS: &str = "it gives every rank its own; say how many with --gpus, --cpus and --nodes";
@@ -48,7 +49,7 @@ const STARTS: &str = "it counts the starts; --max-restarts says how many there m
 const RUN: &str = "it calls a run after its folder, which --run-dir names";
 
 /// Variables that every worker gets from the launcher, whatever else is set, and how to choose their value.
-pub const SET_VARIABLES: [(&str, &str); 19] = [
+pub const SET_VARIABLES: [(&str, &str); 20] = [
     ("RANK", RANKS),
     ("LOCAL_RANK", RANKS),
     ("WORLD_SIZE", RANKS),
@@ -70,6 +71,7 @@ pub const SET_VARIABLES: [(&str, &str); 19] = [
     ("TSM_GENERATION", STARTS),
     ("TSM_RESTART_COUNT", STARTS),
     ("TSM_RESUME_FROM", "give --resume PATH"),
+    ("TSM_START_FROM", "give --resume PATH"),
     ("TSM_AGENT_FD", "it opens a socket for every rank"),
 ];
 
@@ -246,6 +248,8 @@ pub struct Shape<'a> {
     /// A port for NCCL's status service, where there are GPUs.
     pub ras_port: Option<u16>,
     pub resume_from: Option<&'a Path>,
+    /// See [`tsm_job::WorkerEnv::start_from`].
+    pub start_from: Option<&'a Path>,
     /// Allowed cores; empty: no binding.
     pub cores: &'a [usize],
     /// Cores' worth of CPU time, which a container's quota may make fewer than `cores`.
@@ -312,6 +316,9 @@ fn environment(
     set("TSM_RESTART_COUNT", &seat.restart_count.to_string());
     if let Some(from) = shape.resume_from {
         set("TSM_RESUME_FROM", &text(from));
+    }
+    if let Some(from) = shape.start_from {
+        set("TSM_START_FROM", &text(from));
     }
     let mut default = |name: &str, value: &str| {
         if !inherited(name) {

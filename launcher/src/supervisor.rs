@@ -82,7 +82,8 @@ pub enum Action {
         rank: usize,
         end: Option<End>,
     },
-    /// Tell the coordinator that this rank ended in answer to a SIGUSR2 that was passed on, and that the others go on.
+    /// Tell the coordinator that this rank saved and ended, or has no handler for a SIGUSR2 that was passed on, and that
+    /// the others go on.
     Answered {
         rank: usize,
         end: End,
@@ -135,11 +136,18 @@ impl Rank {
         ended && self.record.is_none()
     }
 
-    /// It ended as a program does that was passed a SIGUSR2: it saved, or has no handler. Neither is a failure.
+    /// It saved, asked to or not, or it has no handler for a SIGUSR2 that it was passed. Neither is a failure.
     fn has_answered(&self) -> bool {
-        let answers = |end: End| end == End::Code(exit::REQUEUE) || end.is_by(libc::SIGUSR2);
         let was_asked = self.sent.contains(&libc::SIGUSR2);
-        was_asked && self.record.is_none() && self.end.is_some_and(answers)
+        let answers =
+            |end: End| end == End::Code(exit::REQUEUE) || (was_asked && end.is_by(libc::SIGUSR2));
+        self.record.is_none() && self.end.is_some_and(answers)
+    }
+
+    /// It saved and ended before anybody had told it to.
+    pub fn saved_by_itself(&self) -> bool {
+        let saved = self.end == Some(End::Code(exit::REQUEUE)) && self.record.is_none();
+        saved && !self.after_stop && !self.sent.contains(&libc::SIGUSR2)
     }
 
     fn note_sent(&mut self, signal: i32) {
@@ -318,17 +326,6 @@ pub fn decide(state: &mut State, events: &[Event], now: Duration) -> Vec<Action>
 fn react(state: &mut State, event: &Event, now: Duration, actions: &mut Vec<Action>) {
     match (event, state.phase) {
         (_, Phase::Finished) => {}
-        (Event::Ended { rank, end }, Phase::Running)
-            if state.saves
-                && *end == End::Code(exit::REQUEUE)
-                && state.ranks[*rank].record.is_none() =>
-        {
-            // They agree on the step among themselves: the others follow.
-            state.phase = Phase::Stopping {
-                deadline: now + state.grace,
-            };
-            state.saving = true;
-        }
         // Some of the others may be in the middle of a save: the coordinator says how long they have.
         (Event::Ended { rank, end }, Phase::Running) if state.ranks[*rank].has_answered() => {
             let (rank, end) = (*rank, *end);

@@ -143,6 +143,66 @@ fn a_killed_run_goes_on_bit_for_bit() {
     another_seed(&scene, &whole, from);
 }
 
+/// A run from the checkpoint of another one loses a rank before its own first checkpoint: started again by the launcher,
+/// or continued by hand, it goes on from the same checkpoint as before, and one that began without any from its beginning.
+#[test]
+fn a_run_without_a_checkpoint_of_its_own_goes_on_from_where_it_began() {
+    let scene = Scene::new();
+    scene.motion_set(96, 8);
+    let job = |run: &str, epochs: u64, checkpoint_steps: u64| {
+        let mut words = JOB.to_vec();
+        let epochs = format!("train.epochs={epochs}");
+        let steps = format!("train.checkpoint_steps={checkpoint_steps}");
+        words.extend([epochs.as_str(), steps.as_str()]);
+        scene.job(run, 2, &words)
+    };
+    expect(job("old", 1, 5), exit::OK);
+    let start = tensors(&scene.run("old"), STEPS_PER_EPOCH);
+    let start = start.to_str().unwrap();
+    let first_step = |run: &RunDir| run.metrics().exists() && !history(run).steps.is_empty();
+    let kill_early = |run: &str, options: &[&str]| {
+        let mut command = job(run, 2, 1000);
+        command.args(options);
+        let mut running = crate::job::start(command);
+        let run = scene.run(run);
+        running.until("a step", || first_step(&run).then_some(()));
+        assert!(
+            !run.checkpoints().exists() || events_of_checkpoints(&run).is_empty(),
+            "it had saved before it was killed"
+        );
+        kill_rank(&run, 1);
+        running.finish(crate::job::DEADLINE)
+    };
+    let origins = |run: &RunDir| {
+        let generations = json(&run.manifest())["generations"].clone();
+        let of = |g: &serde_json::Value| (g["resumed_from"].clone(), g["resumed_step"].as_u64());
+        generations
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(of)
+            .collect::<Vec<_>>()
+    };
+    let began = (start.into(), Some(STEPS_PER_EPOCH));
+
+    let outcome = kill_early("again", &["--resume", start, "--max-restarts", "2"]);
+    assert_eq!(outcome.code, exit::OK, "{}", outcome.err);
+    assert_eq!(origins(&scene.run("again")), [began.clone(), began.clone()]);
+
+    let killed = exit::SIGNAL_BASE + libc::SIGKILL;
+    assert_eq!(kill_early("by-hand", &["--resume", start]).code, killed);
+    expect(scene.resume("by-hand", &[]), exit::OK);
+    assert_eq!(origins(&scene.run("by-hand")), [began]);
+
+    assert_eq!(kill_early("anew", &[]).code, killed);
+    let outcome = expect(scene.resume("anew", &[]), exit::OK);
+    contains(&outcome.out, &["start from the beginning: "]);
+    assert_eq!(
+        origins(&scene.run("anew")),
+        [(serde_json::Value::Null, None)]
+    );
+}
+
 /// The manifest names the checkpoint from which the first start of the ranks went on.
 fn assert_resumed(run: &RunDir, step: Option<u64>) {
     let manifest = json(&run.manifest());

@@ -495,13 +495,26 @@ fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
 
 /// What `rank` of 3 makes of the folder `resume`, after so many restarts.
 fn origin(peers: &Peers, resume: &Path, restarts: u32) -> anyhow::Result<(Option<Found>, String)> {
+    origin_of(peers, (resume, None), None, restarts)
+}
+
+/// Likewise in the run folder `run`, where the run began from a checkpoint.
+fn origin_of(
+    peers: &Peers,
+    (resume, start): (&Path, Option<&Path>),
+    run: Option<&Path>,
+    restarts: u32,
+) -> anyhow::Result<(Option<Found>, String)> {
+    let text = |path: &Path| path.to_string_lossy().into_owned();
     let get = |name: &str| match name {
         "RANK" | "LOCAL_RANK" => Some(peers.rank().to_string()),
         "WORLD_SIZE" | "LOCAL_WORLD_SIZE" => Some(peers.world_size().to_string()),
         "MASTER_ADDR" => Some("127.0.0.1".into()),
         "MASTER_PORT" => Some("29500".into()),
         "TSM_RESTART_COUNT" => Some(restarts.to_string()),
-        "TSM_RESUME_FROM" => Some(resume.to_string_lossy().into_owned()),
+        "TSM_RUN_DIR" => run.map(text),
+        "TSM_RESUME_FROM" => Some(text(resume)),
+        "TSM_START_FROM" => start.map(text),
         _ => None,
     };
     let env = tsm_job::WorkerEnv::from_lookup(get)?;
@@ -564,6 +577,44 @@ fn where_no_rank_has_a_checkpoint_only_a_restart_begins_anew() {
         assert!(e.to_string().contains("it holds no step-*.json"), "{e}");
         assert_eq!(code(&e), exit::DATA);
     }
+}
+
+/// Whether it is a restart, or somebody continues the run in its folder.
+#[test]
+fn a_run_without_a_checkpoint_of_its_own_goes_on_from_where_it_began() {
+    let root = tempfile::tempdir().unwrap();
+    let (run, old) = (root.path().join("run"), root.path().join("old"));
+    fs_err::create_dir(&run).unwrap();
+    let of_old = Checkpoints::open(&old, 9).unwrap();
+    let start = of_old.save(&snapshot(9), false).unwrap();
+    let look = |start: Option<&Path>, restarts| {
+        let found = common::world(2, common::TIMEOUT, |peers| {
+            origin_of(&peers, (&run, start), Some(&run), restarts)
+                .map(|(found, notes)| (found.map(|f| f.snapshot.meta.step), notes))
+        });
+        found.into_iter().next().unwrap()
+    };
+    for (restarts, word) in [(0, "start"), (2, "restart 2")] {
+        for (start, step, place) in [
+            (None, None, "the beginning".to_string()),
+            (Some(start.as_path()), Some(9), start.display().to_string()),
+        ] {
+            let (found, notes) = look(start, restarts).unwrap();
+            assert_eq!(found, step);
+            let why = format!("{word} from {place}: {} holds no", run.display());
+            assert!(notes.starts_with(&why), "{notes}");
+        }
+        // What it began from has to be there.
+        let gone = root.path().join("gone");
+        assert_eq!(code(&look(Some(&gone), restarts).unwrap_err()), exit::DATA);
+    }
+    // Its own counts more, and one that is broken is no reason to begin anew unless it is a restart.
+    let own = Checkpoints::open(&run.join("checkpoints"), 9).unwrap();
+    let broken = own.save(&snapshot(4), false).unwrap();
+    assert_eq!(look(Some(&start), 0).unwrap().0, Some(4));
+    fs_err::write(broken, "not a tensor file").unwrap();
+    assert_eq!(code(&look(Some(&start), 0).unwrap_err()), exit::DATA);
+    assert_eq!(look(Some(&start), 1).unwrap().0, Some(9));
 }
 
 #[test]

@@ -35,6 +35,8 @@ pub struct WorkerEnv {
     pub restart_count: u32,
     /// `TSM_RESUME_FROM`: a checkpoint, or a run folder whose last valid checkpoint to take.
     pub resume_from: Option<PathBuf>,
+    /// `TSM_START_FROM`: what the run began from, where `resume_from` is its own folder, which may hold no checkpoint yet.
+    pub start_from: Option<PathBuf>,
     /// `TSM_AGENT_FD`: a Unix stream socket to the launcher, see [`crate::message`].
     pub agent_fd: Option<i32>,
 }
@@ -216,6 +218,7 @@ impl WorkerEnv {
             }
             _ => {}
         }
+        let path = |name: &str| get(name).filter(|s| !s.is_empty()).map(PathBuf::from);
         let env = WorkerEnv {
             rank,
             local_rank,
@@ -233,9 +236,8 @@ impl WorkerEnv {
             // A name that the user gave to all ranks serves where there is none.
             job_id: given.job_id.clone().or_else(|| get("TSM_RUN_ID")),
             restart_count: optional(&("TSM_RESTART_COUNT", get("TSM_RESTART_COUNT")), 0)?,
-            resume_from: get("TSM_RESUME_FROM")
-                .filter(|s| !s.is_empty())
-                .map(PathBuf::from),
+            resume_from: path("TSM_RESUME_FROM"),
+            start_from: path("TSM_START_FROM"),
             agent_fd: match get("TSM_AGENT_FD") {
                 Some(text) => Some(parsed("TSM_AGENT_FD", &text)?),
                 None => None,
@@ -325,6 +327,7 @@ mod tests {
             ("TSM_RUN_ID", "a"),
             ("TSM_RESTART_COUNT", "2"),
             ("TSM_RESUME_FROM", "runs/b"),
+            ("TSM_START_FROM", "runs/c"),
             ("TSM_AGENT_FD", "7"),
         ]))
         .unwrap();
@@ -336,6 +339,7 @@ mod tests {
         assert_eq!(env.run_dir.as_deref(), Some(Path::new("runs/a")));
         assert_eq!(env.run_id, "a");
         assert_eq!(env.resume_from.as_deref(), Some(Path::new("runs/b")));
+        assert_eq!(env.start_from.as_deref(), Some(Path::new("runs/c")));
         assert_eq!(env.agent_fd, Some(7));
     }
 

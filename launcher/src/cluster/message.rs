@@ -93,7 +93,7 @@ pub enum FromAgent {
         end: Option<End>,
         at: AgentTime,
     },
-    /// A rank ended in answer to a SIGUSR2 that was passed on: it saved, or has no handler. Its node goes on.
+    /// A rank saved and ended, or has no handler for a SIGUSR2 that was passed on. Its node goes on.
     Answered {
         generation: u32,
         local_rank: u32,
@@ -353,6 +353,8 @@ pub struct Start {
     pub restart_count: u32,
     pub max_restarts: u32,
     pub resume_from: Option<PathBuf>,
+    /// See [`tsm_job::WorkerEnv::start_from`].
+    pub start_from: Option<PathBuf>,
     pub grace: Duration,
     /// Ranks whose output the coordinator shows; `None`: all.
     pub show: Option<Vec<u32>>,

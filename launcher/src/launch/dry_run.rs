@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use tsm_job::exit;
 
-use super::prepared::run_id;
+use super::prepared::{run_id, start_from};
 use super::variables;
 use crate::cli::Args;
 use crate::plan::{self, Devices, Seat, Shape};
@@ -21,6 +21,11 @@ pub(super) fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> any
     };
     let mut seat = Seat::alone(devices.len() * args.num_nodes().max as usize);
     seat.max_restarts = args.max_restarts;
+    let is_in_place = target
+        .resume
+        .as_ref()
+        .is_some_and(|from| from.path() == dir);
+    let began = start_from(&target, &dir).filter(|_| is_in_place);
     let shape = Shape {
         devices,
         seat,
@@ -30,6 +35,7 @@ pub(super) fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> any
         master_port: None,
         ras_port: None,
         resume_from: target.resume.as_ref().map(Resume::path),
+        start_from: began.as_deref(),
         cores: &cores,
         parallelism: std::thread::available_parallelism().map_or(1, usize::from),
     };

@@ -43,13 +43,19 @@ pub fn launch(
     run_here(on_nodes(&args, target, turn, start))
 }
 
-/// Decides by what an earlier turn of the same job has left; the exit code, where there is nothing left to do.
+/// Decides by what an earlier turn of the same job has left; the exit code, where there is nothing left to do. A
+/// checkpoint on the command line counts until the run has a folder.
 fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
-    if args.run_dir.is_some() || target.resume.is_some() {
-        return None;
-    }
-    let (root, name) = target.place();
-    let folder = std::path::absolute(turn.folder(&root, &name)).unwrap_or_default();
+    let folder = match (&args.run_dir, &target.resume) {
+        // The same in every turn.
+        (None, Some(Resume::Run(_))) => return None,
+        (Some(dir), _) => dir.clone(),
+        (None, _) => {
+            let (root, name) = target.place();
+            turn.folder(&root, &name)
+        }
+    };
+    let folder = std::path::absolute(folder).unwrap_or_default();
     match turn.entry(&folder) {
         Entry::AlreadyFinished(code) => {
             let job = turn.allocation.job;
@@ -60,11 +66,14 @@ fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
             ));
             return Some(code);
         }
-        Entry::Resume => target.resume = Some(Resume::Run(folder)),
+        Entry::Resume => {
+            args.run_dir = None;
+            target.resume = Some(Resume::Run(folder));
+        }
         Entry::Fresh if turn.allocation.restart_count > 0 => {
             let job = turn.allocation.job;
             say(format_args!(
-                "warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning\n  hint: run.dir has to be on a file system that all nodes share",
+                "warning: job {job} was queued again, but {} holds no run on this node: it starts anew\n  hint: run.dir has to be on a file system that all nodes share",
                 folder.display()
             ));
             args.run_dir = Some(folder);

@@ -1,6 +1,5 @@
 //! From what was asked for to a session that is ready to run: its folder, its settings, its screen.
 
-use anyhow::Context as _;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +18,7 @@ use crate::cluster::policy;
 use crate::console::painter::Style;
 use crate::console::screen::{Outputs, Screen};
 use crate::doctor::preflight::Scale;
-use crate::folder::Folder;
+use crate::folder::{self, Folder};
 use crate::hang::progress::Limits;
 use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
@@ -217,10 +216,11 @@ fn job(
         config: config.map(|_| text(&folder.config)).transpose()?,
         digest: String::new(),
         command: target.command(&folder.config),
-        directory: std::env::current_dir().context("the current folder is gone")?,
+        directory: folder::current()?,
         base_env: None,
         env,
         resume_from: target.resume.as_ref().map(|from| from.path().to_path_buf()),
+        start_from: start_from(target, &run_dir),
         grace: grace.unwrap_or(GRACE),
         show: match &args.show_ranks {
             Some(Show::Ranks(ranks)) => Some(ranks.clone()),
@@ -292,6 +292,15 @@ fn style(args: &Args, settings: &Settings, devices: Option<&Devices>, folder: &F
         world_size,
         shown: shown.map_or(world_size as usize, Vec::len),
         run_dir: folder.dir.clone(),
+    }
+}
+
+/// What the run in `dir` began from, in this launch or an earlier one; `None`: from the beginning.
+pub(super) fn start_from(target: &Target, dir: &Path) -> Option<PathBuf> {
+    match &target.resume {
+        Some(from) if from.path() != dir => Some(from.path().to_path_buf()),
+        Some(_) => manifest::earlier::began_from(dir),
+        None => None,
     }
 }
 

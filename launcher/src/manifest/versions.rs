@@ -39,12 +39,14 @@ pub fn of_nodes(joins: &[&Join]) -> BTreeMap<String, String> {
 /// Of what has started the launcher. Asks programs, which may take a moment.
 pub fn of_starters() -> BTreeMap<String, String> {
     let mut versions = BTreeMap::new();
-    for (name, variable, program, start) in [
-        ("slurm", "SLURM_JOB_ID", "scontrol", "slurm "),
-        ("open mpi", "OMPI_COMM_WORLD_SIZE", "mpirun", "(Open MPI) "),
-    ] {
+    type Read = fn(&str) -> Option<String>;
+    let starters: [(_, _, _, Read); 2] = [
+        ("slurm", "SLURM_JOB_ID", "scontrol", slurm),
+        ("open mpi", "OMPI_COMM_WORLD_SIZE", "mpirun", open_mpi),
+    ];
+    for (name, variable, program, read) in starters {
         if std::env::var_os(variable).is_some()
-            && let Some(version) = ask(program, start)
+            && let Some(version) = ask(program).and_then(|text| read(&text))
         {
             versions.insert(name.into(), version);
         }
@@ -52,19 +54,25 @@ pub fn of_starters() -> BTreeMap<String, String> {
     versions
 }
 
-/// The word after `start` in what `program --version` prints.
-fn ask(program: &str, start: &str) -> Option<String> {
+/// What `program --version` prints.
+fn ask(program: &str) -> Option<String> {
     let mut command = Command::new(program);
     command
         .arg("--version")
         .stdin(Stdio::null())
         .stderr(Stdio::null());
     let output = command.output().ok()?;
-    word_after(&String::from_utf8_lossy(&output.stdout), start)
+    Some(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-fn word_after(text: &str, start: &str) -> Option<String> {
-    let (_, rest) = text.split_once(start)?;
+/// Distributions add to the name: Debian's is `slurm-wlm`.
+fn slurm(text: &str) -> Option<String> {
+    let line = text.lines().find(|line| line.starts_with("slurm"))?;
+    line.split_whitespace().nth(1).map(String::from)
+}
+
+fn open_mpi(text: &str) -> Option<String> {
+    let (_, rest) = text.split_once("(Open MPI) ")?;
     rest.split_whitespace().next().map(String::from)
 }
 
@@ -105,11 +113,12 @@ mod tests {
 
     #[test]
     fn the_starters_print_their_versions_like_this() {
-        let slurm = "slurm 23.11.4\n";
-        assert_eq!(word_after(slurm, "slurm ").as_deref(), Some("23.11.4"));
+        assert_eq!(slurm("slurm 23.11.4\n").as_deref(), Some("23.11.4"));
+        assert_eq!(slurm("slurm-wlm 22.05.8\n").as_deref(), Some("22.05.8"));
+        assert_eq!(slurm("scontrol: error: no slurm.conf\n"), None);
         let mpi =
             "mpirun (Open MPI) 4.1.6\n\nReport bugs to http://www.open-mpi.org/community/help/\n";
-        assert_eq!(word_after(mpi, "(Open MPI) ").as_deref(), Some("4.1.6"));
-        assert_eq!(word_after("mpirun (PRRTE) 3.0", "(Open MPI) "), None);
+        assert_eq!(open_mpi(mpi).as_deref(), Some("4.1.6"));
+        assert_eq!(open_mpi("mpirun (PRRTE) 3.0"), None);
     }
 }

@@ -28,6 +28,7 @@ fn shape<'a>(devices: &'a Devices, cores: &'a [usize]) -> Shape<'a> {
         master_port: Some(4242),
         ras_port: Some(4243),
         resume_from: None,
+        start_from: None,
         cores,
         parallelism: 8,
     }
@@ -139,7 +140,8 @@ fn the_environment_is_torchs_and_ours() {
 fn all_that_the_launcher_sets_has_a_name() {
     let gpus = Devices::Gpus(machine(1));
     let mut shape = shape(&gpus, &[]);
-    shape.resume_from = Some(Path::new("/r/old"));
+    shape.resume_from = Some(Path::new("/r/demo"));
+    shape.start_from = Some(Path::new("/r/old"));
     let plan = workers(&shape, |_| true);
     let set = plan[0].env.iter().map(|(name, _)| name.as_str());
     // Each worker gets its socket when it is started.

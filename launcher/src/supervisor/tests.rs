@@ -146,23 +146,16 @@ fn a_signal_is_passed_on_and_stops_nothing() {
 #[test]
 fn workers_that_save_are_waited_for() {
     let saved = |rank| ended(rank, End::Code(exit::REQUEUE));
-    // Also when one rank alone was signalled, and told the others itself.
-    for order in [Some(stop(libc::SIGUSR2)), None] {
-        let by_itself = order.is_none();
-        let mut state = State::new(2, GRACE, true, false);
-        decide(
-            &mut state,
-            &[Event::Hello { rank: 0 }, Event::Hello { rank: 1 }],
-            at(0),
-        );
-        decide(&mut state, order.as_slice(), at(1));
-        assert!(decide(&mut state, &[saved(0)], at(9)).is_empty());
-        assert!(decide(&mut state, &[saved(1)], at(10)).is_empty());
-        assert_eq!(
-            (state.phase, blamed(&state).is_some()),
-            (Phase::Finished, by_itself)
-        );
-    }
+    let mut state = State::new(2, GRACE, true, false);
+    decide(
+        &mut state,
+        &[Event::Hello { rank: 0 }, Event::Hello { rank: 1 }],
+        at(0),
+    );
+    decide(&mut state, &[stop(libc::SIGUSR2)], at(1));
+    assert!(decide(&mut state, &[saved(0)], at(9)).is_empty());
+    assert!(decide(&mut state, &[saved(1)], at(10)).is_empty());
+    assert_eq!((state.phase, blamed(&state)), (Phase::Finished, None));
 }
 
 #[test]
@@ -219,14 +212,32 @@ fn shielded_workers_are_stopped_by_another_signal() {
     assert_eq!(blamed(&state), Some(0));
 }
 
+/// By its own clock, or since one rank alone was signalled and told the others itself. It is the coordinator that says
+/// how long the others may take.
 #[test]
-fn for_other_programs_75_is_a_failure_like_any() {
-    let mut state = State::new(2, GRACE, false, false);
-    let actions = decide(&mut state, &[ended(0, End::Code(exit::REQUEUE))], at(1));
-    assert_eq!(signals(&actions), [(1, libc::SIGTERM)]);
+fn who_saves_without_being_asked_stops_nobody_and_is_not_blamed() {
+    let end = End::Code(exit::REQUEUE);
+    for saves in [false, true] {
+        let of_two = || State::new(2, GRACE, saves, false);
+        let mut state = of_two();
+        let actions = decide(&mut state, &[ended(0, end)], at(1));
+        assert_eq!(actions, [Action::Answered { rank: 0, end }]);
+        assert_eq!((state.phase, state.deadline()), (Phase::Running, None));
+        // A real failure is one as always.
+        let mut failing = state.clone();
+        decide(&mut failing, &[ended(1, End::Code(17))], at(2));
+        assert_eq!(blamed(&failing), Some(1));
+        decide(&mut state, &[ended(1, End::Code(0))], at(2));
+        assert_eq!((state.phase, blamed(&state)), (Phase::Finished, None));
+        // One that was being stopped answered the stop.
+        let mut state = of_two();
+        decide(&mut state, &[ended(1, End::Code(17))], at(1));
+        decide(&mut state, &[ended(0, end)], at(2));
+        assert!(!state.ranks[0].saved_by_itself());
+        assert_eq!(blamed(&state), Some(1));
+    }
 }
 
-/// It is the coordinator that says how long the others may take.
 #[test]
 fn after_a_sigusr2_75_is_an_answer_and_so_is_a_death_by_it() {
     let signal = libc::SIGUSR2;

@@ -111,7 +111,7 @@ fn a_signal_is_heard_over_ranks_that_talk_without_end() {
     let ready = scene.path("ready").display().to_string();
     let talk = format!(
         r#"echo -n $$ > {ready}$RANK.new; mv {ready}$RANK.new {ready}$RANK
-        exec yes '{{"kind":"step","step":1,"epoch":0}}' >&$TSM_AGENT_FD"#
+        exec yes '{{"kind":"step","step":1,"epoch":1}}' >&$TSM_AGENT_FD"#
     );
     let words = ["--cpus", "4", "--run-dir", "run", "--", "bash", "-c", &talk];
     let running = start(&mut scene.command(&words));

@@ -150,19 +150,22 @@ fn sigterm_sighup_and_sigquit_stop_the_job_too() {
     }
 }
 
-/// A worker ends as at a SIGTERM, without a core dump.
+/// A worker saves as at a SIGTERM, and does not die by a signal that it does not know.
 #[test]
-fn sigquit_is_a_sigterm_to_the_workers() {
-    let scene = Scene::new();
-    let ready = scene.path("ready").display().to_string();
-    let actions = format!("--exit-on 15 0 --touch {ready}{{rank}} --hang");
-    let running = scene.start("--cpus 2", &actions);
-    scene.wait_for_pids("ready", 2);
-    running.signal(Signal::QUIT);
-    let outcome = finish(running);
-    assert_eq!(outcome.code, 131, "{}", outcome.err);
-    assert!(outcome.err.contains("SIGQUIT: stopping 2 workers"));
-    assert_eq!(scene.json("manifest.json")["ranks"][1]["end"]["code"], 0);
+fn sighup_and_sigquit_are_a_sigterm_to_the_workers() {
+    for (signal, name, code) in [(Signal::HUP, "SIGHUP", 129), (Signal::QUIT, "SIGQUIT", 131)] {
+        let scene = Scene::new();
+        let ready = scene.path("ready").display().to_string();
+        let actions = format!("--exit-on 15 0 --touch {ready}{{rank}} --hang");
+        let running = scene.start("--cpus 2", &actions);
+        scene.wait_for_pids("ready", 2);
+        running.signal(signal);
+        let outcome = finish(running);
+        assert_eq!(outcome.code, code, "{}", outcome.err);
+        let notice = format!("{name}: stopping 2 workers");
+        assert!(outcome.err.contains(&notice), "{}", outcome.err);
+        assert_eq!(scene.json("manifest.json")["ranks"][1]["end"]["code"], 0);
+    }
 }
 
 #[test]
@@ -283,6 +286,55 @@ fn who_does_not_save_within_the_grace_is_stopped_and_nobody_is_blamed() {
     assert_eq!(
         (&ends[0]["end"]["code"], &ends[1]["end"]["signal"]),
         (&75.into(), &15.into())
+    );
+    assert!(!scene.run_dir().join("failure.json").exists());
+}
+
+/// The second rank is in the middle of its save when the first ends; nobody sent a signal.
+#[test]
+fn a_program_that_saves_by_its_own_clock_is_waited_for_and_not_started_again() {
+    for (last, code) in [(75, 75), (0, 75), (17, 17)] {
+        let scene = Scene::new();
+        let script = format!(
+            r#"[ $RANK = 0 ] && exit 75
+            until grep -q answered "$TSM_RUN_DIR/events.jsonl"; do sleep 0.01; done
+            echo saved; exit {last}"#
+        );
+        let words = "--cpus=2 --max-restarts=2 --run-dir=run -- bash -c";
+        let mut words: Vec<&str> = words.split(' ').collect();
+        words.push(&script);
+        let outcome = finish(start(&mut scene.command(&words)));
+        assert_eq!(outcome.code, code, "{}", outcome.err);
+        assert_eq!(scene.log(1, "out"), b"saved\n");
+        assert!(!outcome.err.contains("rank 0 failed"), "{}", outcome.err);
+        let failed = scene.run_dir().join("failure.json").exists();
+        assert_eq!(failed, code == 17, "{}", outcome.err);
+        let generations = &scene.json("manifest.json")["generations"];
+        assert_eq!(generations.as_array().unwrap().len(), 1);
+    }
+}
+
+#[test]
+fn who_does_not_follow_one_that_saved_by_itself_is_stopped_and_the_job_is_to_be_continued() {
+    let scene = Scene::new();
+    let script = "[ $RANK = 0 ] && exit 75; exec sleep 1000";
+    let words = "--cpus=2 --max-restarts=2 --grace=300ms --run-dir=run -- bash -c";
+    let mut words: Vec<&str> = words.split(' ').collect();
+    words.push(script);
+    let outcome = finish(start(&mut scene.command(&words)));
+    assert_eq!(outcome.code, 75, "{}", outcome.err);
+    for part in [
+        "rank 0 has saved and ended: waiting up to 0.3 s for 1 other",
+        "the grace after rank 0 had saved is over",
+        "rank 0 saved and ended with code 75, rank 1 did not",
+        "stopped after ",
+    ] {
+        assert!(outcome.err.contains(part), "{part}\n{}", outcome.err);
+    }
+    let manifest = scene.json("manifest.json");
+    assert_eq!(
+        (&manifest["outcome"], &manifest["exit_code"]),
+        (&"stopped".into(), &75.into())
     );
     assert!(!scene.run_dir().join("failure.json").exists());
 }

@@ -105,6 +105,32 @@ fn a_run_folder_is_enough_to_resume() {
     assert_ne!(load(&dir.join("config.yaml")).optim.lr, 0.5);
 }
 
+/// A trainer finds both, and takes the run's own checkpoint where there is one.
+#[test]
+fn whoever_continues_a_run_is_told_what_it_began_from() {
+    let scene = scene("echo $TSM_RESUME_FROM from $TSM_START_FROM; exit $(cat code)");
+    fs_err::write(scene.path("old.safetensors"), "").unwrap();
+    fs_err::write(scene.path("code"), "9").unwrap();
+    let old = scene.path("old.safetensors").display().to_string();
+    let words = [
+        "--cpus=1",
+        "--run-dir=run",
+        "--resume=old.safetensors",
+        DEMO,
+    ];
+    assert_eq!(launch(&scene, &words).out, format!("0 | {old} from\n"));
+    let run = scene.run_dir().display().to_string();
+    for code in ["9", "0"] {
+        fs_err::write(scene.path("code"), code).unwrap();
+        let outcome = launch(&scene, &["--cpus=1", "--resume=run"]);
+        let told = format!("0 | {run} from {old}\n");
+        assert_eq!(outcome.out, told, "{}", outcome.err);
+    }
+    // A new run has a beginning of its own.
+    let words = ["--cpus=1", "--run-dir=other", "--resume=run", DEMO];
+    assert_eq!(launch(&scene, &words).out, format!("0 | {run} from\n"));
+}
+
 #[test]
 fn problems_are_found_before_anything_is_made() {
     let scene = scene("touch started");

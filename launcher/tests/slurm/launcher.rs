@@ -16,7 +16,7 @@ const LAUNCH: &str = env!("CARGO_BIN_EXE_tsm-launch");
 const TRAINER: &str = r#"#!/bin/bash
 steps="$TSM_RUN_DIR/steps-$RANK"
 n=$(cat "$steps" 2>/dev/null || echo 0)
-echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME from step $n, resume ${TSM_RESUME_FROM:-none}" >> "$TSM_RUN_DIR/starts"
+echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME from step $n, resume ${TSM_RESUME_FROM:-none}, start ${TSM_START_FROM:-none}" >> "$TSM_RUN_DIR/starts"
 trap 'echo $n > "$steps"; exit 75' USR2
 while [ "$n" -lt "$(cat goal)" ]; do
   n=$((n + 1))
@@ -121,6 +121,9 @@ fn a_job_of_two_nodes_finds_everything_by_itself() {
         (&manifest["outcome"], &manifest["world_size"]),
         (&"succeeded".into(), &4.into())
     );
+    let slurm = scene.cluster.output("scontrol", &["--version"]);
+    let version = slurm.split_whitespace().last();
+    assert_eq!(manifest["versions"]["slurm"].as_str(), version, "{slurm}");
     scene.assert_nothing_is_left();
 }
 
@@ -212,6 +215,52 @@ fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
         serde_json::from_str(&fs_err::read_to_string(run.join("manifest-1.json")).unwrap())
             .unwrap();
     assert_eq!(first["exit_code"], 75, "{said}");
+    scene.assert_nothing_is_left();
+}
+
+/// The first turn of a run was told its folder, or a checkpoint to begin from: those after it go on with the run.
+#[test]
+fn a_turn_goes_on_with_the_run_of_the_first_wherever_that_is_and_began() {
+    let Some(scene) = Scene::new("turns") else {
+        return;
+    };
+    fs_err::write(scene.dir.join("old.safetensors"), "").unwrap();
+    let old = scene.dir.join("old.safetensors").display().to_string();
+    for (words, from) in [
+        ("--run-dir own", "none"),
+        ("--resume old.safetensors", &old),
+    ] {
+        fs_err::write(scene.dir.join("goal"), "100000").unwrap();
+        let words = format!("{words} --trainer trainer --cpus 1 {DEMO}");
+        let job = scene.submit(&["--nodelist=n[3-4]"], &words);
+        let run = match words.contains("--run-dir") {
+            true => scene.dir.join("own"),
+            false => run_of(&scene, job),
+        };
+        scene.until_both_have(&run, "going");
+        let id = job.to_string();
+        scene
+            .cluster
+            .output("scancel", &["--batch", "--signal=USR2", &id]);
+        scene.until_both_have(&run, "steps");
+        fs_err::write(scene.dir.join("goal"), "0").unwrap();
+        let end = scene.cluster.wait(job);
+        let said = scene.cluster.job_output(job);
+        assert_eq!(
+            (end.state.as_str(), end.restarts),
+            ("COMPLETED", 1),
+            "{said}"
+        );
+        let starts = fs_err::read_to_string(run.join("starts")).unwrap();
+        let (first, then) = (
+            format!("resume {from}, start none"),
+            format!("resume {}, start {from}", run.display()),
+        );
+        for how in [first, then] {
+            let these = starts.lines().filter(|line| line.ends_with(&how));
+            assert_eq!(these.count(), 2, "{how}\n{starts}");
+        }
+    }
     scene.assert_nothing_is_left();
 }
 
@@ -324,7 +373,7 @@ fn a_job_that_does_not_find_its_run_again_says_so() {
     scene.cluster.output("scontrol", &["release", &id]);
     let said = scene.wait(job, "COMPLETED", 1);
     let warning = format!(
-        "warning: job {job} was queued again, but {} holds no run on this node: it starts from the beginning",
+        "warning: job {job} was queued again, but {} holds no run on this node: it starts anew",
         run.display()
     );
     assert!(said.contains(&warning), "{said}");

@@ -4,6 +4,7 @@
 use crate::checkpoint::{self, Found};
 use crate::ddp::Peers;
 use anyhow::Result;
+use std::path::Path;
 use tch::{Device, Kind, Tensor};
 use tsm_job::WorkerEnv;
 
@@ -18,28 +19,33 @@ pub struct Own {
 }
 
 /// Looks for what the launcher told this rank to go on from. Where there is nothing, others may have it; after a
-/// restart that is no error, because there may not have been a checkpoint yet.
+/// restart, and in a run that is continued in its own folder, that is no error, because there may not have been a
+/// checkpoint yet: it goes on from where the run began.
 ///
 /// # Errors
-/// A rank alone finds no usable checkpoint, though this is no restart (exit code DATA).
+/// A rank alone finds no usable checkpoint where there should be one (exit code DATA).
 pub fn look(env: &WorkerEnv) -> Result<Own> {
     let restart = env.restart_count;
+    let is_in_place = env.resume_from == env.run_dir;
     let (found, notes) = match &env.resume_from {
         None if restart == 0 => (Ok(None), Vec::new()),
         None => (
             Ok(None),
             vec![format!("restart {restart} from the beginning")],
         ),
-        Some(path) if restart == 0 => (checkpoint::find(path).map(Some), Vec::new()),
+        Some(path) if restart == 0 && !is_in_place => {
+            (checkpoint::find(path).map(Some), Vec::new())
+        }
         Some(path) => match checkpoint::find_if_any(path) {
             Ok(Ok(found)) => (Ok(Some(found)), Vec::new()),
+            // Nobody has seen yet that they are broken.
+            Ok(Err(unusable)) if restart == 0 && !unusable.is_empty() => {
+                (checkpoint::find(path).map(Some), Vec::new())
+            }
             Ok(Err(unusable)) => {
-                let why = format!(
-                    "restart {restart} from the beginning: {} holds no usable checkpoint yet",
-                    path.display()
-                );
+                let (found, why) = beginning(env, path);
                 let warnings = unusable.iter().map(|u| format!("warning: {u}"));
-                (Ok(None), warnings.chain([why]).collect())
+                (found, warnings.chain([why]).collect())
             }
             Err(e) => (Err(e), Vec::new()),
         },
@@ -49,6 +55,23 @@ pub fn look(env: &WorkerEnv) -> Result<Own> {
         found => found,
     };
     Ok(Own { found, notes })
+}
+
+/// Where the run in `folder` began, and what to tell the user about that.
+fn beginning(env: &WorkerEnv, folder: &Path) -> (Result<Option<Found>>, String) {
+    let (found, place) = match &env.start_from {
+        Some(path) => (checkpoint::find(path).map(Some), path.display().to_string()),
+        None => (Ok(None), "the beginning".into()),
+    };
+    let start = match env.restart_count {
+        0 => "start".to_string(),
+        restart => format!("restart {restart}"),
+    };
+    let folder = folder.display();
+    (
+        found,
+        format!("{start} from {place}: {folder} holds no usable checkpoint yet"),
+    )
 }
 
 /// Makes the newest checkpoint that any rank has the one of all, and says what to tell the user about it. `None`: from

@@ -4,6 +4,7 @@ use serde_json::json;
 use std::time::Duration;
 use tsm_job::exit;
 
+use super::passing::left_behind;
 use super::{Action, Cause, Phase, Reason, State, record};
 use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 use crate::clock::Utc;
@@ -12,6 +13,9 @@ use crate::end::End;
 use crate::report::{self, Failure, Place, own_words};
 use crate::status::Restart;
 use crate::supervisor::Rank;
+
+/// Why a job ends that nobody has asked to.
+const SAVED: &str = "ranks saved by themselves, to go on later";
 
 /// A generation that is over.
 #[derive(Clone, Debug)]
@@ -70,6 +74,13 @@ impl State {
             None | Some(Cause::Failure) => self.passing.blamed(&ranks).map(Cause::Signal),
             _ => None,
         };
+        let left_behind = match self.cause {
+            None | Some(Cause::Failure | Cause::Saved) if whole && self.refusal.is_none() => {
+                let were_late = self.cause == Some(Cause::Saved);
+                left_behind(&ranks, &places, were_late, self.settings.job.grace)
+            }
+            _ => None,
+        };
         let cause = by_signal.or(self.cause.clone());
         match cause.clone() {
             None | Some(Cause::Preempt | Cause::Grow) if whole && all(Rank::has_succeeded) => {}
@@ -79,8 +90,12 @@ impl State {
             Some(Cause::Signal(_)) if whole && saved => {
                 (ending.outcome, ending.code) = ("saved", exit::REQUEUE)
             }
-            None | Some(Cause::Preempt | Cause::Grow) if whole && done => {
+            None | Some(Cause::Preempt | Cause::Grow | Cause::Saved) if whole && done => {
                 (ending.outcome, ending.code) = ("saved", exit::REQUEUE);
+            }
+            None | Some(Cause::Failure | Cause::Saved) if left_behind.is_some() => {
+                (ending.outcome, ending.code) = ("stopped", exit::REQUEUE);
+                ending.verdict = left_behind;
             }
             // Not all could save in time, but the work up to the last checkpoint is there.
             Some(Cause::Preempt) if whole && !failed_by_itself(&ranks) => {
@@ -114,7 +129,10 @@ impl State {
         ending.reason = match (&self.refusal, &ending.failure) {
             (Some((_, text)), _) => Some(text.as_str().into()),
             (None, Some(failure)) => Some(headline(failure)),
-            (None, None) if matches!(ending.outcome, "stopped" | "saved") => self.who_asked(cause),
+            (None, None) if matches!(ending.outcome, "stopped" | "saved") => {
+                let saved = (ending.code == exit::REQUEUE).then_some(SAVED);
+                self.who_asked(cause).or(saved.map(Reason::from))
+            }
             (None, None) => None,
         };
         let (code, generation, outcome) = (ending.code, self.generation, ending.outcome);

@@ -268,6 +268,8 @@ impl State {
         } else {
             job.resume_from.clone()
         };
+        let is_in_place = resume_from.as_ref() == Some(&job.run_dir);
+        let start_from = job.start_from.clone().filter(|_| is_in_place);
         let common = Start {
             generation: self.generation,
             run_id: job.run_id.clone(),
@@ -288,6 +290,7 @@ impl State {
             restart_count: self.generation,
             max_restarts: self.settings.policy.max_restarts,
             resume_from: resume_from.clone(),
+            start_from,
             grace: job.grace,
             show: job.show.clone(),
             affinity: job.affinity,

@@ -105,6 +105,8 @@ pub struct Job {
     pub base_env: Option<Vec<(OsString, OsString)>>,
     pub env: Vec<(String, String)>,
     pub resume_from: Option<PathBuf>,
+    /// What the run began from, which counts as long as it holds no checkpoint of its own.
+    pub start_from: Option<PathBuf>,
     pub grace: Duration,
     pub show: Option<Vec<u32>>,
     pub affinity: bool,
@@ -243,6 +245,8 @@ pub enum Cause {
     Signal(i32),
     /// The scheduler wants the nodes back: save and end.
     Preempt,
+    /// A rank has saved and ended by itself, and the others have not followed in time.
+    Saved,
     /// Ranks that no longer step.
     Hang {
         late: Vec<u32>,

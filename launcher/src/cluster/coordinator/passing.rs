@@ -4,6 +4,9 @@
 //! - A rank that ends with 75 after a SIGUSR2 has saved. The others have the grace to do so too, counted from the signal;
 //!   then they are stopped as always. With 75 from some and 75 or 0 from the rest the job was saved, and ends with 75.
 //! - What a scheduler has sent to all processes, the ranks have: it is noted, and not sent again.
+//! - A rank that ends with 75 without a signal has saved by its own clock. The others have the grace from then on. The
+//!   job ends with 75 also where they do not follow, or only lose the one that has ended: nobody failed, and what is
+//!   saved is to be continued, by whoever started the job and not by this launcher.
 //! - A rank that dies of a signal that was passed on has no handler for it. It did not fail: whoever sent the signal
 //!   ended the job. It is not started again, and ends with 128 + the signal, which asks for no requeue.
 
@@ -14,9 +17,11 @@ use tsm_job::exit;
 
 use super::running::rank_of;
 use super::{Action, Cause, Phase, Reason, State, record, send};
+use crate::blame::{Role, role};
 use crate::cluster::message::ToAgent;
 use crate::cluster::topology::NodeId;
 use crate::end::{End, signal_name};
+use crate::report::{Place, own_words};
 use crate::supervisor::Rank;
 use crate::text::{count, ranks_named};
 
@@ -26,6 +31,8 @@ pub(super) struct Passing {
     signals: Vec<Signal>,
     /// A rank has saved: until then the others may.
     pub deadline: Option<Duration>,
+    /// The name of that rank, where nobody had told it to.
+    first: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -108,6 +115,33 @@ impl Passing {
     }
 }
 
+/// Where ranks saved and ended by themselves, and none of the others failed by itself: who did not save too, in words.
+/// `were_late`: they were stopped for that alone, and end as they can.
+pub(super) fn left_behind(
+    ranks: &[Rank],
+    places: &[Place],
+    were_late: bool,
+    grace: Duration,
+) -> Option<String> {
+    let those =
+        |of: &dyn Fn(usize) -> bool| (0..ranks.len()).filter(|&i| of(i)).collect::<Vec<_>>();
+    let saved = those(&|i| ranks[i].saved_by_itself());
+    let others = those(&|i| !ranks[i].is_well());
+    let failed = |i: &usize| {
+        let obeyed = were_late && ranks[*i].after_stop;
+        !obeyed && role(&ranks[*i], || own_words(&places[*i])) < Role::LostPeer
+    };
+    if saved.is_empty() || others.is_empty() || others.iter().any(failed) {
+        return None;
+    }
+    let (saved, others) = (ranks_named(&saved), ranks_named(&others));
+    let (code, grace) = (exit::REQUEUE, format(grace));
+    Some(format!(
+        "{saved} saved and ended with code {code}, {others} did not: what they had not saved is lost\n  \
+         hint: let all ranks save, and end within {grace} of each other (--grace)"
+    ))
+}
+
 impl State {
     pub(super) fn pass_on(&mut self, signal: i32, now: Duration, actions: &mut Vec<Action>) {
         self.passing.heard(signal, now);
@@ -144,7 +178,7 @@ impl State {
         }
     }
 
-    /// A rank ended in answer to a SIGUSR2, by itself.
+    /// A rank saved and ended, or ended in answer to a SIGUSR2.
     pub(super) fn answered(
         &mut self,
         id: NodeId,
@@ -159,17 +193,18 @@ impl State {
         };
         let fields = json!({"generation": self.generation, "rank": rank, "end": end});
         actions.push(record("answered", fields));
-        // Whoever told it to save wants the nodes back.
+        // Whoever told it to save wants the nodes back; one that saved by itself asks for a later start.
         self.last = true;
-        let heard = self.passing.find(libc::SIGUSR2);
-        let (Some(heard), None) = (heard, self.passing.deadline) else {
+        if self.passing.deadline.is_some() {
             return;
-        };
+        }
         let grace = self.settings.job.grace;
+        let heard = self.passing.find(libc::SIGUSR2);
         // Where the first rank took longer than the grace, the others may too.
-        let by_now = now >= heard.last + grace;
-        let deadline = grace + if by_now { now } else { heard.last };
+        let asked = heard.map(|heard| heard.last).filter(|&at| now < at + grace);
+        let deadline = grace + asked.unwrap_or(now);
         self.passing.deadline = Some(deadline);
+        self.passing.first = heard.is_none().then(|| self.name(rank));
         let others = self.world_size().saturating_sub(1) as usize;
         if end == End::Code(exit::REQUEUE) && others > 0 {
             let (name, others) = (self.name(rank), count(others, "other"));
@@ -182,10 +217,17 @@ impl State {
 
     /// The grace of those that were to save is over.
     pub(super) fn end_saving(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let (name, grace) = (signal_name(libc::SIGUSR2), format(self.settings.job.grace));
+        let (after, cause) = match &self.passing.first {
+            Some(rank) => (format!("{rank} had saved"), Cause::Saved),
+            None => {
+                let signal = libc::SIGUSR2;
+                (signal_name(signal), Cause::Signal(signal))
+            }
+        };
+        let grace = format(self.settings.job.grace);
         actions.push(Action::Notice(format!(
-            "the grace after {name} is over: stopping those that still run, grace {grace}"
+            "the grace after {after} is over: stopping those that still run, grace {grace}"
         )));
-        self.stop(Cause::Signal(libc::SIGUSR2), libc::SIGTERM, now, actions);
+        self.stop(cause, libc::SIGTERM, now, actions);
     }
 }

@@ -303,9 +303,10 @@ impl State {
                     "{name}{place}: stopping {ranks}{again}"
                 )));
                 self.interrupted = vec![place.into()];
-                // Workers are seldom ready for Ctrl-\, and would dump their memory.
+                // Workers that save when they are asked to end seldom know of a terminal that is closed or of Ctrl-\,
+                // which would also dump their memory.
                 let told = match signal {
-                    libc::SIGQUIT => libc::SIGTERM,
+                    libc::SIGHUP | libc::SIGQUIT => libc::SIGTERM,
                     signal => signal,
                 };
                 self.stop(Cause::Signal(signal), told, now, actions);
@@ -356,7 +357,7 @@ impl State {
     pub(super) fn end_by(&mut self, cause: Cause) {
         let killed = cause == Cause::Signal(libc::SIGINT);
         if matches!(self.cause, Some(Cause::Grow | Cause::Hang { .. }))
-            || (killed && self.cause == Some(Cause::Preempt))
+            || (killed && matches!(self.cause, Some(Cause::Preempt | Cause::Saved)))
         {
             self.cause = Some(cause);
         }

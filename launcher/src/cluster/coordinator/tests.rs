@@ -47,6 +47,7 @@ pub(in crate::cluster) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
             base_env: None,
             env: Vec::new(),
             resume_from: None,
+            start_from: None,
             grace: GRACE,
             show: None,
             affinity: false,

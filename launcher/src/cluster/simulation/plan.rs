@@ -24,6 +24,8 @@ pub enum How {
 #[derive(Clone, Debug)]
 pub enum Fault {
     RankEnds(usize, How),
+    /// It saves by its own clock, and ends.
+    RankSaves(usize),
     RankHangs(usize),
     AgentKilled(usize),
     /// SIGSTOP, and SIGCONT after this time.
@@ -58,6 +60,8 @@ pub enum Expected {
     Rank(u32, i32),
     Node(String),
     Late(u32),
+    /// There is none: the job was saved.
+    Saved,
 }
 
 #[derive(Clone, Debug)]
@@ -238,7 +242,7 @@ impl Fault {
         let pick = random.below(100);
         let time = random.pick(&[200, 1200, 1600, 2200, 5000, 9000]);
         let time = Duration::from_millis(time) + random.ms(0, 400);
-        match random.below(20) {
+        match random.below(21) {
             0..=3 => Fault::RankEnds(pick, How::any(random)),
             4 => Fault::RankHangs(pick),
             5 => Fault::AgentKilled(pick),
@@ -266,6 +270,7 @@ impl Fault {
             17 => Fault::Arrives(random.chance(50).then_some(pick)),
             18 if random.chance(30) => Fault::Broken(pick),
             18 => Fault::Arrives(None),
+            19 => Fault::RankSaves(pick),
             _ if random.chance(30) => Fault::Mute(pick),
             _ => Fault::RankEnds(pick, How::any(random)),
         }

@@ -72,6 +72,92 @@ fn who_saves_on_a_passed_sigusr2_has_the_grace_of_the_signal() {
     assert!(ending.verdict.unwrap().contains(why));
 }
 
+/// A program that is not ours ends by its own clock: no signal was passed on.
+fn by_itself(num_nodes: u32) -> Scene {
+    let mut settings = settings(num_nodes, num_nodes);
+    settings.job.saves = false;
+    settings.policy.max_restarts = 2;
+    let mut scene = Scene::running(settings, num_nodes.into());
+    scene.pass(S(1));
+    answered(&mut scene, 1, SAVED);
+    scene
+}
+
+#[test]
+fn who_saves_by_itself_gives_the_others_the_grace_and_is_not_started_again() {
+    let well = |ms| vec![rank(SAVED, ms), rank(End::Code(0), ms)];
+    let mut scene = by_itself(2);
+    scene.clean(1, well(1000));
+    let notice = "rank 0 on n1 has saved and ended: waiting up to 5.0 s for 3 others";
+    assert!(scene.notices().contains(notice), "{}", scene.notices());
+    scene.pass(MS(4999));
+    assert_eq!(scene.was_stopped_by(2), None);
+    scene.clean(2, well(5999));
+    assert_eq!(scene.code(), Some(exit::REQUEUE));
+    let ending = scene.ending();
+    assert_eq!((ending.outcome, ending.again), ("saved", false));
+    assert!(ending.failure.is_none() && ending.verdict.is_none());
+
+    let mut scene = by_itself(2);
+    scene.pass(S(5));
+    assert_eq!(scene.was_stopped_by(2), Some(TERM), "it had the grace");
+    assert!(
+        scene
+            .notices()
+            .contains("the grace after rank 0 on n1 had saved is over")
+    );
+    scene.clean(1, well(1000));
+    let surprised = Rank {
+        end: Some(End::Code(1)),
+        ..stopped(TERM, 6001)
+    };
+    scene.clean(2, vec![rank(SAVED, 5000), surprised]);
+    assert_eq!(scene.code(), Some(exit::REQUEUE));
+    let ending = scene.ending();
+    assert_eq!((ending.outcome, ending.again), ("stopped", false));
+    assert!(ending.failure.is_none(), "nobody failed");
+    let why = "ranks 0,2 saved and ended with code 75, rank 3 did not: what they had not saved is lost\n  \
+               hint: let all ranks save, and end within 5s of each other";
+    assert_eq!(ending.verdict.unwrap().find(why), Some(0));
+}
+
+#[test]
+fn who_only_loses_a_rank_that_saved_did_not_fail_and_who_fails_by_itself_did() {
+    for (end, code) in [(End::Code(exit::PEER), exit::REQUEUE), (End::Code(17), 17)] {
+        // Whichever the coordinator hears of first.
+        for late in [false, true] {
+            let mut scene = match late {
+                false => by_itself(2),
+                true => {
+                    let mut settings = settings(2, 2);
+                    settings.job.saves = false;
+                    Scene::running(settings, 2)
+                }
+            };
+            scene.failing(2, 0, Some(end));
+            if late {
+                answered(&mut scene, 1, SAVED);
+            }
+            scene.clean(1, vec![rank(SAVED, 1000), stopped(TERM, 1100)]);
+            scene.clean(2, vec![rank(end, 1050), stopped(TERM, 1100)]);
+            assert_eq!(scene.code(), Some(code), "{end} {late}");
+            let ending = scene.ending();
+            assert!(!ending.again);
+            let blamed = ending.failure.and_then(|failure| failure.rank);
+            assert_eq!(blamed, (code == 17).then_some(2));
+        }
+    }
+}
+
+#[test]
+fn ctrl_c_while_the_others_may_save_ends_the_job_by_it() {
+    let mut scene = by_itself(1);
+    scene.event(Event::Signal(libc::SIGINT));
+    assert_eq!(scene.was_stopped_by(1), Some(libc::SIGINT));
+    scene.clean(1, vec![rank(SAVED, 1000), stopped(libc::SIGINT, 1100)]);
+    assert_eq!(scene.code(), Some(exit::SIGNAL_BASE + libc::SIGINT));
+}
+
 #[test]
 fn a_first_save_that_took_longer_than_the_grace_gives_the_others_one() {
     let mut scene = passed_on(USR2, 1);

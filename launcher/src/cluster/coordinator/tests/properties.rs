@@ -22,6 +22,7 @@ enum Step {
     Started(NodeId),
     CannotStart(NodeId),
     Failing(NodeId, u32, Option<End>),
+    Answered(NodeId, u32, End),
     Clean(NodeId, Vec<Option<End>>),
     Inspected(NodeId),
     /// In the round with this number: itself, a port, or with others.
@@ -63,6 +64,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => node().prop_map(Step::Started),
         1 => node().prop_map(Step::CannotStart),
         2 => (node(), local(), prop::option::of(end())).prop_map(|(n, l, e)| Step::Failing(n, l, e)),
+        1 => (node(), local(), end()).prop_map(|(n, l, e)| Step::Answered(n, l, e)),
         4 => (node(), prop::collection::vec(prop::option::weighted(0.9, end()), 0..4))
             .prop_map(|(n, e)| Step::Clean(n, e)),
         1 => node().prop_map(Step::Inspected),
@@ -194,6 +196,14 @@ impl Scene {
                 },
             ),
             Step::Failing(id, local_rank, end) => self.failing(id, local_rank, end),
+            Step::Answered(id, local_rank, end) => self.says(
+                id,
+                FromAgent::Answered {
+                    generation,
+                    local_rank,
+                    end,
+                },
+            ),
             Step::Clean(id, ends) => {
                 let ranks = ends.into_iter().map(|end| Rank {
                     end,

@@ -111,12 +111,28 @@ impl World {
         }
     }
 
+    /// Nobody is blamed where a rank saved by itself, and nothing is started after it. Not where a node was being taken in
+    /// at that moment: all saved for that.
+    fn check_saved(&mut self, code: i32) {
+        let grown = self.endings.iter().any(|e| e.outcome == "grown");
+        let blamed = self.endings.iter().any(|e| e.failure.is_some());
+        let again = self.endings.last().is_some_and(|e| e.again);
+        if !grown && (blamed || again || code != exit::REQUEUE) {
+            let text = format!("a rank saved by itself: code {code}, blamed {blamed}");
+            self.fault(text);
+        }
+        self.saw("saved by itself");
+    }
+
     /// Where only one thing went wrong, that is the first failure.
     pub(super) fn check_blame(&mut self, code: i32) {
         let alone = self.plan.is_single() && !self.plan.has_bad_network();
         let Some(expected) = self.expected.clone().filter(|_| alone) else {
             return;
         };
+        if expected == Expected::Saved {
+            return self.check_saved(code);
+        }
         let failure = self.endings.iter().find_map(|e| e.failure.as_ref());
         let failure = failure.map(|f| (f.rank, f.host.clone(), f.late.clone()));
         let right = match (&expected, &failure) {
@@ -127,7 +143,7 @@ impl World {
             (Expected::Late(number), Some((_, _, late))) => *late == [*number as usize],
             // The work was done before anybody had to notice.
             (Expected::Node(_) | Expected::Late(_), None) if code == exit::OK => return,
-            (_, None) => false,
+            (Expected::Saved, _) | (_, None) => false,
         };
         if !right {
             self.fault(format!(
@@ -136,7 +152,7 @@ impl World {
         }
         let own = match expected {
             Expected::Rank(_, code) => code,
-            Expected::Node(_) | Expected::Late(_) => exit::PEER,
+            Expected::Node(_) | Expected::Late(_) | Expected::Saved => exit::PEER,
         };
         if self.plan.restarts == 0 && code != own {
             self.fault(format!("the exit code is {code}, not {own}"));

@@ -70,6 +70,12 @@ impl World {
                     }
                 }
             }
+            Fault::RankSaves(pick) => {
+                if let Some(r) = self.pick_rank(pick) {
+                    self.expect(Expected::Saved);
+                    self.rank_does(r, Do::End(End::Code(exit::REQUEUE)));
+                }
+            }
             Fault::RankHangs(pick) => {
                 if let Some(r) = self.pick_rank(pick) {
                     let (number, step) = (self.ranks[r].number, self.ranks[r].step);
