@@ -197,14 +197,17 @@ impl Running {
                 News::Said { host, line } => Event::Starter { host, line },
                 News::Ended(ended) => {
                     self.event("starter", json!({"host": ended.host, "code": ended.code}));
-                    // Later its agent's connection tells.
-                    if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }) {
+                    if matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }) {
+                        let code = ended.exit_code();
+                        let message = FromAgent::Unfit { host: ended.host, code, message: ended.message };
+                        Event::Said { node: NodeId::MAX, local: false, message }
+                    } else if let Some(killed) = ended.killed {
+                        Event::StarterKilled { host: ended.host, killed }
+                    } else {
+                        // Its agent's connection tells.
                         self.ran_at = start.elapsed();
                         return;
                     }
-                    let code = ended.exit_code();
-                    let message = FromAgent::Unfit { host: ended.host, code, message: ended.message };
-                    Event::Said { node: NodeId::MAX, local: false, message }
                 }
             },
             cause = async {

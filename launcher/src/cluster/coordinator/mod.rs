@@ -131,6 +131,8 @@ pub enum Event {
     Lost { node: NodeId, how: String },
     /// The program that starts the agent of `host` says something, as long as there is none.
     Starter { host: String, line: String },
+    /// The program that holds the agent of `host`, or of all where it is called as none of them, was killed.
+    StarterKilled { host: String, killed: String },
     /// To the coordinator itself.
     Signal(i32),
     /// The same, by a scheduler that has signalled all agents too.
@@ -473,6 +475,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         } => state.said(node, local, message, now, &mut actions),
         Event::Lost { node, how } => state.lost_connection(node, &how, now, &mut actions),
         Event::Starter { host, line } => state.waiting.heard(host, &line),
+        Event::StarterKilled { host, killed } => state.starter_killed(host, killed, now),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
         Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
         Event::Stalled(time) => state.stalled(time, now, &mut actions),

@@ -213,7 +213,7 @@ impl State {
                 let time = time.as_secs_f64();
                 format!("{how}, after the coordinator itself had not run for {time:.1} s")
             }
-            _ => how.to_string(),
+            _ => self.why_lost(&host, how, now),
         };
         actions.push(record(
             "lost",
