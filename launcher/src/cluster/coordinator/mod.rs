@@ -23,6 +23,7 @@ mod phases;
 mod reason;
 mod rounds;
 mod running;
+mod telling;
 mod trying;
 mod view;
 mod waiting;
@@ -81,6 +82,8 @@ pub struct Settings {
     pub lease: Duration,
     /// Nodes may join that nobody here has started.
     pub open: bool,
+    /// Whoever has started another node reads what is said there, on a screen or in a log of its own.
+    pub is_read: bool,
     /// Hosts on which agents were started from here; empty: it is not known who comes.
     pub hosts: Vec<String>,
     pub job: Job,

@@ -119,6 +119,7 @@ impl State {
                 actions.push(send(id, ToAgent::Tell { text }));
             }
         } else if self.settings.max_nodes > 1 && matches!(self.phase, Phase::Gather { .. }) {
+            self.tell_joined(id, "", actions);
             let (min, max) = (self.settings.min_nodes, self.settings.max_nodes);
             let of = if min == max {
                 max.to_string()
@@ -129,6 +130,7 @@ impl State {
                 "{host} joined: {here} of {of} nodes"
             )));
         } else if self.settings.max_nodes > 1 {
+            self.tell_joined(id, " as a spare, until it is needed", actions);
             actions.push(Action::Notice(format!(
                 "{host} joined: a spare until it is needed"
             )));

@@ -36,6 +36,7 @@ pub(in crate::cluster) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
         last_call: S(5),
         lease: LEASE,
         open: true,
+        is_read: false,
         hosts: Vec::new(),
         job: super::Job {
             run_id: "run".into(),

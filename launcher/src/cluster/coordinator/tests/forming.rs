@@ -48,6 +48,40 @@ fn hosts_that_do_not_come_are_named_before_long_and_in_the_end() {
 }
 
 #[test]
+fn who_has_started_another_node_by_hand_hears_what_became_of_it() {
+    let mut settings = settings(2, 2);
+    settings.is_read = true;
+    let mut scene = Scene::new(settings);
+    let (local, join) = (true, Box::new(join_of("n1", WORKERS)));
+    scene.event(Event::Said {
+        node: 1,
+        local,
+        message: FromAgent::Join(join),
+    });
+    scene.alive.insert(1);
+    scene.join(2);
+    scene.join(3);
+    let told = |scene: &mut Scene, id| -> Vec<String> {
+        let told = scene.told(id).into_iter();
+        told.filter_map(|message| match message {
+            ToAgent::Tell { text } => Some(text),
+            _ => None,
+        })
+        .collect()
+    };
+    assert!(told(&mut scene, 1).is_empty(), "the first has the notices");
+    assert_eq!(
+        told(&mut scene, 2),
+        [
+            "joined job run of n1; its output is there, in /run",
+            "this is node 1 of 2, with ranks 2-3"
+        ]
+    );
+    let spare = "joined job run of n1 as a spare, until it is needed; its output is there, in /run";
+    assert_eq!(told(&mut scene, 3), [spare]);
+}
+
+#[test]
 fn nodes_beyond_the_most_are_spares_and_fewer_start_after_a_last_call() {
     let mut scene = Scene::running(settings(2, 2), 2);
     scene.join(3);
