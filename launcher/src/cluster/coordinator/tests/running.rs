@@ -34,6 +34,7 @@ fn who_does_not_talk_runs_from_its_start_and_who_does_from_its_first_step() {
         at: scene.now,
         environment: Vec::new(),
         containment: Default::default(),
+        cores: Vec::new(),
     };
     scene.says(1, started);
     assert_eq!(states(&scene), ["running", "running"]);
