@@ -34,6 +34,7 @@ use take_up::Begin;
 /// With an exit code for whatever is wrong with the command line, the config, or the machine.
 pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     folder::current()?;
+    let args = &args.clone().settled();
     let lookup = |name: &str| std::env::var(name).ok();
     let is_told = args.rendezvous.is_some() || args.hosts.is_some() || args.hostfile.is_some();
     let adopted = if args.ignore_env || is_told {
