@@ -20,6 +20,7 @@ mod hang;
 mod manifest;
 mod output;
 mod own;
+mod pace;
 mod preflight;
 mod pytorch;
 mod races;
