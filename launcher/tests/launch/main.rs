@@ -17,6 +17,7 @@ mod cascade;
 mod class;
 mod contain;
 mod hang;
+mod json;
 mod manifest;
 mod output;
 mod own;
