@@ -29,4 +29,5 @@ mod refusals;
 mod resume;
 mod start;
 mod stop;
+mod terminal;
 mod trainer;
