@@ -28,6 +28,7 @@ mod races;
 mod refusals;
 mod resume;
 mod start;
+mod status;
 mod stop;
 mod terminal;
 mod trainer;
