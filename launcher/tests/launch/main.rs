@@ -12,6 +12,7 @@ mod harness;
 #[path = "../common/program.rs"]
 mod program;
 
+mod again;
 mod all_reduce;
 mod cascade;
 mod class;
