@@ -20,6 +20,7 @@ mod contain;
 mod hang;
 mod json;
 mod manifest;
+mod memory;
 mod needed;
 mod output;
 mod own;
