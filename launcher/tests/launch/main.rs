@@ -17,6 +17,7 @@ mod all_reduce;
 mod cascade;
 mod class;
 mod contain;
+mod frozen;
 mod hang;
 mod json;
 mod manifest;
