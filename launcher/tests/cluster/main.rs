@@ -16,6 +16,7 @@ mod job;
 mod nodes;
 
 mod failures;
+mod hang;
 mod left_out;
 mod losses;
 mod membership;
