@@ -11,6 +11,8 @@ mod ground;
 mod harness;
 #[path = "../common/program.rs"]
 mod program;
+#[path = "../common/secret.rs"]
+mod secret;
 
 mod job;
 mod nodes;
@@ -22,6 +24,7 @@ mod losses;
 mod membership;
 mod preflight;
 mod refusals;
+mod secrecy;
 mod signals;
 mod success;
 mod tls;
