@@ -27,7 +27,7 @@ On every node:
   tsm-launch --nodes 2 --rendezvous gpu-01:29400 --key-file job.key --gpus 8 configs/ucf101.yaml
 
 Other commands, each with a --help of its own:
-  tsm-launch doctor     can this machine, or do these, run a job; what to do if not
+  tsm-launch doctor     can this machine, or these, run a job; else what to do
   tsm-launch slurm      submit a job to SLURM, or print the script for it
   tsm-launch key FILE   make the key that the nodes of --rendezvous share
 

@@ -45,6 +45,18 @@ fn refuse(e: &std::io::Error) -> Coded {
     Coded::new(exit::CANNOT_WRITE, text)
 }
 
+/// The current folder, from which everything on the command line is found.
+///
+/// # Errors
+/// [`exit::PREFLIGHT`] when it was removed, or cannot be looked at.
+pub fn current() -> Result<PathBuf, Coded> {
+    std::env::current_dir().map_err(|e| {
+        let text =
+            format!("the current folder is gone: {e}\n  hint: change to one that is there (cd)");
+        Coded::new(exit::PREFLIGHT, text)
+    })
+}
+
 impl Folder {
     /// Makes a folder that did not exist, also when several launchers start in the same second.
     ///

@@ -20,7 +20,7 @@ use crate::start::adopt::{self, Adopted, Kind};
 use crate::start::slurm::{Allocation, Place};
 use crate::start::{orphan, run_here, ssh};
 use crate::target::Target;
-use crate::{gpus, plan};
+use crate::{folder, gpus, plan};
 
 use dry_run::{dry_run, run_dir, show};
 use node::Node;
@@ -31,6 +31,7 @@ use prepared::prepare;
 /// # Errors
 /// With an exit code for whatever is wrong with the command line, the config, or the machine.
 pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
+    folder::current()?;
     let lookup = |name: &str| std::env::var(name).ok();
     let is_told = args.rendezvous.is_some() || args.hosts.is_some() || args.hostfile.is_some();
     let adopted = if args.ignore_env || is_told {

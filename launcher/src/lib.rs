@@ -120,10 +120,16 @@ fn run<A: Parser>(what: impl FnOnce(&A) -> anyhow::Result<i32>, skip: usize) -> 
     let mut argv: Vec<_> = std::env::args_os().collect();
     let skipped = 1..(1 + skip).min(argv.len());
     argv.drain(skipped);
-    let args = match A::try_parse_from(argv) {
+    let args = match A::try_parse_from(&argv) {
         Ok(args) => args,
         Err(e) => {
             let _ = e.print();
+            // `train.py --lr 1`: what is not known is an option of the program.
+            let is_unknown = e.kind() == clap::error::ErrorKind::UnknownArgument;
+            let mut words = argv.iter().skip(1).take_while(|word| *word != "--");
+            if let Some(text) = words.find_map(|w| target::not_a_config(w).filter(|_| is_unknown)) {
+                say::tell(format_args!("error: {text}"));
+            }
             return to_exit_code(if e.use_stderr() {
                 exit::USAGE
             } else {

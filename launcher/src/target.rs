@@ -66,7 +66,10 @@ impl Target {
             });
         }
         let config = match (&args.config, &resume) {
-            (Some(path), _) => path.clone(),
+            (Some(path), _) => match not_a_config(path.as_os_str()) {
+                Some(text) => bail!(Coded::new(exit::USAGE, text)),
+                None => path.clone(),
+            },
             (None, Some(Resume::Run(dir))) => last_config(dir),
             (None, _) => bail!(Coded::new(
                 exit::USAGE,
@@ -197,6 +200,26 @@ fn last_config(dir: &Path) -> PathBuf {
     last.map_or_else(|| RunDir::new(dir).config(), numbered)
 }
 
+/// What to say of a word that stands where a config is expected, as for other launchers a program does.
+pub fn not_a_config(word: &OsStr) -> Option<String> {
+    let path = Path::new(word);
+    let is_script = path.extension().is_some_and(|e| e == "py" || e == "sh");
+    let is_missing = || !path.exists();
+    // No config is called as a program of PATH is, where there is none of that name.
+    let is_command = || path.components().count() == 1 && find_program(word).is_ok();
+    let shown = path.display();
+    if is_script || (is_missing() && is_command()) {
+        Some(format!(
+            "{shown} is a program, and stands where a config is expected\n  \
+             hint: a program comes after --: tsm-launch --gpus 8 -- python train.py --epochs 10"
+        ))
+    } else if word == "help" && is_missing() {
+        Some("there is no config called help\n  hint: tsm-launch --help says what there is".into())
+    } else {
+        None
+    }
+}
+
 /// Looks a program up as a shell does, so that a missing one is known before anything starts.
 ///
 /// # Errors
@@ -242,6 +265,18 @@ mod tests {
             find_program(text.path().as_os_str()).is_err(),
             "a file that is no program"
         );
+    }
+
+    #[test]
+    fn a_program_where_a_config_is_expected_is_told_where_it_belongs() {
+        for word in ["train.py", "./run.sh", "sh"] {
+            let text = not_a_config(word.as_ref()).unwrap();
+            assert!(text.contains("comes after --"), "{text}");
+        }
+        assert!(not_a_config("help".as_ref()).unwrap().contains("--help"));
+        for word in ["a.yaml", "configs/sh", "no-such-program", "optim.lr=0.1"] {
+            assert_eq!(not_a_config(word.as_ref()), None);
+        }
     }
 
     #[test]

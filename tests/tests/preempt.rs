@@ -217,6 +217,12 @@ fn the_launcher_hears_how_a_rank_gets_on() {
     let loss = metric("loss").unwrap();
     assert!((1.5..3.5).contains(&loss), "{loss}");
     assert!(metric("lr").unwrap() > 0.0 && metric("clips_per_s").unwrap() > 0.0);
+    // As its own lines and files count them.
+    for message in &told {
+        if let WorkerMessage::Step { step, epoch, .. } = message {
+            assert_eq!(u64::from(*epoch), 1 + (step - 1) / STEPS_PER_EPOCH);
+        }
+    }
     let work = |rank: &Rank| -> Vec<f64> {
         let work = |m: WorkerMessage| match m {
             WorkerMessage::Step { work_ms, .. } => Some(work_ms.expect("known on a CPU")),

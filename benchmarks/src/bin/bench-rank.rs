@@ -86,7 +86,7 @@ fn main() {
     // Who made a step may be started again.
     link.send(&WorkerMessage::Step {
         step: 1,
-        epoch: 0,
+        epoch: 1,
         work_ms: None,
     });
     if let Some(lines) = lines {

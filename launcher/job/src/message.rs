@@ -26,6 +26,7 @@ pub enum WorkerMessage {
     /// An optimizer step was finished.
     Step {
         step: u64,
+        /// The one that the step belongs to; the first is 1.
         epoch: u32,
         /// Milliseconds of this rank's own work, by which a straggler differs although all ranks
         /// take the same time for a step: from the start of the step, the wait for its data

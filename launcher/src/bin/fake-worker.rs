@@ -144,7 +144,7 @@ fn main() {
             }
             "--step" => link.send(&WorkerMessage::Step {
                 step: number(next()) as u64,
-                epoch: 0,
+                epoch: 1,
                 work_ms: None,
             }),
             "--work" => {

@@ -1,6 +1,5 @@
 //! From what was asked for to a session that is ready to run: its folder, its settings, its screen.
 
-use anyhow::Context as _;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +18,7 @@ use crate::cluster::policy;
 use crate::console::painter::Style;
 use crate::console::screen::{Outputs, Screen};
 use crate::doctor::preflight::Scale;
-use crate::folder::Folder;
+use crate::folder::{self, Folder};
 use crate::hang::progress::Limits;
 use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
@@ -217,7 +216,7 @@ fn job(
         config: config.map(|_| text(&folder.config)).transpose()?,
         digest: String::new(),
         command: target.command(&folder.config),
-        directory: std::env::current_dir().context("the current folder is gone")?,
+        directory: folder::current()?,
         base_env: None,
         env,
         resume_from: target.resume.as_ref().map(|from| from.path().to_path_buf()),

@@ -4,6 +4,7 @@ use fs_err::File;
 use rustix::fs::fstat;
 use std::io::{Error, ErrorKind};
 use std::time::Duration;
+use tsm_job::exit::{self, Coded};
 
 /// Between two looks for the folder.
 const LOOK: Duration = Duration::from_secs(2);
@@ -75,6 +76,13 @@ impl Keep {
     }
 }
 
+/// A node that cannot write in the run folder runs nothing.
+pub fn refuse(e: &Error) -> Coded {
+    let hint = remedy(e.kind());
+    let text = format!("cannot write to the run folder: {e}\n  hint: {hint}");
+    Coded::new(exit::CANNOT_WRITE, text)
+}
+
 /// What may help where files cannot be written.
 pub fn remedy(kind: ErrorKind) -> &'static str {
     match kind {
@@ -82,6 +90,12 @@ pub fn remedy(kind: ErrorKind) -> &'static str {
         ErrorKind::QuotaExceeded => "free some space, or have the quota raised",
         ErrorKind::FileTooLarge => {
             "raise the limit of file size: ulimit -f, fsize in /etc/security/limits.conf, LimitFSIZE= of systemd"
+        }
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "let this user write there on every node of the job, or give another --run-dir"
+        }
+        ErrorKind::IsADirectory | ErrorKind::NotADirectory => {
+            "move away what stands there, or give another --run-dir"
         }
         ErrorKind::NotFound => "the run folder was removed while the job ran",
         _ => "see whether that disk or its file server is there and takes what is written",

@@ -133,7 +133,7 @@ fn ranks(page: &mut Page, ranks: &[RankStatus]) {
         ("tsm_rank_step", "Optimizer steps finished.", |r| {
             r.step.map(|s| s as f64)
         }),
-        ("tsm_rank_epoch", "Epoch of the last step.", |r| {
+        ("tsm_rank_epoch", "Epoch of the last step, from 1.", |r| {
             r.epoch.map(f64::from)
         }),
         ("tsm_rank_step_age_seconds", "Since the last step.", |r| {

@@ -53,9 +53,10 @@ pub struct RankStatus {
     pub host: String,
     pub device: String,
     pub pid: i32,
-    /// `starting`, `running`, `slow`, `late`, `ended`.
+    /// `starting`, `running`, `slow`, `late`, `ended`. A program that does not talk to the launcher runs from its start.
     pub state: String,
     pub step: Option<u64>,
+    /// The first is 1.
     pub epoch: Option<u32>,
     pub section: Option<String>,
     /// Since its last step, where it has made one.

@@ -105,6 +105,56 @@ fn a_program_or_checkpoint_that_is_not_there() {
 }
 
 #[test]
+fn a_program_without_the_dashes_before_it() {
+    for words in [
+        &["--cpus", "1", "train.py"][..],
+        &["train.py", "--lr", "1"],
+        &["--nproc-per-node=8", "train.py"],
+        &["sh", "train.sh"],
+    ] {
+        let outcome = refused(words, &[]);
+        assert_eq!(outcome.code, 64, "{words:?}\n{}", outcome.err);
+        let hint = "hint: a program comes after --: tsm-launch ";
+        assert!(outcome.err.contains(hint), "{words:?}\n{}", outcome.err);
+    }
+    let outcome = refused(&["help"], &[]);
+    assert_eq!(outcome.code, 64, "{}", outcome.err);
+    assert!(outcome.err.contains("--help"), "{}", outcome.err);
+    // After the dashes it is a program's own.
+    let outcome = refused(&["--nonsense", "--", "train.py"], &[]);
+    assert!(!outcome.err.contains("is a program"), "{}", outcome.err);
+}
+
+#[test]
+fn a_current_folder_that_was_removed() {
+    let launch = env!("CARGO_BIN_EXE_tsm-launch");
+    for words in ["--cpus 1 -- true", "--cpus 1 --dry-run -- true"] {
+        let scene = Scene::new();
+        let script = format!("mkdir gone && cd gone && rmdir ../gone && exec {launch} {words}");
+        let outcome = finish(start(scene.command_of("sh").args(["-c", &script])));
+        assert_eq!(outcome.code, 69, "{}", outcome.err);
+        let text =
+            "error: the current folder is gone: No such file or directory (os error 2)\n  hint: ";
+        assert!(outcome.err.starts_with(text), "{}", outcome.err);
+    }
+}
+
+#[test]
+fn a_log_that_cannot_be_written() {
+    let scene = Scene::new();
+    let name = format!("logs/{}-1.out", tsm_launch::manifest::host());
+    let log = scene.run_dir().join(name);
+    fs_err::create_dir_all(&log).unwrap();
+    let outcome = scene.launch("--cpus 2", "--touch started --hang");
+    assert_eq!(outcome.code, 73, "{}", outcome.err);
+    let text = format!(
+        "cannot start rank 1: cannot write to the run folder: failed to open file `{}`: Is a directory (os error 21)\n  hint: move away",
+        log.display()
+    );
+    assert!(outcome.err.contains(&text), "{}", outcome.err);
+}
+
+#[test]
 fn a_config_that_is_missing_or_broken() {
     let outcome = refused(&["--cpus", "1", "none.yaml"], &[]);
     assert_eq!(outcome.code, 78, "{}", outcome.err);

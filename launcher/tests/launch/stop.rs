@@ -150,19 +150,22 @@ fn sigterm_sighup_and_sigquit_stop_the_job_too() {
     }
 }
 
-/// A worker ends as at a SIGTERM, without a core dump.
+/// A worker saves as at a SIGTERM, and does not die by a signal that it does not know.
 #[test]
-fn sigquit_is_a_sigterm_to_the_workers() {
-    let scene = Scene::new();
-    let ready = scene.path("ready").display().to_string();
-    let actions = format!("--exit-on 15 0 --touch {ready}{{rank}} --hang");
-    let running = scene.start("--cpus 2", &actions);
-    scene.wait_for_pids("ready", 2);
-    running.signal(Signal::QUIT);
-    let outcome = finish(running);
-    assert_eq!(outcome.code, 131, "{}", outcome.err);
-    assert!(outcome.err.contains("SIGQUIT: stopping 2 workers"));
-    assert_eq!(scene.json("manifest.json")["ranks"][1]["end"]["code"], 0);
+fn sighup_and_sigquit_are_a_sigterm_to_the_workers() {
+    for (signal, name, code) in [(Signal::HUP, "SIGHUP", 129), (Signal::QUIT, "SIGQUIT", 131)] {
+        let scene = Scene::new();
+        let ready = scene.path("ready").display().to_string();
+        let actions = format!("--exit-on 15 0 --touch {ready}{{rank}} --hang");
+        let running = scene.start("--cpus 2", &actions);
+        scene.wait_for_pids("ready", 2);
+        running.signal(signal);
+        let outcome = finish(running);
+        assert_eq!(outcome.code, code, "{}", outcome.err);
+        let notice = format!("{name}: stopping 2 workers");
+        assert!(outcome.err.contains(&notice), "{}", outcome.err);
+        assert_eq!(scene.json("manifest.json")["ranks"][1]["end"]["code"], 0);
+    }
 }
 
 #[test]

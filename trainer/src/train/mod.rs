@@ -443,7 +443,7 @@ impl<'a> Training<'a> {
             };
             self.link.send(&WorkerMessage::Step {
                 step: self.at.step,
-                epoch: self.at.epoch,
+                epoch: self.at.epoch + 1,
                 work_ms: work.map(|w| w.as_secs_f64() * 1e3),
             });
             let step_time = ended.elapsed();

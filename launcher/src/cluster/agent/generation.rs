@@ -18,6 +18,7 @@ use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::contain::{self, Ability, Containment};
 use crate::cores;
 use crate::doctor::kmsg;
+use crate::logs::keep;
 use crate::logs::{Finished, Logs, Shown, Sink, Source, Tail};
 use crate::machine;
 use crate::manifest::environment::{self, Change};
@@ -156,7 +157,8 @@ impl Generation {
         };
         let log = |stderr: bool| {
             let path = self.dir.log(&self.host, plan.rank, stderr);
-            File::options().create(true).append(true).open(path)
+            let file = File::options().create(true).append(true).open(path);
+            file.map_err(|e| keep::refuse(&e))
         };
         let (out_file, err_file) = (log(false)?, log(true)?);
         // Watched from before the start, so that no message is older than the watch.

@@ -9,6 +9,7 @@ use super::Setup;
 use crate::cluster::message::Start;
 use crate::cores;
 use crate::limits;
+use crate::logs::keep;
 use crate::plan::{self, Devices, REMOVED_VARIABLES, Seat, Shape, WorkerPlan};
 use crate::port::Port;
 use crate::replace::replace;
@@ -42,13 +43,13 @@ pub fn prepare(setup: &Setup, start: &Start) -> anyhow::Result<Prepared> {
         fs_err::metadata(directory).context("the working directory of the job is not here")?;
     }
     let dir = RunDir::new(&start.run_dir);
-    fs_err::create_dir_all(dir.logs()).context("cannot write to the run folder")?;
+    fs_err::create_dir_all(dir.logs()).map_err(|e| keep::refuse(&e))?;
     if let Some((name, text)) = &start.config {
         let path = dir.path().join(name);
         // Written by the coordinator where the file system is shared. A node that does not see it yet must not
         // empty it for a moment, in which ranks of other nodes read it.
         if fs_err::read_to_string(&path).map_or(true, |old| old != *text) {
-            replace(&path, text, 0o666).context("cannot write the resolved config")?;
+            replace(&path, text, 0o666).map_err(|e| keep::refuse(&e))?;
         }
     }
     let port = match start.master_port {

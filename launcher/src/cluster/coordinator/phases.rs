@@ -299,9 +299,10 @@ impl State {
                     "{name}{place}: stopping {ranks}{again}"
                 )));
                 self.interrupted = vec![place.into()];
-                // Workers are seldom ready for Ctrl-\, and would dump their memory.
+                // Workers that save when they are asked to end seldom know of a terminal that is closed or of Ctrl-\,
+                // which would also dump their memory.
                 let told = match signal {
-                    libc::SIGQUIT => libc::SIGTERM,
+                    libc::SIGHUP | libc::SIGQUIT => libc::SIGTERM,
                     signal => signal,
                 };
                 self.stop(Cause::Signal(signal), told, now, actions);

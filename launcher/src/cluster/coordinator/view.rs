@@ -115,14 +115,18 @@ impl State {
         });
         ranks
             .map(|(member, node, i, rank)| {
-                let progress = self.progress.get(&rank).unwrap_or(&none);
+                let said = self.progress.get(&rank);
+                let progress = said.unwrap_or(&none);
+                let pid = node.and_then(|n| n.pids.get(i)).copied();
+                let talks = self.settings.job.saves || said.is_some();
                 let ended = self.reports.contains_key(&member.id);
                 let state = match progress.step {
                     _ if ended || node.is_none() => "ended",
                     _ if late.contains(&rank) => "late",
                     _ if self.watch.is_slow(rank) => "slow",
-                    None => "starting",
-                    Some(_) => "running",
+                    // Of a program that says nothing more is not known.
+                    None if pid.is_none() || talks => "starting",
+                    _ => "running",
                 };
                 RankStatus {
                     rank,
@@ -131,7 +135,7 @@ impl State {
                         .and_then(|n| n.join.devices.get(i))
                         .cloned()
                         .unwrap_or_default(),
-                    pid: node.and_then(|n| n.pids.get(i)).copied().unwrap_or(0),
+                    pid: pid.unwrap_or(0),
                     state: state.into(),
                     step: progress.step,
                     epoch: progress.epoch,

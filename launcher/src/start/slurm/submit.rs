@@ -11,6 +11,7 @@ use tsm_job::exit::{self, Coded};
 use super::commands::Slurm;
 use super::job::{JobId, run_folder_name};
 use super::script::{Options, Sbatch, render};
+use crate::folder;
 use crate::own;
 use crate::say::{print, reading, tell};
 
@@ -133,7 +134,7 @@ impl Submit {
         let config = reading(&self.config, || Config::load(&self.config, &self.overrides))
             .map_err(|e| Coded::new(exit::CONFIG, e.to_string()))?;
         let program = own::path().context("cannot find this program")?;
-        let directory = std::env::current_dir().context("cannot find the current folder")?;
+        let directory = folder::current()?;
         let options = self.options(&config, &program, &directory)?;
         if self.cpus_per_gpu.is_none()
             && self.cpus.is_none()

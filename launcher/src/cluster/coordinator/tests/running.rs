@@ -19,6 +19,45 @@ fn one_node_succeeds() {
 }
 
 #[test]
+fn who_does_not_talk_runs_from_its_start_and_who_does_from_its_first_step() {
+    let mut settings = settings(1, 1);
+    settings.job.saves = false;
+    let mut scene = Scene::running(settings, 1);
+    let states = |scene: &Scene| {
+        let ranks = scene.state.snapshot(scene.now).ranks;
+        ranks.into_iter().map(|r| r.state).collect::<Vec<_>>()
+    };
+    assert_eq!(states(&scene), ["starting", "starting"]);
+    let started = FromAgent::Started {
+        generation: scene.state.generation,
+        pids: vec![10, 11],
+        at: scene.now,
+        environment: Vec::new(),
+        containment: Default::default(),
+        cores: Vec::new(),
+    };
+    scene.says(1, started);
+    assert_eq!(states(&scene), ["running", "running"]);
+    let local_rank = 1;
+    let hello = Progress {
+        local_rank,
+        ..Progress::default()
+    };
+    scene.beat(1, vec![hello.clone()]);
+    assert_eq!(states(&scene), ["running", "starting"]);
+    scene.beat(
+        1,
+        vec![Progress {
+            step: Some(1),
+            ..hello
+        }],
+    );
+    assert_eq!(states(&scene), ["running", "running"]);
+    scene.state.settings.job.saves = true;
+    assert_eq!(states(&scene), ["starting", "running"], "our trainer talks");
+}
+
+#[test]
 fn a_failed_job_has_the_code_of_the_rank_that_failed_first() {
     let killed = |signal| End::Signal(signal);
     let record = |code| Some(announced(code));
