@@ -5,6 +5,9 @@
 mod harness;
 #[path = "../common/program.rs"]
 mod program;
+#[path = "../common/secret.rs"]
+#[allow(dead_code, reason = "as above")]
+mod secret;
 mod server;
 
 use harness::{FAKE, Outcome, Running, Scene, alive, finish, parent, send, start, until};
@@ -480,4 +483,18 @@ fn a_wrong_list_of_hosts_is_refused() {
     let scene = Scene::new();
     let outcome = scene.launch("--hosts a --ssh no-such-ssh --cpus 1", "");
     assert_eq!(outcome.code, 69, "{}", outcome.err);
+}
+
+/// Neither of tsm-launch, ssh and the agents, nor of guards and workers.
+#[test]
+fn no_process_shows_the_key() {
+    let Some(hosts) = Hosts::new() else {
+        return;
+    };
+    let (running, _) = hosts.at_work();
+    ssh_of(running.pid(), "node-b");
+    assert_eq!(secret::exposed(&hosts.scene.path("")), [""; 0]);
+    running.signal(Signal::INT);
+    finish(running);
+    hosts.scene.assert_nothing_survives();
 }
