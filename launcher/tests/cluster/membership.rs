@@ -153,8 +153,16 @@ fn an_elastic_job_shrinks_and_grows() {
     assert_eq!(spawns(&job, 0), on(&["node-1", "node-2"]));
     assert_eq!(spawns(&job, 2), on(&["node-1", "node-3"]));
     let err = job.err(1);
-    let resume = "continue with: tsm-launch --cpus 2 --nodes 1:2 --rendezvous 10.77.0.1:29400 --key-file run.key --trainer trainer --resume ";
-    assert!(err.contains(resume), "{resume}");
+    let hint = err.lines().find(|line| line.contains("continue with: "));
+    let hint = hint.unwrap_or_default();
+    for part in [
+        "continue with: tsm-launch --cpus 2 --nodes 1:2 --rendezvous 10.77.0.1:29400 --key-file run.key ",
+        " --max-restarts 3 ",
+        " --trainer trainer ",
+        &format!(" --resume {}", at("run")),
+    ] {
+        assert!(hint.contains(part), "{part}\n{hint}");
+    }
     assert!(err.contains("node-3 is taken in: the workers save and start again"));
     for rank in 0..4 {
         let log = job.read(&format!(
