@@ -21,7 +21,7 @@ fn failing(culprit: u32, actions: &str) -> Option<(Vec<i32>, Value, String)> {
     assert_eq!(manifest["exit_code"], codes[0]);
     assert_eq!(job.events("exit").len(), 4);
     // On the other node only what failed, and where to read about it.
-    let words = job.err(2);
+    let words = job.end_of_err(2);
     let file = job.path("failure.json").display().to_string();
     assert!(words.starts_with(&format!("error: rank {culprit} failed first: ")));
     assert!(words.contains(" on node-2\n") && words.contains(&file));

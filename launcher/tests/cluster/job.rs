@@ -162,6 +162,16 @@ impl<'a> Job<'a> {
         fs_err::read_to_string(self.stream(n, "err")).unwrap_or_default()
     }
 
+    /// As [`Job::err`], behind what every node is told of the job and of its place in it.
+    pub fn end_of_err(&self, n: usize) -> String {
+        let is_told = |line: &&str| {
+            let told = ["tsm-launch: joined job ", "tsm-launch: this is node "];
+            told.iter().any(|start| line.starts_with(start))
+        };
+        let err = self.err(n);
+        err.split_inclusive('\n').skip_while(is_told).collect()
+    }
+
     pub fn out(&self, n: usize) -> String {
         fs_err::read_to_string(self.stream(n, "out")).unwrap_or_default()
     }

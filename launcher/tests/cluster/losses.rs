@@ -122,7 +122,7 @@ fn a_killed_coordinator_leaves_no_rank_anywhere() {
     job.signal(1, Signal::KILL);
     assert!(wait_for_death(&pids) < SOON);
     assert_eq!(job.end(), [137, exit::PEER]);
-    let err = job.err(2);
+    let err = job.end_of_err(2);
     assert!(
         err.starts_with("error: the connection to the coordinator"),
         "{err}"
@@ -142,7 +142,7 @@ fn a_stopped_agent_is_lost_and_its_guard_kills_its_ranks() {
     assert_node_2_is_named(&job, &format!("silent for {}", duration::format(LEASE)));
     job.signal(2, Signal::CONT);
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);
-    assert!(job.err(2).starts_with("error: "));
+    assert!(job.end_of_err(2).starts_with("error: "));
 }
 
 #[test]

@@ -61,7 +61,7 @@ fn every_rank_of_three_nodes_finds_the_others() {
         job.err(1)
             .contains("6 workers on 3 nodes (node-1, node-2, node-3)")
     );
-    assert_eq!((job.err(2), job.out(2)), (String::new(), String::new()));
+    assert_eq!((job.end_of_err(2), job.out(2)), Default::default());
     assert!(!job.path("failure.json").exists());
     let manifest = job.json("manifest.json");
     assert_eq!(manifest["outcome"], "succeeded", "{manifest:#}");
