@@ -145,7 +145,7 @@ fn an_elastic_job_shrinks_and_grows() {
     assert_eq!(spawns(&job, 0), on(&["node-1", "node-2"]));
     assert_eq!(spawns(&job, 2), on(&["node-1", "node-3"]));
     let err = job.err(1);
-    let resume = "continue with: tsm-launch --cpus 2 --nodes 1:2 --rendezvous 10.77.0.1:29400 --key-file run.key --trainer trainer --resume ";
+    let resume = "continue with: tsm-launch --cpus 2 --nodes 1:2 --rendezvous 10.77.0.1:29400 --key-file run.key --max-restarts 3 --node-timeout 4s --show-ranks all --trainer trainer --resume ";
     assert!(err.contains(resume), "{resume}");
     assert!(err.contains("node-3 is taken in: the workers save and start again"));
     for rank in 0..4 {
