@@ -9,7 +9,7 @@ use rustix::stdio::dup2_stdin;
 use rustix::thread::sched_setaffinity;
 use std::ffi::OsString;
 use std::io::ErrorKind;
-use std::os::fd::IntoRawFd;
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -90,7 +90,10 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
         return ExitCode::from(exit::USAGE as u8);
     };
     let agent = (agent == AGENT).then(take_agent).transpose();
-    let socket = agent.as_ref().ok().copied().flatten();
+    let socket = match &agent {
+        Ok(Some((socket, _))) => Some(*socket),
+        _ => None,
+    };
     let end = |cause: &str, code: i32, what: &str, error: std::io::Error| {
         let message = format!("cannot start {}: {what}: {error}", program.display());
         tell(format_args!("error: {message}"));
@@ -98,9 +101,10 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
         ExitCode::from(code as u8)
     };
     let fail = |what: &str, error: std::io::Error| end(UNPREPARED, exit::PREFLIGHT, what, error);
-    if let Err(e) = agent {
-        return fail("no agent socket", e);
-    }
+    let agent = match agent {
+        Ok(agent) => agent,
+        Err(e) => return fail("no agent socket", e),
+    };
     if let Err(e) = setsid() {
         return fail("no session of its own", e.into());
     }
@@ -123,6 +127,11 @@ pub fn worker(mut args: impl Iterator<Item = OsString>) -> ExitCode {
     }
     if shield == SHIELD {
         ignore_sigterm();
+    }
+    if let Some((_, agent)) = agent
+        && !is_watched(&agent)
+    {
+        return ExitCode::from(exit::PREFLIGHT as u8);
     }
     let error = exec::exec(&program, args.collect());
     let code = match error.kind() {
@@ -148,10 +157,18 @@ fn explain(socket: Option<i32>, cause: &str, code: i32, message: String) {
     AgentLink::open(socket).send(&WorkerMessage::Failure(record));
 }
 
-/// Moves the agent socket from stdin to the number that it has in the worker, and notes that for the worker.
+/// Waits until the launcher watches this worker, see [`crate::watch`]; `false` when it never will.
+fn is_watched(agent: &OwnedFd) -> bool {
+    let read = rustix::io::retry_on_intr(|| rustix::io::read(agent, &mut [0u8; 1]));
+    read.is_ok_and(|n| n == 1)
+}
+
+/// Moves the agent socket from stdin to the number that it has in the worker, and notes that for the worker. The same
+/// socket until the exec, too.
 #[expect(unsafe_code, reason = "the environment is changed before the exec")]
-fn take_agent() -> std::io::Result<i32> {
+fn take_agent() -> std::io::Result<(i32, OwnedFd)> {
     let stdin = rustix::stdio::stdin();
+    let own = fcntl_dupfd_cloexec(stdin, 3)?;
     // Where the limit of open files is lower, it gets the next that is free.
     let agent = fcntl_dupfd_cloexec(stdin, AGENT_FD).or_else(|_| fcntl_dupfd_cloexec(stdin, 3))?;
     dup2_stdin(fs_err::File::open("/dev/null")?)?;
@@ -159,7 +176,7 @@ fn take_agent() -> std::io::Result<i32> {
     let number = agent.into_raw_fd();
     // SAFETY: a shim has one thread.
     unsafe { std::env::set_var("TSM_AGENT_FD", number.to_string()) };
-    Ok(number)
+    Ok((number, own))
 }
 
 /// Both dispositions outlive the exec. SIGINT may have been ignored by a shell that started us in the background.

@@ -7,12 +7,13 @@
 //!
 //! A descriptor that is ready already keeps its place in the list: one with a message that nobody has read would be
 //! taken to have ended when that came. Each socket is therefore there twice, once for messages and once for its end.
+//! And one that is added late comes last, whenever it got ready: a worker becomes the program only when it is watched.
 
 use anyhow::Context;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::time::Timespec;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use tokio::io::Interest;
@@ -108,7 +109,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Adds the worker whose agent socket was added last.
+    /// Adds the worker whose agent socket was added last, and lets it go on to its program.
     ///
     /// # Errors
     /// As [`Self::add_agent`].
@@ -122,7 +123,12 @@ impl Watch {
             token,
             EventFlags::IN | EventFlags::ET,
         )
-        .context("cannot watch a worker")
+        .context("cannot watch a worker")?;
+        // One that has died does not hear it, and is reported like any other.
+        if let Some(mut stream) = self.agents.last().and_then(|agent| agent.stream.as_ref()) {
+            let _ = stream.write_all(b"!");
+        }
+        Ok(())
     }
 
     /// Waits until something happened; then all of it, in order, by local rank.
@@ -233,7 +239,6 @@ impl Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
     use tsm_job::message::FailureRecord;
 
     fn agent() -> (Agent, UnixStream) {

@@ -30,6 +30,7 @@ const HELP: &str = "actions:
   --fork             start a child that hangs, and print its pid
   --daemon PATH      start a process that leaves the session and its parent, ignores SIGTERM and hangs; `--touch PATH`
   --step N           report a finished step
+  --work PATH MS     report steps of MS milliseconds of its own work each, until such a file exists
   --section NAME     report what it does from now on
   --hello            greet
   --version N V      report the version V of N
@@ -53,7 +54,7 @@ fn main() {
         .and_then(|fd| fd.parse().ok());
     let link = AgentLink::open(fd);
     let mut args = std::env::args().skip(1);
-    let mut peers = Vec::new();
+    let (mut peers, mut made) = (Vec::new(), 0);
     while let Some(action) = args.next() {
         let mut next = || {
             args.next()
@@ -146,6 +147,18 @@ fn main() {
                 epoch: 1,
                 work_ms: None,
             }),
+            "--work" => {
+                let (path, ms) = (PathBuf::from(next()), number(next()));
+                while !path.exists() {
+                    made += 1;
+                    link.send(&WorkerMessage::Step {
+                        step: made,
+                        epoch: 0,
+                        work_ms: Some(ms as f64),
+                    });
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
             "--section" => link.send(&WorkerMessage::Section { name: next() }),
             "--hello" => link.send(&WorkerMessage::Hello {
                 rank,

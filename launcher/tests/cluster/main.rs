@@ -11,16 +11,20 @@ mod ground;
 mod harness;
 #[path = "../common/program.rs"]
 mod program;
+#[path = "../common/secret.rs"]
+mod secret;
 
 mod job;
 mod nodes;
 
 mod failures;
+mod hang;
 mod left_out;
 mod losses;
 mod membership;
 mod preflight;
 mod refusals;
+mod secrecy;
 mod signals;
 mod success;
 mod tls;

@@ -58,6 +58,14 @@ fn a_spare_takes_the_place_of_a_lost_node() {
     // What is written there is about the failure that was answered by a restart.
     let failure = job.json("failure.json");
     assert_eq!(failure["host"], "node-2");
+    for (n, text) in [
+        (2, "joined job run of node-1; its output is there, in "),
+        (2, "this is node 1 of 2, with ranks 2-3"),
+        (3, "joined job run of node-1 as a spare, until it is needed"),
+        (3, "this is node 1 of 2, with ranks 2-3, start 2"),
+    ] {
+        assert!(job.err(n).contains(text), "{text}");
+    }
     for text in [
         "node-3 joined: a spare until it is needed",
         "restarts left: 1",

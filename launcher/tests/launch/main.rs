@@ -12,19 +12,27 @@ mod harness;
 #[path = "../common/program.rs"]
 mod program;
 
+mod again;
 mod all_reduce;
 mod cascade;
 mod class;
 mod contain;
+mod frozen;
 mod hang;
+mod json;
 mod manifest;
+mod memory;
+mod needed;
 mod output;
 mod own;
+mod pace;
 mod preflight;
 mod pytorch;
 mod races;
 mod refusals;
 mod resume;
 mod start;
+mod status;
 mod stop;
+mod terminal;
 mod trainer;

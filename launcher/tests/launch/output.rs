@@ -422,13 +422,13 @@ fn a_run_folder_that_is_removed_is_said_while_the_job_runs() {
 }
 
 /// `tsm-launch` with its output in files: nobody reads a pipe while it runs. See [`read_err`].
-fn start_writing(scene: &Scene, words: &[&str]) -> Running {
+pub fn start_writing(scene: &Scene, words: &[&str]) -> Running {
     let mut shell = scene.command_of("sh");
     let launcher = env!("CARGO_BIN_EXE_tsm-launch");
     shell.args(["-c", r#"exec "$0" "$@" > out 2> err"#, launcher]);
     start(shell.args(words))
 }
 
-fn read_err(scene: &Scene) -> String {
+pub fn read_err(scene: &Scene) -> String {
     fs_err::read_to_string(scene.path("err")).unwrap_or_default()
 }

@@ -3,7 +3,7 @@
 use crate::ground::Bystander;
 use crate::harness::{DEADLINE, Scene, alive, finish, send, start, survivors, until};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command};
@@ -54,6 +54,8 @@ fn the_death_of_a_worker_is_heard_whatever_other_threads_start() {
         for _ in 0..30 {
             let (ours, theirs) = UnixStream::pair().unwrap();
             let (worker, _streams) = spawn(&spec, theirs).unwrap();
+            // It is watched.
+            (&ours).write_all(b"!").unwrap();
             agents.push((ours, worker));
         }
         done.store(true, Ordering::Relaxed);

@@ -3,7 +3,7 @@
 use crate::harness::{FAKE, Scene, finish, start, until};
 use std::collections::BTreeMap;
 use std::fs::Permissions;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
@@ -249,6 +249,35 @@ fn a_worker_that_cannot_be_prepared_says_so_to_its_agent() {
     assert_eq!((record.rank, record.code), (3, exit::PREFLIGHT));
     assert_eq!(record.cause, "not prepared");
     assert!(record.message.starts_with(&said), "{}", record.message);
+}
+
+/// A rank whose death the launcher cannot place among the others must not have lived.
+#[test]
+fn a_program_begins_when_it_is_watched_and_not_before() {
+    let parent = std::process::id().to_string();
+    for is_watched in [true, false] {
+        let scene = Scene::new();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let began = scene.path("began");
+        let touch = ["__worker", &parent, "", "", "", "agent", "touch"];
+        let mut shim = scene.command(&touch);
+        shim.arg(&began).stdin(OwnedFd::from(theirs));
+        let running = start(&mut shim);
+        drop(shim);
+        if is_watched {
+            ours.write_all(b"!").unwrap();
+        } else {
+            ours.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        let outcome = finish(running);
+        let code = if is_watched {
+            exit::OK
+        } else {
+            exit::PREFLIGHT
+        };
+        assert_eq!(outcome.code, code, "{}", outcome.err);
+        assert_eq!(began.exists(), is_watched);
+    }
 }
 
 #[test]

@@ -1,10 +1,17 @@
 //! Nodes that Open MPI's mpirun started, two processes of this machine in place of two nodes; and nodes that find
 //! each other by what Kubernetes puts into their environment.
 
+#[path = "../common/demo.rs"]
+mod demo;
 #[path = "../common/harness.rs"]
 #[allow(dead_code, reason = "what only the other test programs use")]
 mod harness;
 mod kubernetes;
+#[path = "../common/program.rs"]
+mod program;
+#[path = "../common/secret.rs"]
+#[allow(dead_code, reason = "as above")]
+mod secret;
 
 use harness::{FAKE, Running, Scene, alive, finish, parent, send, start, survivors};
 use rustix::process::{Pid, Signal, kill_process};
@@ -270,4 +277,22 @@ fn a_folder_that_is_not_shared_is_named() {
     ] {
         assert!(outcome.err.contains(part), "{}", outcome.err);
     }
+}
+
+#[test]
+fn no_process_shows_the_key() {
+    let scene = Scene::new();
+    let path = |name| scene.path(name).display().to_string();
+    let (pids, end) = (path("pid-"), path("end"));
+    let actions = format!("--touch {pids}{{rank}} --wait-for {end}");
+    let Some(mut command) = mpirun(&scene, "-n 2", TWO, &actions) else {
+        return;
+    };
+    let running = start(&mut command);
+    scene.wait_for_pids("pid-", 2);
+    assert_eq!(secret::exposed(&scene.path("")), [""; 0]);
+    fs_err::write(&end, "").unwrap();
+    let outcome = finish(running);
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert_nothing_is_left(&scene);
 }

@@ -339,7 +339,8 @@ impl Generation {
     /// What became of the generation. Frees the process table and lets the guard go.
     pub fn conclude(self, output: Finished) -> NodeReport {
         let mut warnings = Vec::new();
-        if output.held_open {
+        // One that is stuck holds what it had, and is named below.
+        if output.held_open && self.leftovers.stuck.is_empty() {
             warnings.push(HELD_OPEN.into());
         }
         let place = |i: usize| {

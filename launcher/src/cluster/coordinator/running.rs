@@ -64,7 +64,7 @@ impl State {
         actions.push(Action::Notice(text.clone()));
         if let Phase::Form { .. } = self.phase {
             // Nowhere else were any started.
-            return self.leave(code, Some(&text), now, actions);
+            return self.leave(code, Some(text.as_str().into()), Some(&text), now, actions);
         }
         self.reports.insert(
             id,
