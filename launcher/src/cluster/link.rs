@@ -145,7 +145,7 @@ pub type Arrival = Result<Connection, Refusal>;
 
 /// A way into a [`Hub`] for connections that did not come through its listener.
 #[derive(Clone)]
-pub struct Door(mpsc::Sender<(Arrival, oneshot::Sender<()>)>);
+pub struct Door(mpsc::Sender<ThroughDoor>);
 
 impl Door {
     /// Waits while many others are on their way in. What it returns ends when the hub has done with the connection.
@@ -163,6 +163,9 @@ struct Peer {
     _held: Option<oneshot::Sender<()>>,
 }
 
+/// What came through a [`Door`], and what is dropped with the connection.
+type ThroughDoor = (Arrival, oneshot::Sender<()>);
+
 /// The coordinator's end of all connections.
 pub struct Hub {
     /// From agents in this process.
@@ -172,10 +175,7 @@ pub struct Hub {
     remote: (mpsc::Sender<Heard>, mpsc::Receiver<Heard>),
     arrivals: (mpsc::Sender<Arrival>, mpsc::Receiver<Arrival>),
     /// As `arrivals`, through doors.
-    doors: (
-        mpsc::Sender<(Arrival, oneshot::Sender<()>)>,
-        mpsc::Receiver<(Arrival, oneshot::Sender<()>)>,
-    ),
+    doors: (mpsc::Sender<ThroughDoor>, mpsc::Receiver<ThroughDoor>),
     nodes: HashMap<NodeId, Peer>,
     next: NodeId,
 }

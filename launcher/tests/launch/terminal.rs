@@ -172,11 +172,11 @@ fn assert_left_as_it_was(bytes: &str) {
         .match_indices("\x1b[")
         .map(|(i, _)| &bytes[i..])
         .collect();
-    let colours = colours.iter().filter_map(|code| {
+    let mut colours = colours.iter().filter_map(|code| {
         let code = &code[..code.find(|c: char| c.is_ascii_alphabetic())? + 1];
         code.ends_with('m').then_some(code)
     });
-    let last = colours.last();
+    let last = colours.next_back();
     assert_eq!(last, Some("\x1b[0m"), "the colour is taken back: {bytes:?}");
 }
 
