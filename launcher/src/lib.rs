@@ -36,7 +36,7 @@ mod folder;
 mod gpus;
 pub mod hang;
 mod launch;
-mod limits;
+pub mod limits;
 mod logs;
 mod machine;
 pub mod manifest;

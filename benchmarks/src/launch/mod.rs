@@ -168,7 +168,7 @@ pub fn run(args: &Args) -> Result<()> {
     let programs = Programs::find(args.tsm_launch.clone(), args.python.clone())?;
     // A rank costs a few files, and a node one.
     let files = 4 * u64::from(args.max_ranks) + u64::from(args.max_nodes) + 256;
-    if let Err(limit) = tsm_launch::process::allow_open_files(files) {
+    if let Err(limit) = tsm_launch::limits::allow_open_files(files) {
         let text = format!(
             "needs {files} open files, and the hard limit is {limit}\n  hint: ulimit -Hn {files}, or --max-ranks"
         );
