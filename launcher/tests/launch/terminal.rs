@@ -168,25 +168,12 @@ fn assert_left_as_it_was(bytes: &str) {
         assert!(!rows.iter().any(|row| row.starts_with(view)), "{rows:#?}");
     }
     assert_eq!(rows.last().map(String::as_str), Some(""), "{rows:#?}");
-<<<<<<< HEAD
-    let colours: Vec<&str> = bytes
-        .match_indices("\x1b[")
-        .map(|(i, _)| &bytes[i..])
-        .collect();
-    let mut colours = colours.iter().filter_map(|code| {
-        let code = &code[..code.find(|c: char| c.is_ascii_alphabetic())? + 1];
-        code.ends_with('m').then_some(code)
-    });
-    let last = colours.next_back();
-    assert_eq!(last, Some("\x1b[0m"), "the colour is taken back: {bytes:?}");
-=======
     let mut codes = bytes.rmatch_indices("\x1b[").map(|(i, _)| {
         let end = bytes[i..].find(|c: char| c.is_ascii_alphabetic());
         &bytes[i..=i + end.expect("a whole code")]
     });
     let colour = codes.find(|code| code.ends_with('m'));
     assert_eq!(colour, Some("\x1b[0m"), "it is taken back: {bytes:?}");
->>>>>>> evid
 }
 
 #[test]
