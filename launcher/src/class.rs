@@ -18,6 +18,7 @@ use tsm_job::exit;
 use tsm_job::message::FailureRecord;
 
 use crate::end::End;
+use crate::start::children::HELD;
 
 /// Kinds of failure that are answered differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -157,7 +158,10 @@ pub fn classify(facts: &Facts) -> Verdict {
 
 fn lost_node(facts: &Facts) -> Option<Verdict> {
     let how = facts.node_lost?;
-    let hint = "see whether the machine is up, was taken by its scheduler, or lost its network";
+    let hint = match how.contains(HELD) {
+        true => "see who kills processes of this user on the machine where tsm-launch was started",
+        false => "see whether the machine is up, was taken by its scheduler, or lost its network",
+    };
     Some(Verdict::new(Class::NodeLost, Again::Elsewhere, how, hint))
 }
 

@@ -169,6 +169,11 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub run_dir: Option<PathBuf>,
 
+    /// Go on with the run in --run-dir where there is one, with its own config and from its own checkpoint, and do
+    /// nothing where it is finished: for a command that is given again until it succeeds.
+    #[arg(long = "continue", requires = "run_dir")]
+    pub go_on: bool,
+
     /// Continue a run folder in place, or start from a checkpoint. A program finds the path in TSM_RESUME_FROM, and
     /// makes of it what it can.
     #[arg(long, value_name = "PATH")]
@@ -231,6 +236,26 @@ pub enum Preflight {
 }
 
 impl Args {
+    /// With `--resume` the config may be left out, and the first word may be an override.
+    #[must_use]
+    pub fn settled(mut self) -> Args {
+        let is_override = |path: &PathBuf| {
+            let key = path.to_str().and_then(|word| word.split_once('='));
+            let is_key = |key: &str| {
+                let named = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.');
+                !key.is_empty() && key.chars().all(named)
+            };
+            key.is_some_and(|(key, _)| is_key(key)) && !path.exists()
+        };
+        if self.resume.is_some()
+            && let Some(word) = self.config.take_if(|path| is_override(path))
+        {
+            let word = word.to_string_lossy().into_owned();
+            self.overrides.insert(0, word);
+        }
+        self
+    }
+
     /// How many nodes, where nothing else says it.
     pub fn num_nodes(&self) -> Nodes {
         self.nodes.unwrap_or(Nodes::ONE)
@@ -508,6 +533,17 @@ mod tests {
         let args = parse("tsm-launch --cpus 2 a.yaml optim.lr=-1 --grace 500ms b=c").unwrap();
         assert_eq!(args.overrides, ["optim.lr=-1", "b=c"]);
         assert_eq!(args.grace, Some(Duration::from_millis(500)));
+        let settled = |words| parse(words).unwrap().settled();
+        let args = settled("tsm-launch --cpus 2 --resume runs/a optim.lr=-1 b=c");
+        assert_eq!((args.config, args.overrides.len()), (None, 2));
+        assert_eq!(args.overrides[0], "optim.lr=-1");
+        for words in [
+            "tsm-launch --cpus 2 optim.lr=-1",
+            "tsm-launch --cpus 2 --resume runs/a a.yaml b=c",
+            "tsm-launch --cpus 2 --resume runs/a /lr=1/a.yaml",
+        ] {
+            assert!(settled(words).config.is_some(), "{words}");
+        }
         let args = parse("tsm-launch --gpus auto -- python t.py --gpus 3 -- x").unwrap();
         assert_eq!(args.program, ["python", "t.py", "--gpus", "3", "--", "x"]);
         assert_eq!(args.config, None);

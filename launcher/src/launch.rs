@@ -6,6 +6,7 @@ mod idle;
 mod in_slurm;
 mod node;
 mod prepared;
+mod take_up;
 mod variables;
 
 use anyhow::bail;
@@ -25,6 +26,7 @@ use crate::{folder, gpus, plan};
 use dry_run::{dry_run, run_dir, show};
 use node::Node;
 use prepared::prepare;
+use take_up::Begin;
 
 /// Runs the job of `args`, or prints its plan, and returns the exit code.
 ///
@@ -32,6 +34,7 @@ use prepared::prepare;
 /// With an exit code for whatever is wrong with the command line, the config, or the machine.
 pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     folder::current()?;
+    let args = &args.clone().settled();
     let lookup = |name: &str| std::env::var(name).ok();
     let is_told = args.rendezvous.is_some() || args.hosts.is_some() || args.hostfile.is_some();
     let adopted = if args.ignore_env || is_told {
@@ -44,15 +47,19 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     }
     idle::refuse(args, adopted.as_ref(), lookup)?;
     variables::parse(&args.env, lookup)?;
-    let mut target = Target::resolve(args)?;
+    let args = &match take_up::by_option(args)? {
+        Begin::Finished(code) => return Ok(code),
+        Begin::Run(args) => args,
+    };
     orphan::end_with_mpirun();
     if !args.dry_run && !is_told && adopted.is_none() {
         // A user's own srun of one task is a node alone.
         let allocation = Allocation::from_env(lookup)?;
         if let Some(allocation) = allocation.filter(|a| !matches!(a.place, Place::Step { .. })) {
-            return in_slurm::launch(args, target, allocation, start);
+            return in_slurm::launch(args, allocation, start);
         }
     }
+    let mut target = Target::resolve(args)?;
     if let Some(plan) = ssh::Plan::new(args, &mut target)? {
         if args.dry_run {
             return show(&plan.describe(&target, &run_dir(args, &target)?));
@@ -62,7 +69,7 @@ pub fn launch(args: &Args, start: Instant) -> anyhow::Result<i32> {
     let launch = target.config().map(|config| &config.launch);
     let args = &match &adopted {
         Some(adopted) => adopted.applied_to(args, launch, || gpus::visible().len())?,
-        None => args.clone(),
+        None => (**args).clone(),
     };
     let devices = plan::devices(args.gpus.as_ref(), args.cpus, launch, gpus::visible)?;
     let nodes = args.num_nodes().max;

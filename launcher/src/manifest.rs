@@ -59,6 +59,8 @@ pub struct Manifest {
     /// its own end: `ended` then is when something was last written into the folder.
     pub outcome: &'static str,
     pub exit_code: Option<i32>,
+    /// Why it ended so, where it did not succeed.
+    pub reason: Option<String>,
     /// Of the newest generation.
     pub ranks: Vec<RankEntry>,
     /// Nodes that got no ranks from some time on.

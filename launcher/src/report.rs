@@ -108,6 +108,8 @@ pub struct Other {
     pub node_rank: usize,
     pub end: Option<End>,
     pub role: Role,
+    /// The launcher had told it to end before it did.
+    pub was_told: bool,
     /// Milliseconds after the first failure; negative where it ended before.
     pub after_ms: f64,
     /// How far that may be off, since the clocks of two nodes were compared.
@@ -254,6 +256,7 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
             None if run.home(i).is_lost => Role::NodeLost,
             _ => role(&ranks[i], || own_words(&places[i])),
         },
+        was_told: !ranks[i].sent.is_empty(),
         after_ms: match ranks[i].end {
             Some(_) => ms(ranks[i].ended_at) - ms(subject.at),
             None => ms(ranks[i].first_at) - ms(subject.at),

@@ -10,7 +10,9 @@ use tokio::sync::{oneshot, watch};
 use tsm_job::exit;
 
 use crate::clock::Utc;
-use crate::cluster::coordinator::{self, Action, Ending, Event, Launched, Phase, Settings, State};
+use crate::cluster::coordinator::{
+    self, Action, Ending, Event, Launched, Phase, Reason, Settings, State,
+};
 use crate::cluster::link::{Heard, Hub};
 use crate::cluster::message::FromAgent;
 use crate::cluster::topology::NodeId;
@@ -91,6 +93,8 @@ struct Running {
     /// SLURM is being asked why it stops the job.
     asking: Option<oneshot::Receiver<StopCause>>,
     stopped: Option<StopCause>,
+    /// The last signal to this process that another one sent, and which.
+    sender: Option<(i32, String)>,
     /// Connections that were refused.
     refused: u64,
     /// The user knows that files of the run folder cannot be written.
@@ -133,6 +137,7 @@ impl Session {
             others_first: false,
             asking: None,
             stopped: None,
+            sender: None,
             refused: 0,
             unwritten: false,
             session: self,
@@ -180,22 +185,29 @@ impl Running {
                     return;
                 }
             },
-            Caught { signal, sender } = signals.next() => match step::is_sent_to_all(sender) {
-                true => Event::StepSignal(signal),
-                false => Event::Signal(signal),
-            },
+            caught = signals.next() => {
+                let Caught { signal, sender } = caught;
+                self.sender = caught.by().map(|by| (signal, by));
+                match step::is_sent_to_all(sender) {
+                    true => Event::StepSignal(signal),
+                    false => Event::Signal(signal),
+                }
+            }
             news = self.session.children.next() => match news {
                 News::Said { host, line } => Event::Starter { host, line },
                 News::Ended(ended) => {
                     self.event("starter", json!({"host": ended.host, "code": ended.code}));
-                    // Later its agent's connection tells.
-                    if !matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }) {
+                    if matches!(self.state.phase, Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }) {
+                        let code = ended.exit_code();
+                        let message = FromAgent::Unfit { host: ended.host, code, message: ended.message };
+                        Event::Said { node: NodeId::MAX, local: false, message }
+                    } else if let Some(killed) = ended.killed {
+                        Event::StarterKilled { host: ended.host, killed }
+                    } else {
+                        // Its agent's connection tells.
                         self.ran_at = start.elapsed();
                         return;
                     }
-                    let code = ended.exit_code();
-                    let message = FromAgent::Unfit { host: ended.host, code, message: ended.message };
-                    Event::Said { node: NodeId::MAX, local: false, message }
                 }
             },
             cause = async {
@@ -249,6 +261,7 @@ impl Running {
                 Action::Told(word) => self.manifest().told(word),
                 Action::Spawned(spawned) => self.manifest().spawned(*spawned),
                 Action::Ended(ending) => self.ended(*ending),
+                Action::Left(reason) => self.left(&reason),
             }
         }
         self.publish(now);
@@ -387,6 +400,21 @@ impl Running {
                 .voice
                 .notice(&format!("{outcome} after {seconds:.1} s, exit code {code}"));
         }
+    }
+
+    /// Adds what the coordinator cannot know: who has sent a signal.
+    fn left(&mut self, reason: &Reason) {
+        let by = match (reason, &self.sender, self.stopped) {
+            (Reason::Signal { .. }, _, Some(cause)) => cause.describe().map(String::from),
+            (Reason::Signal { signal, place }, Some((sent, by)), _)
+                if signal == sent && place.is_empty() =>
+            {
+                Some(by.clone())
+            }
+            _ => None,
+        };
+        let by = by.map_or(String::new(), |by| format!(" from {by}"));
+        self.manifest().reason = Some(format!("{reason}{by}"));
     }
 
     fn report(&mut self, failure: &Failure) {

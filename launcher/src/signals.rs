@@ -23,6 +23,21 @@ pub struct Caught {
     pub sender: Option<i32>,
 }
 
+impl Caught {
+    /// `process 4711 (timeout)`; without the name where that process is gone.
+    pub fn by(self) -> Option<String> {
+        let pid = self.sender?;
+        if pid == 0 {
+            return Some("outside of this container".into());
+        }
+        let name = fs_err::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        Some(match name.trim() {
+            "" => format!("process {pid}"),
+            name => format!("process {pid} ({name})"),
+        })
+    }
+}
+
 /// The last senders, in order of [`HEARD`].
 static SENDERS: [AtomicI32; HEARD.len()] = [const { AtomicI32::new(NOBODY) }; HEARD.len()];
 const NOBODY: i32 = -1;
@@ -113,7 +128,10 @@ mod tests {
             .spawn()
             .unwrap();
         let (signal, sender) = (libc::SIGUSR1, Some(child.id() as i32));
-        assert_eq!(signals.next().await, Caught { signal, sender });
+        let caught = signals.next().await;
+        assert_eq!(caught, Caught { signal, sender });
+        // A zombie until it is waited for.
+        assert_eq!(caught.by(), Some(format!("process {} (sh)", child.id())));
         child.wait().unwrap();
     }
 

@@ -58,6 +58,16 @@ impl Target {
                 );
                 bail!(Coded::new(exit::USAGE, text));
             }
+            if let Some(Resume::Run(dir)) = &resume
+                && Config::load(&last_config(dir), &[]).is_ok()
+            {
+                let text = format!(
+                    "{} is the run of a training, which a program cannot continue\n  hint: leave out the program, or \
+                     leave out --resume: the program's run has a folder of its own then",
+                    dir.display()
+                );
+                bail!(Coded::new(exit::USAGE, text));
+            }
             let mut program = args.program.clone();
             program[0] = find_program(&program[0])?.into();
             return Ok(Target {
@@ -103,6 +113,22 @@ impl Target {
         })
     }
 
+    /// Where the runs of a command line are, and what this one is called, whether or not its files are there.
+    ///
+    /// # Errors
+    /// As [`Target::resolve`], where the config cannot be read.
+    pub fn place_of(args: &Args) -> anyhow::Result<(PathBuf, String)> {
+        match (&args.config, args.program.first()) {
+            (Some(path), None) => {
+                let config = Config::load(path, &args.overrides)
+                    .map_err(|e| Coded::new(exit::CONFIG, e.to_string()))?;
+                Ok((config.run.dir, config.run.name))
+            }
+            (None, Some(program)) => Ok(place_of_program(program)),
+            _ => Ok(Target::resolve(args)?.place()),
+        }
+    }
+
     /// The config, where there is one.
     pub fn config(&self) -> Option<&Config> {
         match &self.what {
@@ -145,10 +171,7 @@ impl Target {
     pub fn place(&self) -> (PathBuf, String) {
         match &self.what {
             What::Trainer { config, .. } => (config.run.dir.clone(), config.run.name.clone()),
-            What::Program(program) => {
-                let name = Path::new(&program[0]).file_name().unwrap_or(&program[0]);
-                ("runs".into(), name.to_string_lossy().into_owned())
-            }
+            What::Program(program) => place_of_program(&program[0]),
         }
     }
 
@@ -159,6 +182,11 @@ impl Target {
             What::Program(program) => program.clone(),
         }
     }
+}
+
+fn place_of_program(program: &OsStr) -> (PathBuf, String) {
+    let name = Path::new(program).file_name().unwrap_or(program);
+    ("runs".into(), name.to_string_lossy().into_owned())
 }
 
 /// Every file that the config names is there.
@@ -175,7 +203,11 @@ fn check_files(config: &Config) -> anyhow::Result<()> {
     }
 }
 
-fn resume(path: &Path) -> anyhow::Result<Resume> {
+/// What `--resume` names.
+///
+/// # Errors
+/// [`exit::DATA`] when nothing is there.
+pub fn resume(path: &Path) -> anyhow::Result<Resume> {
     let found = fs_err::metadata(path).map_err(|e| {
         Coded::new(
             exit::DATA,
@@ -194,7 +226,7 @@ fn resume(path: &Path) -> anyhow::Result<Resume> {
 }
 
 /// The config a run folder was last continued with: `config-3.yaml` before `config-2.yaml` before `config.yaml`.
-fn last_config(dir: &Path) -> PathBuf {
+pub fn last_config(dir: &Path) -> PathBuf {
     let numbered = |n: u32| dir.join(format!("config-{n}.yaml"));
     let last = (2..).take_while(|&n| numbered(n).is_file()).last();
     last.map_or_else(|| RunDir::new(dir).config(), numbered)

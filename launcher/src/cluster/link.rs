@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
 
 use super::fit;
 use super::key::Key;
@@ -144,14 +145,26 @@ pub type Arrival = Result<Connection, Refusal>;
 
 /// A way into a [`Hub`] for connections that did not come through its listener.
 #[derive(Clone)]
-pub struct Door(mpsc::Sender<Arrival>);
+pub struct Door(mpsc::Sender<ThroughDoor>);
 
 impl Door {
-    /// Waits while many others are on their way in.
-    pub async fn enter(&self, arrival: Arrival) {
-        let _ = self.0.send(arrival).await;
+    /// Waits while many others are on their way in. What it returns ends when the hub has done with the connection.
+    pub async fn enter(&self, arrival: Arrival) -> oneshot::Receiver<()> {
+        let (held, done) = oneshot::channel();
+        let _ = self.0.send((arrival, held)).await;
+        done
     }
 }
+
+/// A node's connection, as long as the hub has not done with it.
+struct Peer {
+    to: UnboundedSender<ToAgent>,
+    /// Dropped with this, which tells whoever keeps the connection: a stream that hangs may never end by itself.
+    _held: Option<oneshot::Sender<()>>,
+}
+
+/// What came through a [`Door`], and what is dropped with the connection.
+type ThroughDoor = (Arrival, oneshot::Sender<()>);
 
 /// The coordinator's end of all connections.
 pub struct Hub {
@@ -161,7 +174,9 @@ pub struct Hub {
     /// From the others, who wait while it is full.
     remote: (mpsc::Sender<Heard>, mpsc::Receiver<Heard>),
     arrivals: (mpsc::Sender<Arrival>, mpsc::Receiver<Arrival>),
-    nodes: HashMap<NodeId, UnboundedSender<ToAgent>>,
+    /// As `arrivals`, through doors.
+    doors: (mpsc::Sender<ThroughDoor>, mpsc::Receiver<ThroughDoor>),
+    nodes: HashMap<NodeId, Peer>,
     next: NodeId,
 }
 
@@ -173,6 +188,7 @@ impl Hub {
             events,
             remote: mpsc::channel(ARRIVALS),
             arrivals: mpsc::channel(ARRIVALS),
+            doors: mpsc::channel(ARRIVALS),
             nodes: HashMap::new(),
             next: 1,
         }
@@ -180,7 +196,7 @@ impl Hub {
 
     /// The link of an agent in this process.
     pub fn local(&mut self) -> Link {
-        let (node, from) = self.new_node();
+        let (node, from) = self.new_node(None);
         let events = self.events.clone();
         Link {
             to: Outbox::Local { node, events },
@@ -188,11 +204,14 @@ impl Hub {
         }
     }
 
-    fn new_node(&mut self) -> (NodeId, UnboundedReceiver<ToAgent>) {
+    fn new_node(
+        &mut self,
+        held: Option<oneshot::Sender<()>>,
+    ) -> (NodeId, UnboundedReceiver<ToAgent>) {
         let (to, from) = unbounded_channel();
         let node = self.next;
         self.next += 1;
-        self.nodes.insert(node, to);
+        self.nodes.insert(node, Peer { to, _held: held });
         (node, from)
     }
 
@@ -203,11 +222,11 @@ impl Hub {
 
     /// Where agents come in over streams of their own, such as the stdin and stdout of ssh.
     pub fn door(&self) -> Door {
-        Door(self.arrivals.0.clone())
+        Door(self.doors.0.clone())
     }
 
-    fn attach(&mut self, connection: Connection) {
-        let (node, mut from) = self.new_node();
+    fn attach(&mut self, connection: Connection, held: Option<oneshot::Sender<()>>) {
+        let (node, mut from) = self.new_node(held);
         let Connection {
             mut sender,
             mut receiver,
@@ -280,29 +299,31 @@ impl Hub {
     /// The next thing heard. May be dropped while it waits.
     pub async fn next(&mut self) -> Heard {
         loop {
-            let heard = tokio::select! {
+            let (arrival, held) = tokio::select! {
                 biased;
-                Some(heard) = self.heard.recv() => heard,
-                Some(heard) = self.remote.1.recv() => heard,
-                Some(arrival) = self.arrivals.1.recv() => match arrival {
-                    Ok(connection) => {
-                        self.attach(connection);
-                        continue;
-                    }
-                    Err(refusal) => Heard::Refused(refusal),
-                },
+                Some(heard) = self.heard.recv() => return self.noted(heard),
+                Some(heard) = self.remote.1.recv() => return self.noted(heard),
+                Some((arrival, held)) = self.doors.1.recv() => (arrival, Some(held)),
+                Some(arrival) = self.arrivals.1.recv() => (arrival, None),
             };
-            if let Heard::Lost { node, .. } = &heard {
-                self.drop(*node);
+            match arrival {
+                Ok(connection) => self.attach(connection, held),
+                Err(refusal) => return Heard::Refused(refusal),
             }
-            return heard;
         }
+    }
+
+    fn noted(&mut self, heard: Heard) -> Heard {
+        if let Heard::Lost { node, .. } = &heard {
+            self.drop(*node);
+        }
+        heard
     }
 
     /// To a node that is gone: nowhere.
     pub fn send(&self, node: NodeId, message: ToAgent) {
-        if let Some(to) = self.nodes.get(&node) {
-            let _ = to.send(message);
+        if let Some(peer) = self.nodes.get(&node) {
+            let _ = peer.to.send(message);
         }
     }
 

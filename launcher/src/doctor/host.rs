@@ -13,6 +13,8 @@ const MEM_PER_RANK: u64 = 1 << 30;
 const THREADS_PER_RANK: u64 = 256;
 const PORTS_PER_RANK: u64 = 64;
 const MIN_PORTS: u64 = 1000;
+/// Ports for connections that leave enough to those who listen.
+const WIDE: (u64, u64) = (10_240, 65_535);
 const MIN_FILES: u64 = 4096;
 /// A checkpoint of a large model, or the output of a rank over weeks.
 const MIN_FILE: u64 = 16 << 30;
@@ -179,7 +181,15 @@ fn network_and_clock(host: &Host, num_ranks: u64, ranks: &str, found: &mut Vec<F
         let number = (high + 1).saturating_sub(low);
         if number < MIN_PORTS.max(num_ranks * PORTS_PER_RANK) {
             let text = format!("{number} ports ({low}-{high}) for the connections of {ranks}");
-            found.push(Finding::warning("network", text, "widen net.ipv4.ip_local_port_range, e.g. sysctl -w net.ipv4.ip_local_port_range='32768 60999'"));
+            let hint = if number < WIDE.1 - WIDE.0 + 1 {
+                let (low, high) = WIDE;
+                format!(
+                    "widen the range, e.g. sysctl -w net.ipv4.ip_local_port_range='{low} {high}'"
+                )
+            } else {
+                "the range is as wide as it should be: start fewer ranks on this machine".into()
+            };
+            found.push(Finding::warning("network", text, hint));
         } else {
             found.push(Finding::ok(
                 "network",
@@ -239,6 +249,27 @@ mod tests {
             .filter(|f| f.severity > Severity::Ok)
             .map(|f| f.area)
             .collect()
+    }
+
+    /// Linux's own range is too small for many ranks on one machine.
+    #[test]
+    fn a_range_of_ports_is_widened_as_far_as_is_right() {
+        let hint = |ports, num_ranks| {
+            let host = Host {
+                ports: Some(ports),
+                ..good()
+            };
+            let found = judge(&host, num_ranks).into_iter();
+            let mut found = found.filter(|f| f.area == "network" && f.severity > Severity::Ok);
+            found.next().map(|f| f.hint)
+        };
+        assert_eq!(hint((32_768, 60_999), 8), None);
+        let widened = hint((32_768, 60_999), 1000).unwrap();
+        assert!(widened.ends_with("'10240 65535'"), "{widened}");
+        for ports in [(10_240, 65_535), (1024, 60_999)] {
+            let fewer = hint(ports, 1000).unwrap();
+            assert!(fewer.ends_with("fewer ranks on this machine"), "{fewer}");
+        }
     }
 
     #[test]

@@ -38,7 +38,13 @@ pub fn look_into(
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let look = move || {
         let findings = std::thread::scope(|scope| {
-            let ras = ras.map(|address| scope.spawn(move || ras::answer(&address, RAS_PATIENCE)));
+            let ask = |address: String| {
+                let thread = std::thread::Builder::new().name("ras".into());
+                let ask = move || ras::answer(&address, RAS_PATIENCE);
+                // Where none can be started, what the processes do is still known.
+                thread.spawn_scoped(scope, ask).ok()
+            };
+            let ras = ras.and_then(ask);
             Findings {
                 processes: probe.inspect_all(&pids),
                 ras: ras.and_then(|thread| thread.join().ok()),

@@ -5,84 +5,38 @@ use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Instant;
+use tokio::net::TcpListener;
 
 use super::node::Node;
 use super::prepared::prepare;
+use super::take_up::{self, Begin};
 use crate::cli::{Args, Gpus, Preflight};
 use crate::cluster::fit;
 use crate::cluster::key::Key;
-use crate::cluster::wire;
 use crate::own::{self, Executable};
 use crate::plan::{self, Workers};
-use crate::say::{print, say};
 use crate::start::children::Starter;
-use crate::start::slurm::{self, Allocation, Entry, Place, Request, Turn};
+use crate::start::slurm::{self, Allocation, Place, Request, Turn};
 use crate::start::{agent, run_here};
-use crate::target::{Resume, Target};
+use crate::target::Target;
 use crate::{addresses, gpus};
 
 /// Runs the job of `args` on the nodes that it has been given.
 ///
 /// # Errors
 /// As [`super::launch`].
-pub fn launch(
-    args: &Args,
-    mut target: Target,
-    allocation: Allocation,
-    start: Instant,
-) -> anyhow::Result<i32> {
+pub fn launch(args: &Args, allocation: Allocation, start: Instant) -> anyhow::Result<i32> {
     allocation.check(Request {
         nodes: args.nodes.map(|n| n.max),
         gpus: args.gpus.as_ref().and_then(Gpus::count),
     })?;
-    let mut args = args.clone();
     let turn = Turn::begin(allocation);
-    if let Some(code) = take_up(&turn, &mut args, &mut target) {
-        return Ok(code);
-    }
-    run_here(on_nodes(&args, target, turn, start))
-}
-
-/// Decides by what an earlier turn of the same job has left; the exit code, where there is nothing left to do. A
-/// checkpoint on the command line counts until the run has a folder.
-fn take_up(turn: &Turn, args: &mut Args, target: &mut Target) -> Option<i32> {
-    let folder = match (&args.run_dir, &target.resume) {
-        // The same in every turn.
-        (None, Some(Resume::Run(_))) => return None,
-        (Some(dir), _) => dir.clone(),
-        (None, _) => {
-            let (root, name) = target.place();
-            turn.folder(&root, &name)
-        }
+    let args = match take_up::in_turn(&turn, args)? {
+        Begin::Finished(code) => return Ok(code),
+        Begin::Run(args) => args,
     };
-    let folder = std::path::absolute(folder).unwrap_or_default();
-    match turn.entry(&folder) {
-        Entry::AlreadyFinished(code) => {
-            let job = turn.allocation.job;
-            // Whoever asks for it has the exit code, too.
-            let _ = print(&format!(
-                "tsm-launch: job {job} has finished in {} with exit code {code}\n",
-                folder.display()
-            ));
-            return Some(code);
-        }
-        Entry::Resume => {
-            args.run_dir = None;
-            target.resume = Some(Resume::Run(folder));
-        }
-        Entry::Fresh if turn.allocation.restart_count > 0 => {
-            let job = turn.allocation.job;
-            say(format_args!(
-                "warning: job {job} was queued again, but {} holds no run on this node: it starts anew\n  hint: run.dir has to be on a file system that all nodes share",
-                folder.display()
-            ));
-            args.run_dir = Some(folder);
-        }
-        Entry::Fresh if !folder.exists() => args.run_dir = Some(folder),
-        // Another run of the same job has that name.
-        Entry::Fresh => {}
-    }
-    None
+    let target = Target::resolve(&args)?;
+    run_here(on_nodes(&args, target, turn, start))
 }
 
 /// A job of SLURM: on one node like any other, on several with agents that srun starts.
@@ -123,7 +77,7 @@ async fn on_nodes(
     let hosts = &hosts[..wanted.min(hosts.len())];
     session.settings.hosts = hosts.to_vec();
     let key = Key::random();
-    let listener = wire::listen(SocketAddr::from(([0, 0, 0, 0], 0)))?;
+    let listener = TcpListener::from_std(addresses::listen_on_all()?)?;
     let port = listener.local_addr()?.port();
     session.hub.listen(listener, key.clone(), None);
     let launcher = own::path().context("cannot find this program")?;
@@ -145,6 +99,15 @@ async fn on_nodes(
     prepared.run().await
 }
 
+/// Where a coordinator with the addresses `own` is found, as agents take it: by those in turn, then on its own node.
+fn points(own: impl Iterator<Item = IpAddr>, port: u16) -> String {
+    let loopback = IpAddr::from([127, 0, 0, 1]);
+    let all = own.chain([loopback]).map(|ip| SocketAddr::new(ip, port));
+    all.map(|point| point.to_string())
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
 /// What srun starts on every node, for a coordinator that listens at `port` of this one.
 fn agent_command(
     launcher: &Path,
@@ -153,12 +116,9 @@ fn agent_command(
     port: u16,
 ) -> Vec<OsString> {
     let own = addresses::list().into_iter().map(|(ip, _)| ip);
-    let loopback = IpAddr::from([127, 0, 0, 1]);
-    let points = own.filter(IpAddr::is_ipv4).chain([loopback]);
-    let points: Vec<String> = points.map(|ip| format!("{ip}:{port}")).collect();
     let mut command: Vec<OsString> = vec![launcher.into(), agent::AGENT.into()];
     let mut give = |flag: &str, value: &str| command.extend([flag.into(), value.into()]);
-    give("--connect", &points.join(","));
+    give("--connect", &points(own, port));
     give("--order-from", "SLURM_NODEID");
     give("--host-from", "SLURMD_NODENAME");
     // Without any the agents refuse, and say what is missing.
@@ -169,4 +129,18 @@ fn agent_command(
         command.push("--no-preflight".into());
     }
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agents_are_given_the_addresses_of_both_kinds() {
+        let own = ["10.0.0.1", "fd00::5"].map(|ip| ip.parse().unwrap());
+        assert_eq!(
+            points(own.into_iter(), 29_400),
+            "10.0.0.1:29400,[fd00::5]:29400,127.0.0.1:29400"
+        );
+    }
 }

@@ -4,6 +4,7 @@ use sha2::{Digest, Sha256};
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tsm_job::Config;
+use tsm_job::config::DeviceKind;
 use tsm_job::exit;
 
 use super::dry_run::run_dir;
@@ -48,7 +49,7 @@ impl Node<'_> {
         let (host, port, addresses) = by_hand::resolve(point, patience)?;
         run_here(async {
             match by_hand::part(&addresses)? {
-                Part::Coordinator(listener) => self.coordinate(key, listener, tls).await,
+                Part::Coordinator(listener) => self.coordinate(key, listener, tls, true).await,
                 Part::Agent => self.dial(&host, port, key, tls).await,
             }
         })
@@ -58,7 +59,8 @@ impl Node<'_> {
     pub async fn meet_at(self, host: &str, port: u16) -> anyhow::Result<i32> {
         let (key, tls) = (self.args.key()?, self.args.tls()?);
         if self.order == Some(0) {
-            return self.coordinate(key, by_hand::listen(port)?, tls).await;
+            let listener = by_hand::listen(port)?;
+            return self.coordinate(key, listener, tls, true).await;
         }
         self.dial(host, port, key, tls).await
     }
@@ -84,7 +86,8 @@ impl Node<'_> {
             let listener = TcpListener::from_std(addresses::listen_on_all()?)?;
             let (port, key) = (listener.local_addr()?.port(), Key::random());
             let _announced = meet::announce(dir, id, port, &key)?;
-            return self.coordinate(key, listener, None).await;
+            // mpirun and srun bring the words of all nodes to one screen.
+            return self.coordinate(key, listener, None, false).await;
         }
         let (connection, key) =
             meet::join(dir, id, self.args.join_timeout, |text| say(text)).await?;
@@ -107,16 +110,18 @@ impl Node<'_> {
             .await
     }
 
-    /// The first of several nodes.
+    /// The first of several nodes. `is_read`: see [`crate::cluster::coordinator::Settings::is_read`].
     async fn coordinate(
         self,
         key: Key,
         listener: TcpListener,
         tls: Option<Tls>,
+        is_read: bool,
     ) -> anyhow::Result<i32> {
         let digest = digest(&self.target);
         let mut prepared = prepare(self.args, self.target, Some(&self.devices), self.start)?;
         prepared.session.settings.open = true;
+        prepared.session.settings.is_read = is_read;
         prepared.session.settings.job.digest = digest;
         fit::job(&prepared.session.settings.job)?;
         prepared.session.hub.listen(listener, key.clone(), tls);
@@ -148,7 +153,12 @@ impl Node<'_> {
 fn digest(target: &Target) -> String {
     let mut hash = Sha256::new();
     match &target.what {
-        What::Trainer { config, .. } => hash.update(Config::to_yaml(config)),
+        What::Trainer { config, .. } => {
+            // One node may go on with a config into which another has written its devices.
+            let mut config = config.clone();
+            (config.launch.device, config.launch.nproc_per_node) = (DeviceKind::Cpu, None);
+            hash.update(Config::to_yaml(&config));
+        }
         What::Program(words) => {
             for word in words {
                 hash.update(word.as_encoded_bytes());

@@ -262,6 +262,7 @@ fn settings(args: &Args, target: &Target, job: Job) -> Settings {
         last_call: LAST_CALL,
         lease: args.node_timeout,
         open: false,
+        is_read: false,
         hosts: Vec::new(),
         job,
         policy: policy::Options {

@@ -84,9 +84,10 @@ impl Manifest {
             self.generations.step(ending.ended_at, steps);
         }
         let failure = ending.failure.as_deref();
-        let cause = match failure {
-            Some(failure) => failure.headline(),
-            None => ending.outcome.to_string(),
+        let cause = match (ending.outcome, &ending.reason) {
+            ("failed", Some(reason)) => reason.to_string(),
+            (outcome, Some(reason)) => format!("{outcome}: {reason}"),
+            (outcome, None) => outcome.to_string(),
         };
         let culprit = failure.and_then(|f| {
             let (rank, device) = (f.rank? as u32, f.device.clone().unwrap_or_default());

@@ -9,10 +9,23 @@ pub fn began_from(dir: &Path) -> Option<PathBuf> {
     let kept = dir.join("manifest-1.json");
     let first = [kept, RunDir::new(dir).manifest()];
     let first = first.iter().find(|path| path.is_file())?;
-    let text = fs_err::read_to_string(first).ok()?;
-    let manifest: serde_json::Value = serde_json::from_str(&text).ok()?;
+    let manifest = read(first)?;
     let from = PathBuf::from(manifest["resumed_from"].as_str()?);
     (from != dir).then_some(from)
+}
+
+/// The outcome and exit code of the last launcher in `dir`; `None` where none has come to write a manifest.
+pub fn outcome(dir: &Path) -> Option<(String, Option<i32>)> {
+    let manifest = read(&RunDir::new(dir).manifest())?;
+    let outcome = manifest["outcome"].as_str().unwrap_or("running");
+    let code = manifest["exit_code"].as_i64();
+    let code = code.and_then(|code| i32::try_from(code).ok());
+    Some((outcome.into(), code))
+}
+
+fn read(manifest: &Path) -> Option<serde_json::Value> {
+    let text = fs_err::read_to_string(manifest).ok()?;
+    serde_json::from_str(&text).ok()
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ pub fn tell(dir: &RunDir) -> Result<()> {
 fn close(manifest: &mut Value, ended: &str) {
     manifest["outcome"] = "killed".into();
     manifest["ended"] = ended.into();
+    manifest["reason"] = CAUSE.into();
     let newest = manifest["generations"].as_array_mut();
     if let Some(newest) = newest.and_then(|all| all.last_mut())
         && newest["ended"].is_null()
@@ -84,7 +85,7 @@ mod tests {
             {"ended": "T1", "cause": "rank 0 failed first"}, {"ended": null, "cause": null, "last_step": 7}]}"#;
         let manifest: Value = serde_json::from_str(&told(running)).unwrap();
         let ended = "2001-09-09T01:47:40.000Z";
-        let expected = json!({"run_id": "a", "ended": ended, "outcome": "killed", "generations": [
+        let expected = json!({"run_id": "a", "ended": ended, "outcome": "killed", "reason": CAUSE, "generations": [
             {"ended": "T1", "cause": "rank 0 failed first"},
             {"ended": ended, "cause": CAUSE, "last_step": 7}], "checkpoints": []});
         assert_eq!(manifest, expected);

@@ -62,10 +62,29 @@ fn the_report_says_who_what_where_and_what_next() {
     | boom
   named first because its end came first in the kernel's order; the others:
     ranks 1-2,4: stopped by the launcher: signal 15 (SIGTERM), 0.9 to 3.6 ms after
-    rank 3: succeeded, 2.7 ms after
+    rank 3: stopped by the launcher: exit code 0, 2.7 ms after
     rank 5: lost another rank: exit code 76, 4.5 ms after
   hint: once the cause is gone, continue with: tsm-launch --cpus 6 --resume runs/r";
     assert_eq!(text, expected);
+}
+
+#[test]
+fn only_who_was_told_nothing_is_said_to_have_succeeded() {
+    let rank = |end, sent: &[i32]| Rank {
+        sent: sent.into(),
+        after_stop: !sent.is_empty(),
+        ..ended(Some(End::Code(end)), 5)
+    };
+    let ranks = [rank(17, &[]), rank(0, &[]), rank(0, &[libc::SIGTERM])];
+    let places = two_hosts(&ranks);
+    let fault = fault(&ranks, |i| own_words(&places[i])).unwrap();
+    let text = failure(&run(), &fault, &ranks, &places).to_string();
+    for line in [
+        "rank 1 on gpu-01: succeeded, ",
+        "rank 2 on gpu-02: stopped by the launcher: exit code 0, ",
+    ] {
+        assert!(text.contains(line), "{line}\n{text}");
+    }
 }
 
 #[test]

@@ -205,8 +205,12 @@ fn is_usual(role: Role) -> bool {
 fn how_it_ended(other: &Other) -> String {
     let end = other.end.map_or(String::new(), |end| end.to_string());
     match other.role {
-        Role::Succeeded if other.end.is_some_and(End::is_success) => "succeeded".into(),
-        Role::Succeeded => format!("saved and ended: {end}"),
+        Role::Succeeded if !other.end.is_some_and(End::is_success) => {
+            format!("saved and ended: {end}")
+        }
+        // Whether it was done, or has only obeyed, nobody knows.
+        Role::Succeeded if other.was_told => format!("stopped by the launcher: {end}"),
+        Role::Succeeded => "succeeded".into(),
         Role::Stopped => format!("stopped by the launcher: {end}"),
         Role::LostPeer => format!("lost another rank: {end}"),
         Role::Origin | Role::OwnCode => end,

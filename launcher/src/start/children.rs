@@ -10,18 +10,19 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{ChildStderr, ChildStdin, ChildStdout, Command};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tsm_job::config::duration;
 use tsm_job::exit;
 
 use crate::cluster::key::Key;
 use crate::cluster::link::{Door, Hub};
 use crate::cluster::wire::{self, Role};
+use crate::end::End;
 use crate::own::Executable;
 use crate::session::Voice;
 use crate::shim;
 
-/// How long a starter may take to end once its agents have left.
+/// How long a starter may take to end once its agents have left, or are lost.
 const END: Duration = Duration::from_secs(3);
 /// Connections that are made at the same time.
 const AT_ONCE: usize = 64;
@@ -37,6 +38,9 @@ const LOGIN: Duration = Duration::from_secs(60);
 const GREETING: usize = 64 << 10;
 /// The line by which an agent tells, on stdout and on stderr, where its own words begin.
 pub const HERE: &[u8] = b"\ntsm-launch agent\n";
+
+/// Of a starter that was killed, in what is said of the loss of its agent.
+pub const HELD: &str = ", which held it, ";
 
 /// One program to start.
 pub struct Starter {
@@ -68,6 +72,8 @@ pub struct Ended {
     pub host: String,
     /// As a shell reports it.
     pub code: i32,
+    /// Where somebody else killed it: that it held an agent, and the signal.
+    pub killed: Option<String>,
     /// Why no agent may have come, in its own words.
     pub message: String,
 }
@@ -197,14 +203,9 @@ impl Keeper {
                 return;
             };
             *lock(&self.running) += 1;
-            let (code, message, has_come) = self.run(place).await;
+            let (ended, has_come) = self.run(place).await;
             *lock(&self.running) -= 1;
-            let host = self.starter.host.clone();
-            let ended = Ended {
-                host,
-                code,
-                message,
-            };
+            let code = ended.code;
             // An agent that was sent away, or cannot run the job, would be the same again.
             let is_final = (exit::USAGE..=exit::CONFIG).contains(&code) && code != exit::PEER;
             let _ = self.events.send(Told::Ended(ended));
@@ -216,8 +217,8 @@ impl Keeper {
         }
     }
 
-    /// From its start to its end: its code, why no agent may have come, and whether one has.
-    async fn run(&self, place: OwnedSemaphorePermit) -> (i32, String, bool) {
+    /// From its start to its end, and whether its agent has come.
+    async fn run(&self, place: OwnedSemaphorePermit) -> (Ended, bool) {
         let argv = &self.starter.argv;
         let program = argv.first().cloned().unwrap_or_default();
         let mut command = Command::from(self.shim.command());
@@ -238,7 +239,13 @@ impl Keeper {
             Ok(child) => child,
             Err(e) => {
                 let text = format!("cannot start {}: {e}", program.display());
-                return (exit::PREFLIGHT, text, false);
+                let ended = Ended {
+                    host: self.starter.host.clone(),
+                    code: exit::PREFLIGHT,
+                    killed: None,
+                    message: text,
+                };
+                return (ended, false);
             }
         };
         let (Some(stdin), Some(stderr)) = (child.stdin.take(), child.stderr.take()) else {
@@ -251,51 +258,67 @@ impl Keeper {
             let (is_shown, events) = (!self.starter.is_wire, self.events.clone());
             tokio::spawn(async move { words.read(stderr, is_shown, host, voice, events).await })
         };
-        let mut has_come = false;
         let connect = self.connect(stdin, child.stdout.take(), place);
-        let (late, status) = tokio::select! {
-            status = child.wait() => (false, status),
-            spoken = connect => {
-                has_come = spoken;
-                if !has_come {
-                    let _ = child.start_kill();
+        let (spoken, ended) = tokio::select! {
+            status = child.wait() => (None, Some(status)),
+            spoken = connect => (Some(spoken), None),
+        };
+        let late = matches!(spoken, Some(Spoken::Late));
+        let has_come = matches!(spoken, Some(Spoken::Here(_) | Spoken::Dials));
+        let mut by_us = false;
+        let status = match ended {
+            Some(status) => status,
+            None => tokio::select! {
+                status = child.wait() => status,
+                () = is_in_vain(spoken) => {
+                    // A starter that is stopped, or waits for a host that is gone, would keep another from its place.
+                    by_us = child.start_kill().is_ok();
+                    child.wait().await
                 }
-                (!has_come, child.wait().await)
-            }
+            },
         };
         // A process that it left behind may hold its stderr open.
         let _ = tokio::time::timeout(WORDS_END, reader).await;
-        let code = status.map_or(1, |s| {
-            s.code().unwrap_or_else(|| {
-                128 + std::os::unix::process::ExitStatusExt::signal(&s).unwrap_or(0)
-            })
+        let end = status.map_or(End::Code(1), |status| {
+            use std::os::unix::process::ExitStatusExt;
+            let signal = status.signal().map(End::Signal);
+            signal.unwrap_or(End::Code(status.code().unwrap_or(1)))
         });
+        let code = end.exit_code();
         let name = Path::new(&program).file_name().unwrap_or(&program);
         let name = name.to_string_lossy();
+        let how = format!("{name} ended with {end}");
         let mut message = match (late, (self.starter.code_meaning)(code)) {
             (true, _) => format!("{name} brought no agent within {}", duration::format(LOGIN)),
-            (false, Some(meaning)) => format!("{name} ended with exit code {code}: {meaning}"),
-            (false, None) => format!("{name} ended with exit code {code}"),
+            (false, Some(meaning)) => format!("{how}: {meaning}"),
+            (false, None) => how,
         };
         for line in lock(&words.last).iter() {
             message = format!("{message}\n  {line}");
         }
-        (code, message, has_come)
+        let killed = matches!(end, End::Signal(_)) && !by_us;
+        let ended = Ended {
+            host: self.starter.host.clone(),
+            code,
+            killed: killed.then(|| format!("{name}{HELD}ended with {end}")),
+            message,
+        };
+        (ended, has_come)
     }
 
-    /// Hands the key over, and the connection to the hub where the starter is one; false when no agent spoke in
-    /// time. Where the stream ends, the end of the starter says why.
+    /// Hands the key over, and the connection to the hub where the starter is one. Where the stream ends, the end of
+    /// the starter says why.
     async fn connect(
         &self,
         mut stdin: ChildStdin,
         stdout: Option<ChildStdout>,
         place: OwnedSemaphorePermit,
-    ) -> bool {
+    ) -> Spoken {
         let line = self.key.to_line();
         let Some(stdout) = stdout else {
             // srun gives up its tasks' stdin with its own; nothing more is to come.
             let _ = stdin.write_all(line.as_bytes()).await;
-            return true;
+            return Spoken::Dials;
         };
         let mut stdout = BufReader::new(stdout);
         let greeting = async {
@@ -303,12 +326,12 @@ impl Keeper {
             skip_greeting(&mut stdout).await
         };
         match tokio::time::timeout(LOGIN, greeting).await {
-            Err(_) => return false,
+            Err(_) => return Spoken::Late,
             Ok(Ok(true)) => {}
             // A shell that talks without end is no better than one that is silent.
             Ok(Ok(false)) | Ok(Err(_)) => {
                 tokio::time::sleep(LOGIN).await;
-                return false;
+                return Spoken::Late;
             }
         }
         let stream = tokio::io::join(stdout, stdin);
@@ -321,9 +344,32 @@ impl Keeper {
             deadline,
         )
         .await;
-        self.door.enter(arrival).await;
+        let done = self.door.enter(arrival).await;
         drop(place);
-        true
+        Spoken::Here(done)
+    }
+}
+
+/// What came of a starter's agent.
+enum Spoken {
+    /// It was not there in time.
+    Late,
+    /// It is at the other end of a connection, which is over when this is.
+    Here(oneshot::Receiver<()>),
+    /// It dials, if it comes.
+    Dials,
+}
+
+/// Waits until a starter is of no use any more, and had time to end by itself.
+async fn is_in_vain(spoken: Option<Spoken>) {
+    match spoken {
+        Some(Spoken::Late) => {}
+        Some(Spoken::Here(done)) => {
+            // It is dropped, never sent.
+            let _ = done.await;
+            tokio::time::sleep(END).await;
+        }
+        Some(Spoken::Dials) | None => std::future::pending().await,
     }
 }
 

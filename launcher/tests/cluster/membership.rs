@@ -58,6 +58,14 @@ fn a_spare_takes_the_place_of_a_lost_node() {
     // What is written there is about the failure that was answered by a restart.
     let failure = job.json("failure.json");
     assert_eq!(failure["host"], "node-2");
+    for (n, text) in [
+        (2, "joined job run of node-1; its output is there, in "),
+        (2, "this is node 1 of 2, with ranks 2-3"),
+        (3, "joined job run of node-1 as a spare, until it is needed"),
+        (3, "this is node 1 of 2, with ranks 2-3, start 2"),
+    ] {
+        assert!(job.err(n).contains(text), "{text}");
+    }
     for text in [
         "node-3 joined: a spare until it is needed",
         "restarts left: 1",
@@ -145,8 +153,16 @@ fn an_elastic_job_shrinks_and_grows() {
     assert_eq!(spawns(&job, 0), on(&["node-1", "node-2"]));
     assert_eq!(spawns(&job, 2), on(&["node-1", "node-3"]));
     let err = job.err(1);
-    let resume = "continue with: tsm-launch --cpus 2 --nodes 1:2 --rendezvous 10.77.0.1:29400 --key-file run.key --trainer trainer --resume ";
-    assert!(err.contains(resume), "{resume}");
+    let hint = err.lines().find(|line| line.contains("continue with: "));
+    let hint = hint.unwrap_or_default();
+    for part in [
+        "continue with: tsm-launch --cpus 2 --nodes 1:2 --rendezvous 10.77.0.1:29400 --key-file run.key ",
+        " --max-restarts 3 ",
+        " --trainer trainer ",
+        &format!(" --resume {}", at("run")),
+    ] {
+        assert!(hint.contains(part), "{part}\n{hint}");
+    }
     assert!(err.contains("node-3 is taken in: the workers save and start again"));
     for rank in 0..4 {
         let log = job.read(&format!(

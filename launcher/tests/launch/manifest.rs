@@ -71,6 +71,65 @@ fn of_a_program_without_steps_no_goodput_is_known() {
 }
 
 #[test]
+fn the_run_folder_says_why_a_job_did_not_come_to_its_end() {
+    let reasons = |scene: &Scene| {
+        let manifest = scene.json("manifest.json");
+        let events = scene.read("events.jsonl");
+        let leave = events
+            .lines()
+            .find(|line| line.contains(r#""event":"leave""#));
+        let leave: Value = serde_json::from_str(leave.expect("it is written down")).unwrap();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
+        (
+            text(&manifest["reason"]),
+            text(&manifest["generations"][0]["cause"]),
+            text(&leave["reason"]),
+        )
+    };
+    // It is a coordinator like any other, and nobody joins.
+    let scene = Scene::new();
+    let key = scene.path("key").display().to_string();
+    assert_eq!(finish(start(&mut scene.command(&["key", &key]))).code, 0);
+    let port = tsm_launch::port::Port::reserve().expect("a port");
+    let point = format!("127.0.0.1:{}", port.number);
+    let options =
+        format!("--cpus 1 --nodes 2 --join-timeout 1s --rendezvous {point} --key-file {key}");
+    let outcome = scene.launch(&options, "");
+    assert_eq!(outcome.code, 69, "{}", outcome.err);
+    let (reason, _, left) = reasons(&scene);
+    assert!(
+        reason.ends_with("joined within 1s, 2 are needed"),
+        "{reason}"
+    );
+    assert_eq!(reason, left);
+
+    let scene = Scene::new();
+    let outcome = scene.launch("--cpus 1", "--kill 9");
+    let (reason, cause, _) = reasons(&scene);
+    assert_eq!(outcome.code, 137);
+    assert_eq!(reason, "rank 0 failed first: signal 9 (SIGKILL)");
+    assert_eq!(cause, reason);
+
+    let scene = Scene::new();
+    let ready = scene.path("ready").display().to_string();
+    let running = scene.start("--cpus 1", &format!("--touch {ready}{{rank}} --hang"));
+    scene.wait_for_pids("ready", 1);
+    running.signal(Signal::TERM);
+    assert_eq!(finish(running).code, 143);
+    let (reason, cause, left) = reasons(&scene);
+    let by = format!("SIGTERM from process {} (", std::process::id());
+    assert!(reason.starts_with(&by), "{reason}");
+    assert_eq!(
+        (cause.as_str(), left.as_str()),
+        ("stopped: SIGTERM", "SIGTERM")
+    );
+
+    let scene = Scene::new();
+    assert_eq!(scene.launch("--cpus 1", "").code, 0);
+    assert!(scene.json("manifest.json")["reason"].is_null());
+}
+
+#[test]
 fn the_manifest_of_a_killed_launcher_tells_what_happened_until_then_and_later_that_it_was_killed() {
     let scene = Scene::new();
     let ready = scene.path("ready").display().to_string();

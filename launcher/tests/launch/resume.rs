@@ -37,6 +37,40 @@ fn a_run_folder_is_continued_in_place() {
     assert!(!scene.run_dir().join("failure.json").exists());
 }
 
+/// A supervisor gives the same command until it succeeds.
+#[test]
+fn the_same_command_starts_a_run_goes_on_with_it_and_finds_it_finished() {
+    let scene = Scene::new();
+    fs_err::write(scene.path("code"), "9").unwrap();
+    let again = || {
+        let words = "--cpus=1 --continue --run-dir=run -- bash -c";
+        let mut words: Vec<&str> = words.split(' ').collect();
+        words.push("echo from ${TSM_RESUME_FROM:-nothing}; exit $(cat code)");
+        finish(start(&mut scene.command(&words)))
+    };
+    let run = scene.run_dir().display().to_string();
+    let outcome = again();
+    assert_eq!(outcome.code, 9, "{}", outcome.err);
+    assert_eq!(outcome.out, "0 | from nothing\n");
+    fs_err::write(scene.path("code"), "0").unwrap();
+    let outcome = again();
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert_eq!(outcome.out, format!("0 | from {run}\n"));
+    let outcome = again();
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    let finished = format!("tsm-launch: the run has finished in {run} with exit code 0\n");
+    assert_eq!(outcome.out, finished);
+    assert!(!scene.run_dir().join("manifest-2.json").exists());
+    let outcome = finish(start(&mut scene.command(&[
+        "--cpus=1",
+        "--continue",
+        "--",
+        FAKE,
+    ])));
+    assert_eq!(outcome.code, 64, "{}", outcome.err);
+    assert!(outcome.err.contains("--run-dir"), "{}", outcome.err);
+}
+
 #[test]
 fn a_checkpoint_starts_a_new_run() {
     let scene = Scene::new();

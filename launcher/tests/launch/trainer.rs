@@ -62,6 +62,25 @@ fn the_trainer_gets_the_resolved_config() {
     assert_eq!(manifest["world_size"], 2);
 }
 
+/// Its manifest would say that the training has ended as the program did.
+#[test]
+fn a_program_does_not_continue_the_run_of_a_training() {
+    let scene = scene("exit 9");
+    assert_eq!(launch(&scene, &["--cpus", "1", DEMO]).code, 9);
+    let dir = run_dir(&scene);
+    let manifest = || fs_err::read_to_string(dir.join("manifest.json")).unwrap();
+    let before = manifest();
+    let path = dir.to_string_lossy();
+    let words = ["--cpus", "1", "--resume", &path, "--", "true"];
+    let outcome = finish(start(&mut scene.command(&words)));
+    assert_eq!(outcome.code, 64, "{}", outcome.err);
+    let text = format!(
+        "error: {path} is the run of a training, which a program cannot continue\n  hint: "
+    );
+    assert!(outcome.err.starts_with(&text), "{}", outcome.err);
+    assert_eq!(manifest(), before);
+}
+
 #[test]
 fn a_run_folder_is_enough_to_resume() {
     let scene = scene("echo $@ from $TSM_RESUME_FROM; exit $(cat code)");

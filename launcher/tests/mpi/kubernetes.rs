@@ -8,7 +8,9 @@ use std::process::Command;
 use tsm_launch::cli::{Args, Nodes};
 use tsm_launch::port::Port;
 
+use crate::demo::{DEMO, write_lists};
 use crate::harness::{FAKE, Running, Scene, finish, start, until};
+use crate::program::write_program;
 
 /// A key as the volume of a Secret holds it: behind two links.
 fn mount_key(scene: &Scene) -> String {
@@ -129,6 +131,38 @@ fn a_pod_of_an_indexed_job_has_its_place_whoever_coordinates() {
     for rank in 0..2 {
         let line = format!("JOB_COMPLETION_INDEX={rank}\n");
         assert!(log(&scene, rank).contains(&line), "{line}");
+    }
+}
+
+/// All pods are started again with the command that they had. One of them may look into the folder when another has
+/// written its config, with its own devices, there.
+#[test]
+fn pods_that_are_started_again_go_on_with_their_run() {
+    let scene = Scene::new();
+    let key = mount_key(&scene);
+    write_lists(&scene.path(""));
+    // Each waits until the other has said it: the first that fails ends both.
+    let script = "#!/bin/sh\necho from ${TSM_RESUME_FROM:-nothing}; n=$(cat code); touch said-$n-$RANK\n\
+                  until [ -e said-$n-0 ] && [ -e said-$n-1 ]; do sleep 0.01; done; exit $n\n";
+    write_program(&scene.path("trainer"), script);
+    let config = scene.run_dir().join("config.yaml");
+    let went_on = format!("from nothing\nfrom {}\n", scene.run_dir().display());
+    for (code, log_of_all) in [(9, "from nothing\n"), (0, went_on.as_str())] {
+        fs_err::write(scene.path("code"), code.to_string()).unwrap();
+        let held = free_port();
+        let port = held.number;
+        let words = format!(
+            "--run-dir run --continue --nodes 2 --rendezvous localhost:{port} --key-file {key} --cpus 1 \
+             --trainer trainer {DEMO}"
+        );
+        let pod = || start(&mut scene.command(&words.split_whitespace().collect::<Vec<_>>()));
+        let first = pod();
+        until("the config", || config.exists().then_some(()));
+        for pod in [pod(), first] {
+            let outcome = finish(pod);
+            assert_eq!(outcome.code, code, "{}", outcome.err);
+        }
+        assert_eq!(log(&scene, 1), log_of_all);
     }
 }
 

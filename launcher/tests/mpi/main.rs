@@ -1,10 +1,14 @@
 //! Nodes that Open MPI's mpirun started, two processes of this machine in place of two nodes; and nodes that find
 //! each other by what Kubernetes puts into their environment.
 
+#[path = "../common/demo.rs"]
+mod demo;
 #[path = "../common/harness.rs"]
 #[allow(dead_code, reason = "what only the other test programs use")]
 mod harness;
 mod kubernetes;
+#[path = "../common/program.rs"]
+mod program;
 #[path = "../common/secret.rs"]
 #[allow(dead_code, reason = "as above")]
 mod secret;

@@ -218,7 +218,8 @@ fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
     scene.assert_nothing_is_left();
 }
 
-/// The first turn of a run was told its folder, or a checkpoint to begin from: those after it go on with the run.
+/// The first turn of a run was told its folder, or a checkpoint to begin from: those after it go on with the run, as it
+/// was begun, also when somebody edits the config meanwhile.
 #[test]
 fn a_turn_goes_on_with_the_run_of_the_first_wherever_that_is_and_began() {
     let Some(scene) = Scene::new("turns") else {
@@ -226,31 +227,30 @@ fn a_turn_goes_on_with_the_run_of_the_first_wherever_that_is_and_began() {
     };
     fs_err::write(scene.dir.join("old.safetensors"), "").unwrap();
     let old = scene.dir.join("old.safetensors").display().to_string();
+    let config = fs_err::read_to_string(DEMO).unwrap();
     for (words, from) in [
         ("--run-dir own", "none"),
         ("--resume old.safetensors", &old),
     ] {
         fs_err::write(scene.dir.join("goal"), "100000").unwrap();
-        let words = format!("{words} --trainer trainer --cpus 1 {DEMO}");
+        fs_err::write(scene.dir.join("my.yaml"), &config).unwrap();
+        let words = format!("{words} --trainer trainer --cpus 1 my.yaml");
         let job = scene.submit(&["--nodelist=n[3-4]"], &words);
         let run = match words.contains("--run-dir") {
             true => scene.dir.join("own"),
             false => run_of(&scene, job),
         };
         scene.until_both_have(&run, "going");
+        let edited = config.replacen("momentum: 0.9", "momentum: 0.5", 1);
+        assert_ne!(edited, config);
+        fs_err::write(scene.dir.join("my.yaml"), edited).unwrap();
         let id = job.to_string();
         scene
             .cluster
             .output("scancel", &["--batch", "--signal=USR2", &id]);
         scene.until_both_have(&run, "steps");
         fs_err::write(scene.dir.join("goal"), "0").unwrap();
-        let end = scene.cluster.wait(job);
-        let said = scene.cluster.job_output(job);
-        assert_eq!(
-            (end.state.as_str(), end.restarts),
-            ("COMPLETED", 1),
-            "{said}"
-        );
+        let said = scene.wait(job, "COMPLETED", 1);
         let starts = fs_err::read_to_string(run.join("starts")).unwrap();
         let (first, then) = (
             format!("resume {from}, start none"),
@@ -260,7 +260,50 @@ fn a_turn_goes_on_with_the_run_of_the_first_wherever_that_is_and_began() {
             let these = starts.lines().filter(|line| line.ends_with(&how));
             assert_eq!(these.count(), 2, "{how}\n{starts}");
         }
+        let warning = format!("warning: my.yaml is not what the run in {}", run.display());
+        assert_eq!(said.matches(&warning).count(), 1, "{said}");
+        assert!(!run.join("config-2.yaml").exists(), "{said}");
     }
+    scene.assert_nothing_is_left();
+}
+
+#[test]
+fn of_two_launches_in_a_job_each_finds_its_own_run_again() {
+    let Some(scene) = Scene::new("stages") else {
+        return;
+    };
+    fs_err::write(scene.dir.join("goal"), "100000").unwrap();
+    // Both are called after their program, which is bash.
+    let script = format!(
+        "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=1\n\
+         #SBATCH --requeue\n#SBATCH --open-mode=append\ncd {}\n\
+         {LAUNCH} --cpus 1 -- bash -c 'echo one >> one-$RANK'\nexec {LAUNCH} --cpus 1 -- bash trainer\n",
+        scene.dir.display()
+    );
+    let job = scene.cluster.sbatch(&["--nodelist=n[3-4]"], &script);
+    let run = scene.dir.join(format!("runs/bash-slurm-{job}-2"));
+    scene.until_both_have(&run, "going");
+    let id = job.to_string();
+    scene
+        .cluster
+        .output("scancel", &["--batch", "--signal=USR2", &id]);
+    scene.until_both_have(&run, "steps");
+    fs_err::write(scene.dir.join("goal"), "0").unwrap();
+    let said = scene.wait(job, "COMPLETED", 1);
+    let finished = format!(
+        "has finished in {}/runs/bash-slurm-{job} ",
+        scene.dir.display()
+    );
+    assert_eq!(said.matches(&finished).count(), 1, "{said}");
+    assert_eq!(scene.read("one-0") + &scene.read("one-1"), "one\none\n");
+    let starts = fs_err::read_to_string(run.join("starts")).unwrap();
+    let resumed = format!("resume {}, ", run.display());
+    let resumed = starts.lines().filter(|line| line.contains(&resumed));
+    assert_eq!(
+        (resumed.count(), starts.lines().count()),
+        (2, 4),
+        "{starts}"
+    );
     scene.assert_nothing_is_left();
 }
 

@@ -348,6 +348,31 @@ fn a_job_that_needs_all_hosts_waits_for_the_lost_one() {
     hosts.scene.assert_nothing_survives();
 }
 
+#[test]
+fn a_host_whose_ssh_or_agent_hangs_gets_another() {
+    for stop_agent in [false, true] {
+        let Some(hosts) = Hosts::new() else {
+            return;
+        };
+        let (running, pids) = hosts.restarting("--join-timeout 30m");
+        let ssh = ssh_of(running.pid(), "node-b");
+        let agent = parent(pids[1]).unwrap();
+        send(if stop_agent { agent } else { ssh }, Signal::STOP);
+        hosts.scene.wait_for_pids("pid-", 2);
+        assert!(!alive(ssh), "stopped agent: {stop_agent}");
+        fs_err::write(hosts.scene.path("go"), "").unwrap();
+        if stop_agent {
+            // Nobody ends it but itself, once it runs on.
+            send(agent, Signal::CONT);
+        }
+        let outcome = finish(running);
+        assert_eq!(outcome.code, 0, "{}", outcome.err);
+        let text = "waiting up to 30m for 1 node to join; missing: node-b";
+        assert!(outcome.err.contains(text), "{}", outcome.err);
+        hosts.scene.assert_nothing_survives();
+    }
+}
+
 /// A script that stands for ssh: what it does on the `$host` that it is to start an agent on with `$command`.
 fn own_ssh(scene: &Scene, script: &str) -> String {
     let ssh = scene.path("ssh");

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tsm_job::RunDir;
 
-/// A Markdown table of finished runs, and where each keeps its curves, checkpoints and report. A
-/// folder whose summary cannot be read keeps its row, with the reason.
+/// A Markdown table of finished runs, and which of curves, checkpoints and report each has, and where.
+/// A folder whose summary cannot be read keeps its row, with the reason.
 pub fn compare(runs: &[PathBuf]) -> String {
     let header = [
         "run",
@@ -56,14 +56,23 @@ pub fn compare(runs: &[PathBuf]) -> String {
     out += &notes;
     for path in runs {
         let dir = RunDir::new(path);
-        let _ = write!(
-            out,
-            "\n{}\n  report       {}\n  TensorBoard  tensorboard --logdir {}\n  checkpoints  {}\n",
-            path.display(),
-            dir.report().display(),
-            dir.tb().display(),
-            dir.checkpoints().display()
-        );
+        let command = format!("tensorboard --logdir {}", dir.tb().display());
+        let parts = [
+            ("report", dir.report(), dir.report().display().to_string()),
+            ("TensorBoard", dir.tb(), command),
+            (
+                "checkpoints",
+                dir.checkpoints(),
+                dir.checkpoints().display().to_string(),
+            ),
+        ];
+        let there = parts.iter().filter(|(_, path, _)| path.exists());
+        let lines: String = there.fold(String::new(), |lines, (name, _, shown)| {
+            lines + &format!("  {name:<12} {shown}\n")
+        });
+        if !lines.is_empty() {
+            let _ = write!(out, "\n{}\n{lines}", path.display());
+        }
     }
     out
 }
@@ -136,7 +145,9 @@ mod tests {
                 best_top1: Some(top1),
                 ..summary()
             };
-            summary.write(&RunDir::new(run)).unwrap();
+            let dir = RunDir::new(run);
+            summary.write(&dir).unwrap();
+            fs_err::create_dir(dir.tb()).unwrap();
         }
         let text = compare(&runs);
         let (table, rest) = text.split_once("\n\n").unwrap();
@@ -148,10 +159,16 @@ mod tests {
              | tsn  |  none |      25.25 |      92.00 |   380.2 |     32 | 1h 05m |\n\
              | gone |     - |          - |          - |       - |      - |      - |"
         );
-        assert!(rest.starts_with("no summary of "), "{rest}");
-        assert!(
-            rest.contains(&format!("--logdir {}", runs[1].join("tb").display())),
-            "{rest}"
-        );
+        let (note, places) = rest.split_once("\n\n").unwrap();
+        assert!(note.starts_with("no summary of "), "{note}");
+        let curves = |run: &PathBuf| {
+            let (run, tb) = (run.display(), run.join("tb"));
+            format!(
+                "{run}\n  TensorBoard  tensorboard --logdir {}\n",
+                tb.display()
+            )
+        };
+        let expected = [curves(&runs[0]), curves(&runs[1])].join("\n");
+        assert_eq!(places, expected, "nothing that is not there");
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tsm_job::exit;
 
 use super::passing::left_behind;
-use super::{Action, Cause, Phase, State, record};
+use super::{Action, Cause, Phase, Reason, State, record};
 use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 use crate::clock::Utc;
 use crate::cluster::policy;
@@ -13,6 +13,9 @@ use crate::end::End;
 use crate::report::{self, Failure, Place, own_words};
 use crate::status::Restart;
 use crate::supervisor::Rank;
+
+/// Why a job ends that nobody has asked to.
+const SAVED: &str = "ranks saved by themselves, to go on later";
 
 /// A generation that is over.
 #[derive(Clone, Debug)]
@@ -30,6 +33,8 @@ pub struct Ending {
     pub steps: Option<(u64, u64)>,
     pub checkpoint_step: Option<u64>,
     pub failure: Option<Box<Failure>>,
+    /// Why it did not go on to the end of the work.
+    pub reason: Option<Reason>,
     /// Why it is started again, or why it is not, where there is something to say.
     pub verdict: Option<String>,
     pub again: bool,
@@ -60,6 +65,7 @@ impl State {
             steps: self.steps,
             checkpoint_step: self.checkpoint_step,
             failure: None,
+            reason: None,
             verdict: None,
             again: false,
         };
@@ -75,7 +81,8 @@ impl State {
             }
             _ => None,
         };
-        match by_signal.or(self.cause.clone()) {
+        let cause = by_signal.or(self.cause.clone());
+        match cause.clone() {
             None | Some(Cause::Preempt | Cause::Grow) if whole && all(Rank::has_succeeded) => {}
             Some(Cause::Grow) if whole && obeyed && !self.last => {
                 (ending.outcome, ending.again) = ("grown", true)
@@ -118,7 +125,18 @@ impl State {
             Some((_, text)) => Some(text.clone()),
             None => ending.failure.as_ref().map(|f| self.last_words(f)),
         };
+        let headline = |f: &Failure| Reason::Text(f.headline());
+        ending.reason = match (&self.refusal, &ending.failure) {
+            (Some((_, text)), _) => Some(text.as_str().into()),
+            (None, Some(failure)) => Some(headline(failure)),
+            (None, None) if matches!(ending.outcome, "stopped" | "saved") => {
+                let saved = (ending.code == exit::REQUEUE).then_some(SAVED);
+                self.who_asked(cause).or(saved.map(Reason::from))
+            }
+            (None, None) => None,
+        };
         let (code, generation, outcome) = (ending.code, self.generation, ending.outcome);
+        let reason = ending.reason.clone();
         let fields = json!({"generation": generation, "outcome": outcome, "exit_code": code,
             "steps": ending.steps, "verdict": ending.verdict});
         actions.push(record("generation_end", fields));
@@ -145,13 +163,14 @@ impl State {
                     self.pause = Duration::ZERO;
                 }
                 self.members.clear();
+                self.asked = None;
                 self.phase = Phase::Pause {
                     until: now + self.pause,
                 };
                 // At once, where there is nothing to wait for.
                 self.advance(now, actions);
             }
-            None => self.leave(code, why.as_deref(), now, actions),
+            None => self.leave(code, reason, why.as_deref(), now, actions),
         }
     }
 

@@ -326,6 +326,7 @@ impl State {
         let hosts: Vec<&str> = self.members.iter().map(|m| self.host(m.id)).collect();
         let fields = json!({"generation": generation, "world_size": world_size, "hosts": hosts, "master": master_addr.to_string()});
         actions.push(record("start", fields));
+        self.tell_places(actions);
         self.look_for_shown_ranks(actions);
         actions.push(Action::Started(Box::new(launched)));
     }

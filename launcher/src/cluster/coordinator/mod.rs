@@ -20,8 +20,10 @@ mod measuring;
 mod member;
 mod passing;
 mod phases;
+mod reason;
 mod rounds;
 mod running;
+mod telling;
 mod trying;
 mod view;
 mod waiting;
@@ -29,6 +31,7 @@ mod waiting;
 pub use ending::Ending;
 pub use left_out::Excluded;
 pub use member::{Clock, Node};
+pub use reason::Reason;
 pub use rounds::Report;
 
 use serde_json::Value;
@@ -79,6 +82,8 @@ pub struct Settings {
     pub lease: Duration,
     /// Nodes may join that nobody here has started.
     pub open: bool,
+    /// Whoever has started another node reads what is said there, on a screen or in a log of its own.
+    pub is_read: bool,
     /// Hosts on which agents were started from here; empty: it is not known who comes.
     pub hosts: Vec<String>,
     pub job: Job,
@@ -129,6 +134,8 @@ pub enum Event {
     Lost { node: NodeId, how: String },
     /// The program that starts the agent of `host` says something, as long as there is none.
     Starter { host: String, line: String },
+    /// The program that holds the agent of `host`, or of all where it is called as none of them, was killed.
+    StarterKilled { host: String, killed: String },
     /// To the coordinator itself.
     Signal(i32),
     /// The same, by a scheduler that has signalled all agents too.
@@ -171,6 +178,8 @@ pub enum Action {
     Spawned(Box<Spawned>),
     /// A generation is over.
     Ended(Box<Ending>),
+    /// Everybody leaves, and this is why.
+    Left(Reason),
 }
 
 /// A generation that starts.
@@ -285,6 +294,8 @@ pub struct State {
     attempt: u32,
     pub started_at: Duration,
     cause: Option<Cause>,
+    /// Who wants the job, or this generation, to end.
+    asked: Option<Reason>,
     passing: passing::Passing,
     /// Where Ctrl-C was pressed in this generation.
     interrupted: Vec<String>,
@@ -370,6 +381,7 @@ impl State {
             attempt: 0,
             started_at: now,
             cause: None,
+            asked: None,
             passing: passing::Passing::default(),
             interrupted: Vec::new(),
             pause: Duration::ZERO,
@@ -466,6 +478,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         } => state.said(node, local, message, now, &mut actions),
         Event::Lost { node, how } => state.lost_connection(node, &how, now, &mut actions),
         Event::Starter { host, line } => state.waiting.heard(host, &line),
+        Event::StarterKilled { host, killed } => state.starter_killed(host, killed, now),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
         Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
         Event::Stalled(time) => state.stalled(time, now, &mut actions),
@@ -547,6 +560,7 @@ impl State {
             FromAgent::About { generation, word }
                 if self.runs(generation) && self.members.first().is_some_and(|m| m.id == id) =>
             {
+                self.hear_where_it_goes_on(&word);
                 actions.push(Action::Told(word));
             }
             FromAgent::CannotStart {

@@ -16,7 +16,7 @@ use tsm_job::config::duration::format;
 use tsm_job::exit;
 
 use super::running::rank_of;
-use super::{Action, Cause, Phase, State, record, send};
+use super::{Action, Cause, Phase, Reason, State, record, send};
 use crate::blame::{Role, role};
 use crate::cluster::message::ToAgent;
 use crate::cluster::topology::NodeId;
@@ -165,6 +165,10 @@ impl State {
         let fields = json!({"signal": signal_name(signal), "place": place.trim_start_matches(" on "),
             "to": "the step"});
         actions.push(record("signal", fields));
+        self.asked(Reason::Signal {
+            signal,
+            place: place.into(),
+        });
         self.passing.heard(signal, now);
         let generation = self.generation;
         if place.is_empty() {

@@ -9,8 +9,8 @@ use tsm_job::exit;
 use super::left_out::words;
 use super::running::refusal;
 use super::{
-    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, State, record,
-    send,
+    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, Reason, State,
+    record, send,
 };
 use crate::cluster::message::{Finding, Join, Severity, ToAgent};
 use crate::cluster::topology::NodeId;
@@ -119,6 +119,7 @@ impl State {
                 actions.push(send(id, ToAgent::Tell { text }));
             }
         } else if self.settings.max_nodes > 1 && matches!(self.phase, Phase::Gather { .. }) {
+            self.tell_joined(id, "", actions);
             let (min, max) = (self.settings.min_nodes, self.settings.max_nodes);
             let of = if min == max {
                 max.to_string()
@@ -129,6 +130,7 @@ impl State {
                 "{host} joined: {here} of {of} nodes"
             )));
         } else if self.settings.max_nodes > 1 {
+            self.tell_joined(id, " as a spare, until it is needed", actions);
             actions.push(Action::Notice(format!(
                 "{host} joined: a spare until it is needed"
             )));
@@ -180,10 +182,9 @@ impl State {
                 Phase::Gather { .. } | Phase::Form { .. } | Phase::Measure { .. }
             );
         if starting && (exact || self.settings.max_nodes == 1) {
-            actions.push(Action::Notice(format!(
-                "{host} cannot run the job: {message}"
-            )));
-            self.leave(code, None, now, actions);
+            let text = format!("{host} cannot run the job: {message}");
+            actions.push(Action::Notice(text.clone()));
+            self.leave(code, Some(Reason::Text(text)), None, now, actions);
         } else {
             actions.push(Action::Notice(format!(
                 "{host} cannot take part: {message}"
@@ -214,7 +215,7 @@ impl State {
                 let time = time.as_secs_f64();
                 format!("{how}, after the coordinator itself had not run for {time:.1} s")
             }
-            _ => how.to_string(),
+            _ => self.why_lost(&host, how, now),
         };
         actions.push(record(
             "lost",
@@ -280,10 +281,15 @@ impl State {
             json!({"signal": name, "place": place.trim_start_matches(" on ")}),
         ));
         let ranks = count(self.world_size(), "worker");
+        self.asked(Reason::Signal {
+            signal,
+            place: place.into(),
+        });
         match self.phase {
             Phase::Run if signal == libc::SIGUSR1 => self.pass_on(signal, now, actions),
             Phase::Run if signal == libc::SIGUSR2 && self.settings.job.saves => {
-                self.preempt(&format!("{name}{place}"), now, actions)
+                let place = place.into();
+                self.preempt(Reason::Signal { signal, place }, now, actions)
             }
             Phase::Run if signal == libc::SIGUSR2 => self.pass_on(signal, now, actions),
             Phase::Stop { .. } if matches!(signal, libc::SIGUSR1 | libc::SIGUSR2) => {
@@ -338,7 +344,8 @@ impl State {
                 actions.push(Action::Notice(format!(
                     "{name}{place}: leaving, no worker runs"
                 )));
-                self.leave(code, None, now, actions);
+                let reason = self.asked.clone();
+                self.leave(code, reason, None, now, actions);
             }
             // Somebody who waits for the launcher knows better whether it is worth it.
             Phase::Leave { .. } if signal == libc::SIGINT && place.is_empty() => {
@@ -359,11 +366,12 @@ impl State {
         self.last = true;
     }
 
-    pub(super) fn preempt(&mut self, why: &str, now: Duration, actions: &mut Vec<Action>) {
+    pub(super) fn preempt(&mut self, why: Reason, now: Duration, actions: &mut Vec<Action>) {
         let grace = format(self.settings.job.grace);
         actions.push(Action::Notice(format!(
             "{why}: the workers save and end, grace {grace}"
         )));
+        self.asked(why);
         // Whatever comes of it, the nodes are wanted back.
         self.last = true;
         self.stop(Cause::Preempt, libc::SIGUSR2, now, actions);
@@ -380,7 +388,7 @@ impl State {
                 } else if self.settings.save_at.is_some_and(|at| now >= at) {
                     self.settings.save_at = None;
                     if self.settings.job.saves {
-                        self.preempt("the allocation ends soon", now, actions);
+                        self.preempt("the allocation ends soon".into(), now, actions);
                     }
                 } else {
                     self.look_for_hangs(now, actions);
@@ -527,13 +535,16 @@ impl State {
     /// The job cannot be started, and why.
     pub(super) fn give_up(&mut self, why: String, now: Duration, actions: &mut Vec<Action>) {
         actions.push(Action::Notice(why.clone()));
-        self.leave(exit::PREFLIGHT, Some(&why), now, actions);
+        let reason = Some(why.as_str().into());
+        self.leave(exit::PREFLIGHT, reason, Some(&why), now, actions);
     }
 
-    /// Tells everybody to go. `why` is for nodes where somebody has started the launcher by hand, and sees no report.
+    /// Tells everybody to go, and writes the reason down. `why` is for nodes where somebody has started the launcher by
+    /// hand, and sees no report.
     pub(super) fn leave(
         &mut self,
         code: i32,
+        reason: Option<Reason>,
         why: Option<&str>,
         now: Duration,
         actions: &mut Vec<Action>,
@@ -543,6 +554,9 @@ impl State {
             let message = message.map(str::to_owned);
             actions.push(send(*id, ToAgent::Exit { code, message }));
         }
+        let text = reason.as_ref().map(Reason::to_string);
+        actions.push(record("leave", json!({"exit_code": code, "reason": text})));
+        actions.extend(reason.map(Action::Left));
         self.phase = Phase::Leave {
             code,
             deadline: now + LEAVE,

@@ -6,7 +6,7 @@ use tsm_job::config::duration::format;
 use tsm_job::exit;
 
 use super::{Action, Cause, INSPECT, Inspection, LOOK, Phase, Spawned, State, record};
-use crate::cluster::message::{Beat, NodeReport, ToAgent};
+use crate::cluster::message::{About, Beat, NodeReport, ToAgent};
 use crate::cluster::topology::{Member, NodeId};
 use crate::contain;
 use crate::end::End;
@@ -64,7 +64,7 @@ impl State {
         actions.push(Action::Notice(text.clone()));
         if let Phase::Form { .. } = self.phase {
             // Nowhere else were any started.
-            return self.leave(code, Some(&text), now, actions);
+            return self.leave(code, Some(text.as_str().into()), Some(&text), now, actions);
         }
         self.reports.insert(
             id,
@@ -231,6 +231,16 @@ impl State {
             if !is_new || (self.metrics.len() < MAX_METRICS && name.len() <= MAX_NAME) {
                 self.metrics.insert(name, value);
             }
+        }
+    }
+
+    /// What a job continues is no progress of its own. Only what it had before its own first checkpoint counts here.
+    pub(super) fn hear_where_it_goes_on(&mut self, word: &About) {
+        let has_saved = self.incidents.iter().any(|i| i.checkpoint_step.is_some());
+        if let About::Resumed { step, .. } = word
+            && !has_saved
+        {
+            self.settings.policy.resumed_at = Some(*step);
         }
     }
 

@@ -36,6 +36,7 @@ pub(in crate::cluster) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
         last_call: S(5),
         lease: LEASE,
         open: true,
+        is_read: false,
         hosts: Vec::new(),
         job: super::Job {
             run_id: "run".into(),
@@ -359,6 +360,14 @@ impl Scene {
                 _ => unreachable!(),
             })
             .collect()
+    }
+
+    /// Why everybody left.
+    fn reason(&self) -> Option<String> {
+        self.actions.iter().find_map(|action| match action {
+            Action::Left(reason) => Some(reason.to_string()),
+            _ => None,
+        })
     }
 
     /// The last.

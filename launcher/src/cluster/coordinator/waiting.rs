@@ -12,6 +12,8 @@ use crate::text::few;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Of a line that somebody else's shell wrote.
 const MAX_LINE: usize = 200;
+/// A loss belongs to the end of a starter that is no further away: SLURM takes its time to end the tasks of an srun.
+const TOGETHER: Duration = Duration::from_secs(10);
 /// Hosts of which such a line is shown.
 const SHOWN: usize = 8;
 
@@ -21,6 +23,8 @@ pub(super) struct Waiting {
     tell_at: Option<Duration>,
     /// By host: the last words on the way to its agent.
     words: BTreeMap<String, String>,
+    /// Starters that were killed: whose, the words for it, and when.
+    killed: Vec<(String, String, Duration)>,
 }
 
 impl Waiting {
@@ -28,6 +32,7 @@ impl Waiting {
         Waiting {
             tell_at: Some(now + PATIENCE),
             words: BTreeMap::new(),
+            killed: Vec::new(),
         }
     }
 
@@ -53,6 +58,7 @@ impl Waiting {
     /// The agent of `host` is there, and speaks for itself.
     pub fn arrived(&mut self, host: &str) {
         self.words.remove(host);
+        self.killed.retain(|(of, ..)| of != host);
     }
 }
 
@@ -76,6 +82,27 @@ impl State {
             text = format!("{text}; {who}");
         }
         actions.push(Action::Notice(text));
+    }
+
+    /// It may come before the loss of the agents that it held, or after.
+    pub(super) fn starter_killed(&mut self, host: String, killed: String, now: Duration) {
+        let is_of_all = !self.settings.hosts.contains(&host);
+        for lost in &mut self.lost {
+            if (is_of_all || lost.host == host) && now < lost.at + TOGETHER {
+                lost.how = format!("{}, and {killed}", lost.how);
+            }
+        }
+        self.waiting.killed.push((host, killed, now));
+    }
+
+    /// How the connection to an agent of `host` ended, where what held it was killed just before.
+    pub(super) fn why_lost(&self, host: &str, how: &str, now: Duration) -> String {
+        let holds = |of: &str| of == host || !self.settings.hosts.iter().any(|h| h == of);
+        let mut killed = self.waiting.killed.iter().rev();
+        match killed.find(|(of, _, at)| holds(of) && now < *at + TOGETHER) {
+            Some((_, killed, _)) => format!("{how}, and {killed}"),
+            None => how.into(),
+        }
     }
 
     fn missing_hosts(&self) -> Vec<&str> {

@@ -1,6 +1,6 @@
 //! How fast a node's memory is.
 
-use std::sync::Barrier;
+use std::sync::{Barrier, OnceLock};
 use std::thread;
 use std::time::Instant;
 
@@ -11,10 +11,11 @@ const MAX_THREADS: usize = 64;
 /// Copies `bytes` of memory on each of `num_threads` threads at once; GB/s, counting what is read and what is written.
 ///
 /// # Errors
-/// When a copy differs.
+/// When a copy differs, or a thread cannot be started.
 pub fn memory(num_threads: usize, bytes: usize) -> Result<f64, String> {
     let num_threads = num_threads.clamp(1, MAX_THREADS);
-    let barrier = Barrier::new(num_threads + 1);
+    // For as many threads as there are in the end: it is there when all are started.
+    let barrier = OnceLock::<Barrier>::new();
     let copy = |seed: u64| {
         let from: Vec<u64> = (0..bytes as u64 / 8)
             .map(|i| (i ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15))
@@ -22,6 +23,7 @@ pub fn memory(num_threads: usize, bytes: usize) -> Result<f64, String> {
         let mut to = vec![0; from.len()];
         // Page faults are not what is measured.
         to.copy_from_slice(&from);
+        let barrier = barrier.wait();
         barrier.wait();
         for _ in 0..PASSES {
             std::hint::black_box(&mut to).copy_from_slice(std::hint::black_box(&from));
@@ -30,9 +32,16 @@ pub fn memory(num_threads: usize, bytes: usize) -> Result<f64, String> {
         compare(&from, &to)
     };
     let (seconds, wrong) = thread::scope(|scope| {
-        let threads: Vec<_> = (0..num_threads as u64)
-            .map(|seed| scope.spawn(move || copy(seed)))
-            .collect();
+        let mut failed = None;
+        let mut threads = Vec::new();
+        for seed in 0..num_threads as u64 {
+            let thread = thread::Builder::new().name("memory".into());
+            match thread.spawn_scoped(scope, move || copy(seed)) {
+                Ok(thread) => threads.push(thread),
+                Err(e) => failed = Some(format!("cannot start a thread: {e}")),
+            }
+        }
+        let barrier = barrier.get_or_init(|| Barrier::new(threads.len() + 1));
         barrier.wait();
         let start = Instant::now();
         barrier.wait();
@@ -40,7 +49,8 @@ pub fn memory(num_threads: usize, bytes: usize) -> Result<f64, String> {
         let results = threads
             .into_iter()
             .map(|t| t.join().unwrap_or(Err("a thread panicked".into())));
-        (seconds, results.collect::<Result<Vec<()>, String>>())
+        let results = results.collect::<Result<Vec<()>, String>>();
+        (seconds, failed.map_or(results, Err))
     });
     wrong?;
     Ok((2 * PASSES * bytes as u64 * num_threads as u64) as f64 / seconds / 1e9)

@@ -63,6 +63,19 @@ pub enum StopCause {
     Other,
 }
 
+impl StopCause {
+    /// Behind "a signal from"; `None` where SLURM has no part in it.
+    pub fn describe(self) -> Option<&'static str> {
+        match self {
+            StopCause::Preempted { .. } => Some("SLURM: pre-empted"),
+            StopCause::TimeLimit => Some("SLURM: its time is over"),
+            StopCause::Cancelled => Some("SLURM: cancelled"),
+            StopCause::Requeued => Some("SLURM: queued again"),
+            StopCause::Other => None,
+        }
+    }
+}
+
 impl Job {
     /// Reads the output of `SLURM_TIME_FORMAT=%s scontrol show job ID`.
     pub fn parse(text: &str) -> Job {

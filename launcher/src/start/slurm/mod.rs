@@ -36,7 +36,7 @@ mod turn;
 pub use allocation::{Allocation, Place, Request};
 pub use commands::Slurm;
 pub use job::{Job, JobId, StopCause};
-pub use requeue::Entry;
+pub use requeue::{Entry, on_entry};
 pub use script::{Options, render};
 pub use srun::{Srun, srun};
 pub use submit::Submit;

@@ -9,6 +9,7 @@ use super::allocation::{Allocation, Place};
 use super::commands::Slurm;
 use super::job::{Job, StopCause, run_folder_name};
 use super::requeue::{Ended, Entry, on_entry, should_requeue};
+use crate::manifest::earlier;
 use crate::manifest::files::checkpoints;
 
 /// A job without `--signal` saves itself so long before its end; never more than a tenth of its time.
@@ -45,13 +46,10 @@ impl Turn {
 
     /// What to do with that folder.
     pub fn entry(&self, folder: &Path) -> Entry {
-        let text = fs_err::read_to_string(RunDir::new(folder).manifest()).ok();
-        let manifest = text.and_then(|t| serde_json::from_str::<serde_json::Value>(&t).ok());
-        let last = manifest.as_ref().map(|m| {
-            let outcome = m["outcome"].as_str().unwrap_or("running");
-            let code = m["exit_code"].as_i64();
-            (outcome, code.and_then(|code| i32::try_from(code).ok()))
-        });
+        let last = earlier::outcome(folder);
+        let last = last
+            .as_ref()
+            .map(|(outcome, code)| (outcome.as_str(), *code));
         on_entry(self.allocation.restart_count, last)
     }
 

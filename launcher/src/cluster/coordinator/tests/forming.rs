@@ -43,7 +43,42 @@ fn hosts_that_do_not_come_are_named_before_long_and_in_the_end() {
     scene.pass(S(1));
     let text = "2 nodes (n1, n2) joined within 1m, 3 are needed; missing: n3\n  hint: ";
     assert!(scene.notices().contains(text), "{}", scene.notices());
+    assert!(scene.reason().expect("a reason").contains(text));
     assert_eq!(scene.code(), Some(exit::PREFLIGHT));
+}
+
+#[test]
+fn who_has_started_another_node_by_hand_hears_what_became_of_it() {
+    let mut settings = settings(2, 2);
+    settings.is_read = true;
+    let mut scene = Scene::new(settings);
+    let (local, join) = (true, Box::new(join_of("n1", WORKERS)));
+    scene.event(Event::Said {
+        node: 1,
+        local,
+        message: FromAgent::Join(join),
+    });
+    scene.alive.insert(1);
+    scene.join(2);
+    scene.join(3);
+    let told = |scene: &mut Scene, id| -> Vec<String> {
+        let told = scene.told(id).into_iter();
+        told.filter_map(|message| match message {
+            ToAgent::Tell { text } => Some(text),
+            _ => None,
+        })
+        .collect()
+    };
+    assert!(told(&mut scene, 1).is_empty(), "the first has the notices");
+    assert_eq!(
+        told(&mut scene, 2),
+        [
+            "joined job run of n1; its output is there, in /run",
+            "this is node 1 of 2, with ranks 2-3"
+        ]
+    );
+    let spare = "joined job run of n1 as a spare, until it is needed; its output is there, in /run";
+    assert_eq!(told(&mut scene, 3), [spare]);
 }
 
 #[test]
@@ -144,7 +179,9 @@ fn a_node_that_cannot_run_the_job_ends_one_that_needs_it() {
         message: "4 GPUs, 8 are needed".into(),
     };
     scene.says(2, unfit.clone());
-    assert!(scene.notices().contains("n2 cannot run the job: 4 GPUs"));
+    let text = "n2 cannot run the job: 4 GPUs, 8 are needed";
+    assert!(scene.notices().contains(text));
+    assert_eq!(scene.reason().as_deref(), Some(text));
     assert_eq!(scene.code(), Some(exit::PREFLIGHT));
     // Where fewer nodes do, it is let go.
     settings.min_nodes = 1;
@@ -237,6 +274,12 @@ fn workers_that_cannot_be_started_end_the_job_with_the_reason_s_code() {
     );
     // No worker failed, so none is named.
     assert!(scene.endings()[0].failure.is_none());
+    let reason = "the workers on n2 cannot be started: no such directory";
+    assert_eq!(scene.reason().as_deref(), Some(reason));
+    assert_eq!(
+        scene.endings()[0].reason,
+        Some(Reason::Text(reason.to_string()))
+    );
     assert_eq!(scene.code(), Some(exit::PREFLIGHT));
 
     // Before any was started there is nothing to stop.
@@ -247,6 +290,12 @@ fn workers_that_cannot_be_started_end_the_job_with_the_reason_s_code() {
     }
     scene.says(1, cannot(exit::PREFLIGHT));
     assert_eq!(scene.exit_of(2), Some(exit::PREFLIGHT));
+    assert!(
+        scene
+            .reason()
+            .expect("a reason")
+            .starts_with("the workers on n1")
+    );
 }
 
 #[test]

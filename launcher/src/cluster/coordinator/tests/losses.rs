@@ -2,6 +2,45 @@
 
 use super::*;
 
+#[test]
+fn who_held_the_agents_is_named_where_it_was_killed() {
+    let killed = || Event::StarterKilled {
+        host: "srun".into(),
+        killed: "srun, which held it, ended with signal 9 (SIGKILL)".into(),
+    };
+    for is_first in [true, false] {
+        let mut settings = settings(2, 2);
+        settings.hosts = ["n1", "n2"].map(String::from).into();
+        let mut scene = Scene::running(settings, 2);
+        if is_first {
+            scene.event(killed());
+        }
+        scene.lose(2);
+        if !is_first {
+            scene.event(killed());
+        }
+        scene.all_stopped(1);
+        let failure = scene.ending().failure.expect("a failure");
+        let text = "node n2 was lost first: its agent broke off the connection, and srun, which held it, ended with signal 9 (SIGKILL)";
+        assert_eq!(failure.headline(), text);
+        assert!(
+            failure.hint.contains("who kills processes"),
+            "{}",
+            failure.hint
+        );
+    }
+    // That of another host has nothing to do with it.
+    let mut settings = settings(2, 2);
+    settings.hosts = ["n1", "n2"].map(String::from).into();
+    let mut scene = Scene::running(settings, 2);
+    let (host, killed) = ("n1".into(), "ssh, which held it, ended".into());
+    scene.event(Event::StarterKilled { host, killed });
+    scene.lose(2);
+    scene.all_stopped(1);
+    let failure = scene.ending().failure.expect("a failure");
+    assert!(failure.headline().ends_with("broke off the connection"));
+}
+
 /// Loses the node by a broken connection, or by its silence.
 fn lose(scene: &mut Scene, id: NodeId, silently: bool) {
     if silently {

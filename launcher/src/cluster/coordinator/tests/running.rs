@@ -57,6 +57,23 @@ fn who_does_not_talk_runs_from_its_start_and_who_does_from_its_first_step() {
     assert_eq!(states(&scene), ["starting", "running"], "our trainer talks");
 }
 
+/// Of a program error only progress makes another start worth it.
+#[test]
+fn what_a_resumed_job_had_before_is_no_progress() {
+    for (resumed, step, restarts) in [(None, 60, 1), (Some(60), 60, 0), (Some(60), 61, 1)] {
+        let mut scene = Scene::running(restarting(1, 1), 1);
+        if let Some(step) = resumed {
+            let path = "checkpoints/step-60.safetensors".into();
+            let word = About::Resumed { path, step };
+            let generation = scene.state.generation;
+            scene.says(1, FromAgent::About { generation, word });
+        }
+        scene.step(step, None);
+        scene.all_end(1, End::Code(1));
+        assert_eq!(scene.state.restarts.len(), restarts, "{resumed:?} {step}");
+    }
+}
+
 #[test]
 fn a_failed_job_has_the_code_of_the_rank_that_failed_first() {
     let killed = |signal| End::Signal(signal);

@@ -28,6 +28,7 @@ fn ctrl_c_ends_a_save_that_takes_too_long() {
         [ToAgent::Stop { .. }, ToAgent::Kill { .. }]
     ));
     scene.clean(1, vec![stopped(libc::SIGKILL, 5); 2]);
+    assert_eq!(scene.reason().as_deref(), Some("SIGINT"));
     assert_eq!(scene.code(), Some(130));
 }
 
@@ -46,6 +47,7 @@ fn a_preempted_job_saves_and_asks_to_be_requeued() {
         2,
         vec![rank(End::Code(exit::REQUEUE), 1), rank(End::Code(0), 2)],
     );
+    assert_eq!(scene.reason().as_deref(), Some("SIGUSR2 on n2"));
     assert_eq!(scene.code(), Some(exit::REQUEUE));
 }
 
@@ -82,6 +84,7 @@ fn the_allocation_s_end_is_a_reason_to_save() {
     scene.pass(S(1));
     assert_eq!(scene.was_stopped_by(1), Some(libc::SIGUSR2));
     scene.all_end(1, End::Code(exit::REQUEUE));
+    assert_eq!(scene.reason().as_deref(), Some("the allocation ends soon"));
     assert_eq!(scene.code(), Some(exit::REQUEUE));
 }
 

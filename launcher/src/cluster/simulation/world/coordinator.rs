@@ -145,7 +145,8 @@ impl World {
             | Action::Show(_)
             | Action::Spawned(_)
             | Action::LeftOut(_)
-            | Action::Told(_) => {}
+            | Action::Told(_)
+            | Action::Left(_) => {}
         }
     }
 
