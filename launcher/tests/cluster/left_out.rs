@@ -78,7 +78,7 @@ fn a_node_where_two_starts_failed_is_left_out_with_the_reason() {
     let Some(cluster) = Cluster::new(3) else {
         return;
     };
-    let mut job = job(&cluster, "--step 5 --kill 9", "--step 9 --kill 9", "2");
+    let mut job = job(&cluster, "--step 5 --kill 15", "--step 9 --kill 15", "2");
     assert_eq!(job.end(), [0; 3], "{job}");
     let why = "2 of the last 2 failures began there, the last: killed from outside";
     assert_told(&job, why, false);
