@@ -79,7 +79,11 @@ impl Scene {
     /// `tsm-launch` with these words, in this folder, not started yet.
     pub fn launch<S: AsRef<std::ffi::OsStr>>(&self, words: &[S]) -> Command {
         let mut command = Command::new(LAUNCH);
-        command.args(["--trainer", TRAINER]).args(words);
+        let is_program = words.iter().any(|word| word.as_ref() == "--");
+        if !is_program {
+            command.args(["--trainer", TRAINER]);
+        }
+        command.args(words);
         command.current_dir(self.0.path());
         for name in tsm_launch::plan::RANK_VARIABLES {
             command.env_remove(name);

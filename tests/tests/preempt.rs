@@ -271,19 +271,14 @@ fn a_straggler_s_own_work_is_longer() {
 fn a_restart_before_the_first_checkpoint_begins_again() {
     let scene = scene();
     let mut job = Job::new(&scene, 1, &JOB).resumed();
-    fs_err::create_dir_all(scene.run("run").checkpoints()).unwrap();
-    let refused = finish(vec![job.start(&scene, "run", 0)], exit::DATA);
-    contains(
-        &refused[0].err,
-        &["cannot resume from", "holds no step-*.json"],
-    );
-    job.restart_count = 2;
-    let outcome = finish(vec![job.start(&scene, "run", 0)], exit::OK);
-    contains(
-        &outcome[0].out,
-        &[
-            "restart 2 from the beginning: ",
-            "holds no usable checkpoint yet",
-        ],
-    );
+    // Continued by hand or by a scheduler, and restarted by the launcher.
+    for (run, restart_count, start) in [
+        ("run", 0, "start from the beginning: "),
+        ("again", 2, "restart 2 from the beginning: "),
+    ] {
+        job.restart_count = restart_count;
+        fs_err::create_dir_all(scene.run(run).checkpoints()).unwrap();
+        let outcome = finish(vec![job.start(&scene, run, 0)], exit::OK);
+        contains(&outcome[0].out, &[start, "holds no usable checkpoint yet"]);
+    }
 }
