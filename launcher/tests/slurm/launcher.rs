@@ -42,11 +42,12 @@ impl Scene {
         Some(Scene { cluster, dir })
     }
 
-    /// Submits a script of two nodes that execs the launcher with these words, as `tsm-launch slurm` writes it.
+    /// Submits a script of two nodes that execs the launcher with these words, as `tsm-launch slurm` writes it. Four
+    /// nodes share the cores of this machine: none is lost because it had to wait for them.
     fn submit(&self, options: &[&str], words: &str) -> crate::JobId {
         let script = format!(
             "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=1\n\
-             #SBATCH --requeue\n#SBATCH --open-mode=append\ncd {}\nexec {LAUNCH} {words}\n",
+             #SBATCH --requeue\n#SBATCH --open-mode=append\ncd {}\nexec {LAUNCH} --node-timeout 5s {words}\n",
             self.dir.display()
         );
         self.cluster.sbatch(options, &script)
