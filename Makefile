@@ -2,6 +2,8 @@
 .PHONY: demo test setup build lint clean
 
 CARGO ?= cargo
+# A program of tests that hangs is ended with its name, and the others still run; the longest takes 3 minutes.
+TEST := $(CARGO) --config 'target."cfg(unix)".runner = "timeout --foreground --verbose --kill-after=30 900"' test --release
 
 demo: build
 	@scripts/demo.sh
@@ -15,8 +17,8 @@ setup:
 test:
 	@scripts/setup.sh test
 	benchmarks/peers/smoke_test.sh
-	$(CARGO) test --release -p tsm-trainer --features mpi --lib --test mpi
-	$(CARGO) test --release --workspace --no-fail-fast
+	$(TEST) -p tsm-trainer --features mpi --lib --test mpi
+	$(TEST) --workspace --no-fail-fast
 
 lint:
 	@scripts/setup.sh build

@@ -176,6 +176,30 @@ fn has_mark(environment: &[u8], mark: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addresses::scene::until;
+    use std::process::{Child, Command};
+
+    /// A child that is killed with its end of life.
+    struct Asleep(Child);
+
+    impl Asleep {
+        fn start(command: &mut Command) -> Asleep {
+            let child = Asleep(command.spawn().unwrap());
+            until(|| Stat::read(child.pid()).filter(|stat| stat.name == "sleep"));
+            child
+        }
+
+        fn pid(&self) -> i32 {
+            self.0.id() as i32
+        }
+    }
+
+    impl Drop for Asleep {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
 
     #[test]
     fn a_mark_is_one_word_of_one_variable() {
@@ -249,58 +273,44 @@ mod tests {
 
     #[test]
     fn a_process_whose_memory_is_locked_holds_up_nothing() {
-        let mut child = std::process::Command::new("sleep")
-            .arg("1000")
-            .spawn()
-            .unwrap();
-        let pid = child.id() as i32;
+        // One that is known by its session, and one whose environment has to be read.
+        let known = Asleep::start(Command::new("setsid").args(["sleep", "1000"]));
+        let other = Asleep::start(Command::new("setsid").args(["sleep", "1000"]));
+        let carriers = Carriers {
+            sessions: vec![known.pid()],
+            ..Carriers::known("f1".into(), 0)
+        };
         let (open, locked) = channel::<()>();
         let locked = std::sync::Mutex::new(locked);
         let hangs = move |_: i32| {
             let _ = locked.lock().unwrap().recv();
             Environment::NotYet
         };
-        // Something is young enough to be looked at, and one process is known by its session.
-        let carriers = Carriers {
-            sessions: vec![Stat::read(pid).unwrap().session],
-            ..Carriers::known("f1".into(), 0)
-        };
         let look = carriers.look_through(hangs, Duration::from_millis(10));
         let again = carriers.look_through(|_| panic!("not again"), READ);
+        for look in [look, again] {
+            assert!(look.is_sure && look.found.iter().any(|p| p.pid == known.pid()));
+        }
         // A machine that was only busy is looked at again.
         drop(open);
-        let (tell, told) = channel();
-        while told.try_recv().is_err() {
-            let tell = tell.clone();
-            let looks = move |_: i32| {
-                let _ = tell.send(());
-                Environment::NotYet
+        let is_other = other.pid();
+        until(|| {
+            let looks = move |pid: i32| match pid {
+                pid if pid == is_other => Environment::NotYet,
+                _ => Environment::Of(Vec::new()),
             };
-            carriers.look_through(looks, READ);
-        }
-        let _ = child.kill();
-        let _ = child.wait();
-        for look in [look, again] {
-            assert!(look.is_sure && look.found.iter().any(|p| p.pid == pid));
-        }
+            (!carriers.look_through(looks, READ).is_sure).then_some(())
+        });
     }
 
     #[test]
     fn a_process_that_starts_now_is_not_too_old() {
         let carriers = Carriers::new();
-        let mut child = std::process::Command::new("sleep")
-            .arg("1000")
-            .env(MARK, format!("0:{}", carriers.mark))
-            .spawn()
-            .unwrap();
-        let pid = child.id() as i32;
-        let mut look = carriers.look();
-        while look.found.is_empty() && !look.is_sure {
-            look = carriers.look();
-        }
-        let _ = child.kill();
-        let _ = child.wait();
-        assert!(look.found.iter().any(|p| p.pid == pid), "{look:?}");
+        let mark = format!("0:{}", carriers.mark);
+        let child = Asleep::start(Command::new("sleep").arg("1000").env(MARK, mark));
+        let seen = |look: &Look| !look.found.is_empty() || look.is_sure;
+        let look = until(|| Some(carriers.look()).filter(seen));
+        assert!(look.found.iter().any(|p| p.pid == child.pid()), "{look:?}");
         let me = std::process::id() as i32;
         assert!(look.found.iter().all(|p| p.pid != me));
     }

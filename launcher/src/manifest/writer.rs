@@ -175,6 +175,7 @@ impl Thread {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addresses::scene::until;
     use serde_json::Value;
 
     fn manifest(outcome: &'static str) -> Manifest {
@@ -247,9 +248,7 @@ mod tests {
         scene.writer.write(manifest("running"));
         scene.writer.written().await.unwrap();
         scene.writer.describe(find);
-        while scene.file()["machine"].is_null() {
-            std::thread::yield_now();
-        }
+        until(|| (!scene.file()["machine"].is_null()).then_some(()));
         scene.writer.write(manifest("running"));
         scene.writer.written().await.unwrap();
         assert!(scene.file()["machine"].is_object(), "{}", scene.file());

@@ -28,23 +28,22 @@ struct Privsep(File);
 
 impl Privsep {
     fn new() -> Privsep {
-        loop {
+        until("a lock on sshd's folder", || {
             if fs_err::create_dir(PRIVSEP).is_ok() {
                 // The next turn may find it gone.
                 let _ = File::create(MADE);
             }
             // It may be removed at any moment before it is locked.
-            let Ok(folder) = File::open(PRIVSEP) else {
-                continue;
-            };
+            let folder = File::open(PRIVSEP).ok()?;
             flock(&folder, FlockOperation::LockShared).expect("a lock");
             let number = folder.metadata().expect("it is open").ino();
-            if fs_err::metadata(PRIVSEP).is_ok_and(|found| found.ino() == number) {
+            let found = fs_err::metadata(PRIVSEP).ok()?;
+            (found.ino() == number).then(|| {
                 let mode = PermissionsExt::from_mode(0o755);
                 fs_err::set_permissions(PRIVSEP, mode).expect("root may");
-                return Privsep(folder);
-            }
-        }
+                Privsep(folder)
+            })
+        })
     }
 }
 
