@@ -26,6 +26,7 @@ use crate::cluster::coordinator::{Excluded, Report};
 use crate::cluster::message::Join;
 use crate::end::End;
 use crate::gpus::Gpu;
+use crate::replace::replace;
 
 /// Everything there is to say about a run. The launcher's own host, machine and GPUs stand by themselves; in
 /// a job over several nodes, `nodes` has them all.
@@ -165,16 +166,13 @@ impl Manifest {
     }
 }
 
-/// Writes `value` beside `path`, then renames it there.
+/// Puts `value` in its place in one step, see [`replace`].
 ///
 /// # Errors
 /// When the disk is full or the folder is gone.
 pub fn write_json(path: &Path, value: &impl Serialize) -> std::io::Result<()> {
-    let partial = path.with_extension("json.partial");
-    let mut text = serde_json::to_vec_pretty(value)?;
-    text.push(b'\n');
-    fs_err::write(&partial, text)?;
-    fs_err::rename(&partial, path)
+    let text = serde_json::to_string_pretty(value)? + "\n";
+    replace(path, &text, 0o666)
 }
 
 /// This machine's name.

@@ -4,6 +4,8 @@ use anyhow::Context;
 use std::sync::atomic::{AtomicI32, Ordering};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::stat::Stat;
+
 /// The signals that the launcher answers, for its workers.
 pub const HEARD: [i32; 6] = [
     libc::SIGINT,
@@ -14,7 +16,13 @@ pub const HEARD: [i32; 6] = [
     libc::SIGUSR2,
 ];
 
-pub struct Signals(Vec<(i32, Signal)>);
+pub struct Signals(Vec<Stream>);
+
+struct Stream {
+    number: i32,
+    signal: Signal,
+    sender: &'static AtomicI32,
+}
 
 /// A signal, and the process that sent it; 0: one that has no number here. `None`: the kernel, as for Ctrl-C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,10 +38,9 @@ impl Caught {
         if pid == 0 {
             return Some("outside of this container".into());
         }
-        let name = fs_err::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        Some(match name.trim() {
-            "" => format!("process {pid}"),
-            name => format!("process {pid} ({name})"),
+        Some(match Stat::read(pid) {
+            None => format!("process {pid}"),
+            Some(stat) => format!("process {pid} ({})", stat.name),
         })
     }
 }
@@ -66,12 +73,16 @@ impl Signals {
     /// When a handler cannot be installed.
     pub fn catch() -> anyhow::Result<Signals> {
         let ignored = ignored(&fs_err::read_to_string("/proc/self/status").unwrap_or_default());
-        let caught = HEARD.into_iter().filter(|s| ignored & (1 << (s - 1)) == 0);
-        let open = |number| {
-            if let Some(i) = HEARD.iter().position(|heard| *heard == number) {
-                note_sender(number, &SENDERS[i])?;
-            }
-            Ok((number, signal(SignalKind::from_raw(number))?))
+        let heard = HEARD.into_iter().zip(&SENDERS);
+        let caught = heard.filter(|(number, _)| ignored & (1 << (number - 1)) == 0);
+        let open = |(number, sender)| {
+            note_sender(number, sender)?;
+            let signal = signal(SignalKind::from_raw(number))?;
+            Ok(Stream {
+                number,
+                signal,
+                sender,
+            })
         };
         let signals: std::io::Result<Vec<_>> = caught.map(open).collect();
         Ok(Signals(signals.context("cannot handle signals")?))
@@ -80,12 +91,11 @@ impl Signals {
     /// The next signal; never, when none is caught.
     pub async fn next(&mut self) -> Caught {
         std::future::poll_fn(|context| {
-            for (number, stream) in &mut self.0 {
-                if stream.poll_recv(context).is_ready() {
-                    let index = HEARD.iter().position(|heard| heard == number);
-                    let sender = index.map_or(NOBODY, |i| SENDERS[i].load(Ordering::Acquire));
+            for stream in &mut self.0 {
+                if stream.signal.poll_recv(context).is_ready() {
+                    let sender = stream.sender.load(Ordering::Acquire);
                     let sender = Some(sender).filter(|pid| *pid != NOBODY);
-                    let signal = *number;
+                    let signal = stream.number;
                     return std::task::Poll::Ready(Caught { signal, sender });
                 }
             }

@@ -18,18 +18,17 @@ const DEVICES: [&str; 2] = ["gpus", "cpus"];
 /// rules: with every option of the command line `argv`, of which `args` was made. A secret of `--env` is to be taken
 /// from the environment.
 pub(super) fn command(argv: impl Iterator<Item = OsString>, args: &Args, dir: &Path) -> String {
-    let option = |flag: &str, value: Option<OsString>| Some((flag.to_string(), value?));
-    let gpus = option("--gpus", args.gpus.as_ref().map(|g| g.to_string().into()));
-    let cpus = option("--cpus", args.cpus.map(|n| n.to_string().into()));
-    let resume = option("--resume", Some(dir.into()));
-    let rules = kept(argv).into_iter();
-    let all = gpus
-        .into_iter()
-        .chain(cpus)
-        .map(|(flag, value)| (flag, Some(value)));
+    let option = |flag: &str, value: OsString| (flag.to_string(), Some(value));
+    let gpus = args.gpus.as_ref().map(|g| g.to_string().into());
+    let cpus = args.cpus.map(|n| n.to_string().into());
+    let devices = [
+        gpus.map(|gpus| option("--gpus", gpus)),
+        cpus.map(|cpus| option("--cpus", cpus)),
+    ];
+    let all = devices.into_iter().flatten();
     let all = all
-        .chain(rules)
-        .chain(resume.map(|(flag, value)| (flag, Some(value))));
+        .chain(kept(argv))
+        .chain([option("--resume", dir.into())]);
     let words = all.flat_map(|(flag, value)| match value {
         // It would be taken for another option.
         Some(value) if value.as_encoded_bytes().starts_with(b"-") => {

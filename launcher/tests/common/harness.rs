@@ -176,6 +176,16 @@ impl Drop for Running {
     }
 }
 
+/// Killed and reaped when dropped, also when a test fails.
+pub struct Killed(pub Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 pub fn start(command: &mut Command) -> Running {
     let child = command
         .stdout(Stdio::piped())

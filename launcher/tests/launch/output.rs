@@ -1,10 +1,9 @@
 //! Logs: nothing lost, nothing torn.
 
-use crate::harness::{FAKE, Running, Scene, finish, start, until};
+use crate::harness::{FAKE, Killed, Running, Scene, finish, start, until};
 use crate::refusals::Mount;
 use fs_err::File;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use std::process::Child;
 
 const LINES: usize = 50_000;
 
@@ -199,16 +198,6 @@ fn what_all_ranks_say_at_once_is_shown_once() {
     assert!(shown < 8, "nothing was folded: {}", outcome.err);
 }
 
-/// Kills it when a test fails.
-struct Launcher(Child);
-
-impl Drop for Launcher {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// A terminal takes a few KiB and then nothing, as after Ctrl-S.
 #[test]
 fn a_stopped_terminal_holds_up_no_worker() {
@@ -238,7 +227,7 @@ fn a_stopped_terminal_holds_up_no_worker() {
         .args(["--touch", "done{rank}"])
         .stdout(terminal.try_clone().unwrap().into_file())
         .stderr(terminal.into_file());
-    let mut launcher = Launcher(command.spawn().unwrap());
+    let mut launcher = Killed(command.spawn().unwrap());
     // Its descriptors of the terminal would keep it open for ever.
     drop(command);
     scene.wait_for_pids("done", 4);

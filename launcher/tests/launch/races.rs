@@ -1,27 +1,17 @@
 //! What happens in the same moment, or in an unusual order.
 
 use crate::ground::Bystander;
-use crate::harness::{DEADLINE, Scene, alive, finish, send, start, survivors, until};
+use crate::harness::{DEADLINE, Killed, Scene, alive, finish, send, start, survivors, until};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use tsm_launch::contain::{Ability, Containment};
 use tsm_launch::own::Executable;
 use tsm_launch::process::{Guard, Spec, spawn};
-
-/// Killed and reaped when dropped.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// As git and scontrol, which the launcher runs on other threads: they must not hold the sockets of workers open.
 #[test]

@@ -77,6 +77,20 @@ impl Scene {
         said
     }
 
+    /// SIGUSR2 to the launcher of this job.
+    fn ask_to_save(&self, job: crate::JobId) {
+        let id = job.to_string();
+        let words = ["--batch", "--signal=USR2", &id];
+        self.cluster.output("scancel", &words);
+    }
+
+    /// Has both ranks save, and the turn after that be the last.
+    fn save_and_go_on(&self, job: crate::JobId, run: &Path) {
+        self.ask_to_save(job);
+        self.until_both_have(run, "steps");
+        fs_err::write(self.dir.join("goal"), "0").unwrap();
+    }
+
     /// No process that was started in this folder lives.
     fn assert_nothing_is_left(&self) {
         let here = |pid: &str| {
@@ -245,12 +259,7 @@ fn a_turn_goes_on_with_the_run_of_the_first_wherever_that_is_and_began() {
         let edited = config.replacen("momentum: 0.9", "momentum: 0.5", 1);
         assert_ne!(edited, config);
         fs_err::write(scene.dir.join("my.yaml"), edited).unwrap();
-        let id = job.to_string();
-        scene
-            .cluster
-            .output("scancel", &["--batch", "--signal=USR2", &id]);
-        scene.until_both_have(&run, "steps");
-        fs_err::write(scene.dir.join("goal"), "0").unwrap();
+        scene.save_and_go_on(job, &run);
         let said = scene.wait(job, "COMPLETED", 1);
         let starts = fs_err::read_to_string(run.join("starts")).unwrap();
         let (first, then) = (
@@ -284,12 +293,7 @@ fn of_two_launches_in_a_job_each_finds_its_own_run_again() {
     let job = scene.cluster.sbatch(&["--nodelist=n[3-4]"], &script);
     let run = scene.dir.join(format!("runs/bash-slurm-{job}-2"));
     scene.until_both_have(&run, "going");
-    let id = job.to_string();
-    scene
-        .cluster
-        .output("scancel", &["--batch", "--signal=USR2", &id]);
-    scene.until_both_have(&run, "steps");
-    fs_err::write(scene.dir.join("goal"), "0").unwrap();
+    scene.save_and_go_on(job, &run);
     let said = scene.wait(job, "COMPLETED", 1);
     let finished = format!(
         "has finished in {}/runs/bash-slurm-{job} ",
@@ -316,17 +320,10 @@ fn a_program_that_saves_on_sigusr2_is_queued_again_and_one_without_a_handler_is_
     };
     fs_err::write(scene.dir.join("goal"), "100000").unwrap();
     let nodes = ["--nodelist=n[3-4]"];
-    let to_batch = |job: crate::JobId| {
-        scene
-            .cluster
-            .output("scancel", &["--batch", "--signal=USR2", &job.to_string()]);
-    };
     let job = scene.submit(&nodes, "--cpus 1 --max-restarts 2 -- ./trainer");
     let run = scene.dir.join(format!("runs/trainer-slurm-{job}"));
     scene.until_both_have(&run, "going");
-    to_batch(job);
-    scene.until_both_have(&run, "steps");
-    fs_err::write(scene.dir.join("goal"), "0").unwrap();
+    scene.save_and_go_on(job, &run);
     let said = scene.wait(job, "COMPLETED", 1);
     assert!(
         said.contains(&format!("job {job} is queued again")),
@@ -338,7 +335,7 @@ fn a_program_that_saves_on_sigusr2_is_queued_again_and_one_without_a_handler_is_
     let words = format!("--cpus 1 --max-restarts 2 -- sh -c '{script}'");
     let job = scene.submit(&nodes, &words);
     scene.until_both_have(&scene.dir, "going");
-    to_batch(job);
+    scene.ask_to_save(job);
     let end = scene.cluster.wait(job);
     let said = scene.cluster.job_output(job);
     assert_eq!(

@@ -86,9 +86,8 @@ impl State {
 
     /// It may come before the loss of the agents that it held, or after.
     pub(super) fn starter_killed(&mut self, host: String, killed: String, now: Duration) {
-        let is_of_all = !self.settings.hosts.contains(&host);
         for lost in &mut self.lost {
-            if (is_of_all || lost.host == host) && now < lost.at + TOGETHER {
+            if holds(&self.settings.hosts, &host, &lost.host) && now < lost.at + TOGETHER {
                 lost.how = format!("{}, and {killed}", lost.how);
             }
         }
@@ -97,9 +96,10 @@ impl State {
 
     /// How the connection to an agent of `host` ended, where what held it was killed just before.
     pub(super) fn why_lost(&self, host: &str, how: &str, now: Duration) -> String {
-        let holds = |of: &str| of == host || !self.settings.hosts.iter().any(|h| h == of);
         let mut killed = self.waiting.killed.iter().rev();
-        match killed.find(|(of, _, at)| holds(of) && now < *at + TOGETHER) {
+        match killed
+            .find(|(of, _, at)| holds(&self.settings.hosts, of, host) && now < *at + TOGETHER)
+        {
             Some((_, killed, _)) => format!("{how}, and {killed}"),
             None => how.into(),
         }
@@ -124,4 +124,9 @@ impl State {
         let words: String = missing.iter().filter_map(said).take(SHOWN).collect();
         Some(format!("missing: {}{words}", few(&missing)))
     }
+}
+
+/// Whether the starter of this name holds the agent of `host`: it is called after its host, or holds all.
+fn holds(hosts: &[String], starter: &str, host: &str) -> bool {
+    starter == host || !hosts.iter().any(|h| h == starter)
 }

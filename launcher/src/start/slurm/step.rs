@@ -7,6 +7,7 @@
 use std::sync::LazyLock;
 
 use crate::contain::Kind;
+use crate::stat::Stat;
 
 /// What signals the processes of a step.
 const STEPD: &str = "slurmstepd";
@@ -17,9 +18,8 @@ pub fn is_sent_to_all(sender: Option<i32>) -> bool {
     static IN_STEP: LazyLock<bool> = LazyLock::new(|| in_step(|name| std::env::var(name).ok()));
     *IN_STEP
         && sender.is_some_and(|pid| {
-            let name = fs_err::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             // In a container with its own process numbers it is 0.
-            pid == 0 || name.trim() == STEPD
+            pid == 0 || Stat::read(pid).is_some_and(|stat| stat.name == STEPD)
         })
 }
 
