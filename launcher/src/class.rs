@@ -18,6 +18,7 @@ use tsm_job::exit;
 use tsm_job::message::FailureRecord;
 
 use crate::end::End;
+use crate::oom::OomKills;
 use crate::start::children::HELD;
 
 /// Kinds of failure that are answered differently.
@@ -94,8 +95,10 @@ pub struct Facts<'a> {
     pub exception: Option<&'a str>,
     /// The last lines.
     pub stderr: &'a [String],
-    /// Processes that the out-of-memory killer ended on its node meanwhile.
-    pub oom_kills: u64,
+    /// The line of the kernel's log about its end by the out-of-memory killer.
+    pub oom_kill: Option<&'a str>,
+    /// On its node meanwhile.
+    pub oom_kills: OomKills,
     /// Lines of the kernel's log about GPUs of its node.
     pub xids: &'a [String],
     /// How the node was lost.
@@ -245,18 +248,15 @@ fn announced(facts: &Facts) -> Option<Verdict> {
 }
 
 fn signal_from_outside(facts: &Facts) -> Option<Verdict> {
-    let killed_child = facts.end == Some(End::Code(exit::SIGNAL_BASE + libc::SIGKILL));
+    let has_killed_child = facts.end == Some(End::Code(exit::SIGNAL_BASE + libc::SIGKILL));
     let signal = match facts.end? {
         End::Signal(signal) if !facts.sent.contains(&signal) => signal,
-        End::Code(_) if killed_child && !facts.sent.contains(&libc::SIGKILL) => libc::SIGKILL,
+        End::Code(_) if has_killed_child && !facts.sent.contains(&libc::SIGKILL) => libc::SIGKILL,
         _ => return None,
     };
     let end = facts.end?.to_string();
-    if signal == libc::SIGKILL && facts.oom_kills > 0 {
-        let evidence = format!(
-            "{end}, and the kernel's out-of-memory killer ended {} process(es)",
-            facts.oom_kills
-        );
+    if let Some(evidence) = out_of_memory(facts).filter(|_| signal == libc::SIGKILL) {
+        let evidence = format!("{end}, and {evidence}");
         let (class, hint) = (Class::OutOfMemory, texts::MEMORY_HINT);
         return Some(Verdict::new(class, Again::MayWork, &evidence, hint));
     }
@@ -271,6 +271,24 @@ fn signal_from_outside(facts: &Facts) -> Option<Verdict> {
         _ => return None,
     };
     Some(Verdict::new(Class::Killed, Again::MayWork, &end, hint))
+}
+
+/// What says that the out-of-memory killer ended it, or, of one that ended with the code of a shell, its child.
+fn out_of_memory(facts: &Facts) -> Option<String> {
+    let suspects = match facts.end? {
+        End::Signal(_) => facts.oom_kills.unnamed,
+        End::Code(_) => facts.oom_kills.all,
+    };
+    match facts.oom_kill {
+        Some(line) => Some(format!("the kernel logged: {line}")),
+        None if suspects == 0 => None,
+        None => {
+            let all = facts.oom_kills.all;
+            Some(format!(
+                "the kernel's out-of-memory killer ended {all} process(es)"
+            ))
+        }
+    }
 }
 
 /// The exception, panic or error with which the program ended.

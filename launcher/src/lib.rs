@@ -41,6 +41,7 @@ mod logs;
 mod machine;
 pub mod manifest;
 mod median;
+mod oom;
 pub mod own;
 pub mod plan;
 pub mod port;

@@ -40,10 +40,3 @@ impl Default for Load {
         Load::new()
     }
 }
-
-/// How many processes the kernel's out-of-memory killer has ended since the machine started.
-pub fn oom_kills() -> u64 {
-    let text = fs_err::read_to_string("/proc/vmstat").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-    line.and_then(|n| n.parse().ok()).unwrap_or(0)
-}

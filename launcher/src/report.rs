@@ -11,7 +11,9 @@ use crate::class::{self, Again, Class, Facts, classify, unstarted};
 use crate::cluster::policy::Incident;
 use crate::end::End;
 use crate::logs::read_small;
+use crate::oom::OomKills;
 use crate::supervisor::Rank;
+use crate::text::count;
 
 /// What the launcher knows about each rank besides its end.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,6 +27,9 @@ pub struct Place {
     #[serde(default)]
     pub exception: Option<String>,
     pub stderr: Vec<String>,
+    /// What the kernel's log says of it, where the out-of-memory killer ended it.
+    #[serde(default)]
+    pub oom_kill: Option<String>,
     /// State of a process that SIGKILL did not end.
     pub stuck_in: Option<String>,
 }
@@ -124,7 +129,7 @@ pub struct Run<'a> {
     pub dir: &'a Path,
     pub exit_code: i32,
     /// Processes that the kernel's out-of-memory killer ended meanwhile on the machine of the culprit.
-    pub oom_kills: u64,
+    pub oom_kills: OomKills,
     /// Lines of the kernel's log about GPUs of that machine.
     pub xids: &'a [String],
     /// By rank.
@@ -232,6 +237,7 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
         record,
         exception: exception.as_deref(),
         stderr: place.map_or(&[], |place| &place.stderr),
+        oom_kill: place.and_then(|place| place.oom_kill.as_deref()),
         oom_kills: run.oom_kills,
         xids: run.xids,
         node_lost: subject.lost,
@@ -316,13 +322,19 @@ fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<Str
             let told = matches!(role, Role::OwnError | Role::LastWords);
             told.then(|| "the launcher stopped it before its own end was done".into())
         }
-        End::Signal(libc::SIGKILL) if run.oom_kills > 0 => Some(format!(
-            "the kernel's out-of-memory killer ended {} process(es) during the run",
-            run.oom_kills
-        )),
-        End::Signal(libc::SIGKILL) => {
-            Some("killed from outside; the out-of-memory killer did not count a process".into())
-        }
+        End::Signal(libc::SIGKILL) => Some(match (facts.oom_kill, run.oom_kills) {
+            (Some(line), _) => format!("the kernel logged: {line}"),
+            (None, OomKills { all: 0, .. }) => {
+                "killed from outside; the out-of-memory killer did not count a process".into()
+            }
+            (None, OomKills { all, unnamed: 0 }) => {
+                let others = count(all, "other");
+                format!("killed from outside; the out-of-memory killer ended {others} meanwhile")
+            }
+            (None, OomKills { all, .. }) => {
+                format!("the kernel's out-of-memory killer ended {all} process(es) during the run")
+            }
+        }),
         end => end.meaning().map(str::to_string),
     }
 }

@@ -13,7 +13,9 @@ pub fn signature(verdict: &Verdict, facts: &Facts) -> String {
     let cause = match class {
         // Their evidence is what happened to be there.
         Class::NodeLost | Class::Hang => return class.to_string(),
-        Class::OutOfMemory if facts.oom_kills > 0 => return class.to_string(),
+        Class::OutOfMemory if facts.oom_kills.all > 0 || facts.oom_kill.is_some() => {
+            return class.to_string();
+        }
         Class::Hardware => match xid::number(&verdict.evidence) {
             Some(number) => format!("Xid {number}"),
             None => normal(&verdict.evidence),

@@ -343,23 +343,45 @@ fn a_panic_of_ours_is_told_by_its_message() {
 }
 
 #[test]
-fn a_kill_is_told_by_the_kernels_counter() {
-    let kill = |end, oom_kills, sent: &[i32]| {
-        classify(&Facts {
+fn a_kill_is_told_by_the_kernel() {
+    let kill = |end, all, unnamed, sent: &[i32], oom_kill: Option<&'static str>| {
+        let facts = Facts {
             end: Some(end),
-            oom_kills,
+            oom_kill,
+            oom_kills: OomKills { all, unnamed },
             sent,
             ..Facts::default()
-        })
-        .class
+        };
+        classify(&facts)
     };
+    let class = |end, all, unnamed, sent| kill(end, all, unnamed, sent, None).class;
     for end in [End::Signal(9), End::Code(137)] {
-        assert_eq!(kill(end, 1, &[]), Class::OutOfMemory);
-        assert_eq!(kill(end, 0, &[]), Class::Killed);
+        assert_eq!(class(end, 1, 1, &[]), Class::OutOfMemory);
+        assert_eq!(class(end, 0, 0, &[]), Class::Killed);
     }
-    assert_eq!(kill(End::Signal(9), 1, &[15, 9]), Class::Unknown, "ours");
-    assert_eq!(kill(End::Signal(15), 3, &[]), Class::Killed);
-    assert_eq!(kill(End::Signal(libc::SIGBUS), 0, &[]), Class::Unknown);
+    assert_eq!(class(End::Signal(9), 2, 0, &[]), Class::Killed, "others");
+    let child = class(End::Code(137), 1, 0, &[]);
+    assert_eq!(child, Class::OutOfMemory, "perhaps its own");
+    let told = kill(
+        End::Signal(9),
+        0,
+        0,
+        &[],
+        Some("Out of memory: Killed 4711"),
+    );
+    assert_eq!(told.class, Class::OutOfMemory);
+    assert!(
+        told.evidence
+            .ends_with(", and the kernel logged: Out of memory: Killed 4711")
+    );
+    assert_eq!(
+        class(End::Signal(9), 1, 1, &[15, 9]),
+        Class::Unknown,
+        "ours"
+    );
+    assert_eq!(class(End::Signal(15), 3, 3, &[]), Class::Killed);
+    let bus = class(End::Signal(libc::SIGBUS), 0, 0, &[]);
+    assert_eq!(bus, Class::Unknown);
 }
 
 #[test]
@@ -598,7 +620,8 @@ proptest! {
         samples in proptest::collection::vec((0..SAMPLES.len(), 0usize..40, 0usize..200), 0..4),
         end in proptest::option::of(prop_oneof![(-1..260).prop_map(End::Code), (0..70).prop_map(End::Signal)]),
         xids in proptest::collection::vec("(NVRM: Xid \\()?.{0,9}(\\): )?[0-9]{0,12}.{0,9}", 0..3),
-        oom_kills in 0u64..2,
+        all in 0u64..2,
+        oom_kill in proptest::option::of(".{0,20}"),
         hung: bool,
         code in proptest::option::of(-1..260),
     ) {
@@ -614,7 +637,8 @@ proptest! {
             record: record.as_ref(),
             exception: stderr.first().map(String::as_str),
             stderr: &stderr,
-            oom_kills,
+            oom_kill: oom_kill.as_deref(),
+            oom_kills: OomKills { all, unnamed: all },
             xids: &xids,
             node_lost: None,
             hung,

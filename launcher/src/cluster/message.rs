@@ -18,6 +18,7 @@ use crate::gpus::Gpu;
 use crate::hang::ras;
 use crate::hang::report::Inspection;
 use crate::manifest::environment::Change;
+use crate::oom::OomKills;
 use crate::report::Place;
 use crate::supervisor::Rank;
 
@@ -374,8 +375,7 @@ pub struct NodeReport {
     pub ranks: Vec<(Rank, Place)>,
     /// When the generation was started; the times in `ranks` count from the agent's own start.
     pub started_at: AgentTime,
-    /// Processes that the kernel's out-of-memory killer ended meanwhile.
-    pub oom_kills: u64,
+    pub oom_kills: OomKills,
     /// Lines of the kernel's log about GPUs (`Xid`) since the start of the generation.
     pub xids: Vec<String>,
     pub warnings: Vec<String>,

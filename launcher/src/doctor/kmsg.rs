@@ -1,6 +1,7 @@
-//! GPU faults in the kernel's log.
+//! GPU faults, and processes that the out-of-memory killer ended, in the kernel's log.
 
-use rustix::fs::{Mode, OFlags, open};
+use rustix::fd::OwnedFd;
+use rustix::fs::{Mode, OFlags, SeekFrom, open, seek};
 use rustix::io::{Errno, read};
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
@@ -30,37 +31,100 @@ pub fn now() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// The faults logged since `since`; `None` where the log may not be read.
-pub fn xids(since: Duration) -> Option<Vec<Xid>> {
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let log = open("/dev/kmsg", flags, Mode::empty()).ok()?;
-    let mut found = Vec::new();
-    let mut record = [0; 8192];
-    loop {
-        match read(&log, &mut record) {
-            Ok(0) | Err(Errno::AGAIN) => return Some(found),
-            Ok(len) => found
-                .extend(parse(&String::from_utf8_lossy(&record[..len])).filter(|x| x.at >= since)),
-            // A record was overwritten before it was read; or it is longer than any of ours.
-            Err(Errno::PIPE | Errno::INTR | Errno::INVAL) => {}
-            Err(_) => return None,
+/// `Memory cgroup out of memory: Killed process 4711 (python) total-vm:35476kB, anon-rss:32512kB, ...`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kill {
+    /// In the machine's first namespace of processes.
+    pub pid: i32,
+    pub text: String,
+}
+
+/// The kernel's log, from one record on.
+pub struct Log(OwnedFd);
+
+/// What it holds that matters here.
+#[derive(Debug, PartialEq)]
+pub struct Logged {
+    pub xids: Vec<Xid>,
+    pub kills: Vec<Kill>,
+    /// Nothing was overwritten before it was read.
+    pub is_whole: bool,
+}
+
+impl Log {
+    /// From the oldest record that is left; `None` where it may not be read.
+    pub fn whole() -> Option<Log> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        open("/dev/kmsg", flags, Mode::empty()).ok().map(Log)
+    }
+
+    /// From the next record on; `None` where it may not be read.
+    pub fn from_now() -> Option<Log> {
+        let log = Log::whole()?;
+        seek(&log.0, SeekFrom::End(0)).ok()?;
+        Some(log)
+    }
+
+    /// All that came since the last time; `None` where it cannot be read.
+    pub fn read(&self) -> Option<Logged> {
+        let mut logged = Logged {
+            xids: Vec::new(),
+            kills: Vec::new(),
+            is_whole: true,
+        };
+        let mut record = [0; 8192];
+        loop {
+            match read(&self.0, &mut record) {
+                Ok(0) | Err(Errno::AGAIN) => return Some(logged),
+                Ok(len) => {
+                    let record = String::from_utf8_lossy(&record[..len]);
+                    logged.xids.extend(Xid::parse(&record));
+                    logged.kills.extend(Kill::parse(&record));
+                }
+                Err(Errno::PIPE) => logged.is_whole = false,
+                // It is longer than any of ours.
+                Err(Errno::INTR | Errno::INVAL) => {}
+                Err(_) => return None,
+            }
         }
     }
 }
 
-/// `4,1234,5678901,-;NVRM: Xid (...): ...`: the third field counts microseconds.
-fn parse(record: &str) -> Option<Xid> {
+/// `4,1234,5678901,-;NVRM: Xid (...): ...`: the third field counts microseconds; the first holds the level, and eight
+/// times who wrote the record, 0 for the kernel.
+fn parts(record: &str) -> Option<(Duration, &str)> {
     let (head, text) = record.lines().next()?.split_once(';')?;
-    let at = Duration::from_micros(head.split(',').nth(2)?.parse().ok()?);
-    let text = text.strip_prefix("NVRM: ")?;
-    let (device, rest) = text.strip_prefix("Xid (")?.split_once("): ")?;
-    let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-    Some(Xid {
-        at,
-        number: digits.parse().ok()?,
-        device: device.into(),
-        text: text.into(),
-    })
+    let mut fields = head.split(',');
+    let is_kernels = fields.next()?.parse::<u32>().ok()? < 8;
+    let at = Duration::from_micros(fields.nth(1)?.parse().ok()?);
+    is_kernels.then_some((at, text))
+}
+
+impl Xid {
+    fn parse(record: &str) -> Option<Xid> {
+        let (at, text) = parts(record)?;
+        let text = text.strip_prefix("NVRM: ")?;
+        let (device, rest) = text.strip_prefix("Xid (")?.split_once("): ")?;
+        let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        Some(Xid {
+            at,
+            number: digits.parse().ok()?,
+            device: device.into(),
+            text: text.into(),
+        })
+    }
+}
+
+impl Kill {
+    fn parse(record: &str) -> Option<Kill> {
+        let (_, text) = parts(record)?;
+        let (why, rest) = text.split_once(": Killed process ")?;
+        let pid = rest.split_once(" (")?.0.parse().ok()?;
+        let text = text.into();
+        why.to_ascii_lowercase()
+            .contains("out of memory")
+            .then_some(Kill { pid, text })
+    }
 }
 
 /// One warning for each kind of fault of each GPU.
@@ -110,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_fault_is_read_from_its_record() {
-        let xid = parse(LOST).unwrap();
+        let xid = Xid::parse(LOST).unwrap();
         assert_eq!((xid.number, xid.device.as_str()), (79, "PCI:0000:81:00"));
         assert_eq!(xid.at, Duration::from_micros(5_678_901));
         assert!(
@@ -121,16 +185,18 @@ mod tests {
         for other in [
             "6,1,0,-;Linux version 6.1",
             "4,1,2,-;NVRM: loading",
+            // Written by a program.
+            "12,1,2,-;NVRM: Xid (PCI:0000:81:00): 79, pid=1234",
             "nonsense",
             "",
         ] {
-            assert_eq!(parse(other), None, "{other}");
+            assert_eq!(Xid::parse(other), None, "{other}");
         }
     }
 
     #[test]
     fn hardware_is_told_from_programs_and_repeats_are_one_finding() {
-        let lost = parse(LOST).unwrap();
+        let lost = Xid::parse(LOST).unwrap();
         let again = Xid {
             at: Duration::from_secs(3600),
             ..lost.clone()
@@ -150,8 +216,32 @@ mod tests {
     }
 
     #[test]
+    fn a_kill_is_read_as_the_kernel_writes_it() {
+        let killed = "Killed process 4711 (python x) total-vm:35476kB, anon-rss:32512kB, UID:0";
+        for why in [
+            "Memory cgroup out of memory",
+            "Out of memory",
+            "Out of memory (oom_kill_allocating_task)",
+        ] {
+            let kill = Kill::parse(&format!("3,9,1,-;{why}: {killed}\n")).unwrap();
+            assert_eq!((kill.pid, kill.text), (4711, format!("{why}: {killed}")));
+        }
+        for other in [
+            format!("11,9,1,-;Out of memory: {killed}"),
+            format!("3,9,1,-;Tasks: {killed}"),
+            "6,9,1,-;oom_reaper: reaped process 4711 (python)".into(),
+            LOST.into(),
+        ] {
+            assert_eq!(Kill::parse(&other), None, "{other}");
+        }
+    }
+
+    #[test]
     fn the_log_of_this_machine_is_read_without_waiting() {
         // Allowed or not, it returns.
-        assert_eq!(xids(Duration::MAX).unwrap_or_default(), []);
+        let _ = Log::whole().and_then(|log| log.read());
+        let Some(log) = Log::from_now() else { return };
+        let Some(new) = log.read() else { return };
+        assert!(new.is_whole && new.kills.len() <= 1, "{new:?}");
     }
 }

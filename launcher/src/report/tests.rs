@@ -10,6 +10,7 @@ fn place(rank: usize, stderr: &[&str]) -> Place {
         error_file: "/nonexistent".into(),
         exception: None,
         stderr: stderr.iter().map(|s| s.to_string()).collect(),
+        oom_kill: None,
         stuck_in: None,
     }
 }
@@ -19,7 +20,7 @@ fn run<'a>() -> Run<'a> {
         id: "r",
         dir: Path::new("runs/r"),
         exit_code: 17,
-        oom_kills: 0,
+        oom_kills: OomKills::default(),
         xids: &[],
         homes: &[],
         stacks: None,
@@ -29,7 +30,7 @@ fn run<'a>() -> Run<'a> {
     }
 }
 
-fn report(ends: &[End], oom_kills: u64) -> String {
+fn report(ends: &[End], oom_kills: OomKills) -> String {
     let sent = vec![libc::SIGTERM];
     let rank = |(i, end): (usize, &End)| Rank {
         end: Some(*end),
@@ -53,7 +54,10 @@ fn report(ends: &[End], oom_kills: u64) -> String {
 #[test]
 fn the_report_says_who_what_where_and_what_next() {
     let (term, zero) = (End::Signal(libc::SIGTERM), End::Code(0));
-    let text = report(&[End::Code(17), term, term, zero, term, End::Code(76)], 0);
+    let text = report(
+        &[End::Code(17), term, term, zero, term, End::Code(76)],
+        OomKills::default(),
+    );
     let expected = "error: rank 0 failed first: exit code 17
   class: program error
   where: host gpu-01, cpu, pid 100
@@ -90,8 +94,10 @@ fn only_who_was_told_nothing_is_said_to_have_succeeded() {
 #[test]
 fn sigkill_comes_with_the_evidence_for_the_out_of_memory_killer() {
     let killed = End::Signal(libc::SIGKILL);
-    assert!(report(&[killed], 2).contains("out-of-memory killer ended 2 process(es)"));
-    assert!(report(&[killed], 0).contains("the out-of-memory killer did not count a process"));
+    let counted = |all, unnamed| report(&[killed], OomKills { all, unnamed });
+    assert!(counted(2, 1).contains("out-of-memory killer ended 2 process(es)"));
+    assert!(counted(2, 0).contains("the out-of-memory killer ended 2 others meanwhile"));
+    assert!(counted(0, 0).contains("the out-of-memory killer did not count a process"));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::harness::{Scene, finish, start};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use tsm_launch::contain;
 
 const LIMIT: &str = "33554432";
@@ -46,7 +47,9 @@ impl Small {
     }
 
     fn make(own: &Path) -> Result<Small, String> {
-        let path = own.join(format!("tsm-test-memory-{}", std::process::id()));
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let path = own.join(format!("tsm-test-memory-{}-{number}", std::process::id()));
         fs_err::create_dir(&path).map_err(|e| e.to_string())?;
         Ok(Small(path))
     }
@@ -71,14 +74,12 @@ impl Drop for Small {
     }
 }
 
-#[test]
-fn the_out_of_memory_killer_is_named() {
-    let Some(small) = Small::new() else { return };
+/// Of a program whose rank 1 does as `script` says.
+fn report(small: &Small, script: &str) -> (String, String) {
     let scene = Scene::new();
-    // `tail` keeps all that it reads, since no line of it ends.
     let script = format!(
-        "[ $RANK = 1 ] || exec sleep 1000; echo $$ > {}/cgroup.procs && exec tail /dev/zero",
-        small.0.display()
+        "[ $RANK = 1 ] || exec sleep 1000; {}",
+        script.replace("SMALL", &format!("{}/cgroup.procs", small.0.display()))
     );
     let words = [
         "--cpus=2",
@@ -91,9 +92,40 @@ fn the_out_of_memory_killer_is_named() {
     ];
     let outcome = finish(start(&mut scene.command(&words)));
     assert_eq!(outcome.code, 137, "{}", outcome.err);
-    let killer = "the kernel's out-of-memory killer ended ";
-    for part in ["rank 1 failed first: signal 9 (SIGKILL)", killer] {
-        assert!(outcome.err.contains(part), "{part}\n{}", outcome.err);
+    let named = "rank 1 failed first: signal 9 (SIGKILL)";
+    assert!(outcome.err.contains(named), "{}", outcome.err);
+    let class = scene.json("failure.json")["class"].to_string();
+    (outcome.err, class)
+}
+
+/// Whether the kernel's log can be read, and names processes as they are numbered here.
+fn is_log_ours() -> bool {
+    let namespace = fs_err::read_link("/proc/self/ns/pid").unwrap();
+    namespace.as_os_str() == "pid:[4026531836]" && fs_err::File::open("/dev/kmsg").is_ok()
+}
+
+#[test]
+fn the_out_of_memory_killer_is_named() {
+    let Some(small) = Small::new() else { return };
+    let (err, class) = report(&small, "echo $$ > SMALL && exec tail /dev/zero");
+    let killer = match is_log_ours() {
+        true => "meaning: the kernel logged: Memory cgroup out of memory: Killed process ",
+        false => "the kernel's out-of-memory killer ended ",
+    };
+    assert!(err.contains(killer), "{err}");
+    assert_eq!(class, "\"out_of_memory\"", "{err}");
+}
+
+#[test]
+fn a_rank_is_not_taken_for_another_that_ran_out_of_memory() {
+    let Some(small) = Small::new() else { return };
+    if !is_log_ours() {
+        eprintln!("skipped: the kernel's log cannot be read, or numbers processes otherwise");
+        return;
     }
-    assert_eq!(scene.json("failure.json")["class"], "out_of_memory");
+    let other = "sh -c 'echo $$ > SMALL && exec tail /dev/zero'; kill -9 $$";
+    let (err, class) = report(&small, other);
+    let cleared = "meaning: killed from outside; the out-of-memory killer ended ";
+    assert!(err.contains(cleared), "{err}");
+    assert_eq!(class, "\"killed\"", "{err}");
 }

@@ -1,6 +1,7 @@
 use crate::blame::tests::{fault, rank, said};
 use crate::blame::{Culprit, Fault, Lost, NodeEnds, Role, Seen, first_failure, role};
 use crate::end::End;
+use crate::oom::OomKills;
 use crate::report::{Home, Place, Run, failure};
 use crate::supervisor::Rank;
 use std::path::Path;
@@ -116,6 +117,7 @@ fn lines(ends: &[NodeEnds], fault: &Fault, ranks: &[Vec<Rank>], words: &[&str]) 
                 stderr: words
                     .get(places.len())
                     .map_or(Vec::new(), |w| vec![w.to_string()]),
+                oom_kill: None,
                 stuck_in: None,
             });
         }
@@ -124,7 +126,7 @@ fn lines(ends: &[NodeEnds], fault: &Fault, ranks: &[Vec<Rank>], words: &[&str]) 
         id: "r",
         dir: Path::new("runs/r"),
         exit_code: 1,
-        oom_kills: 0,
+        oom_kills: OomKills::default(),
         xids: &[],
         homes: &homes,
         stacks: None,

@@ -20,8 +20,8 @@ use crate::cores;
 use crate::doctor::kmsg;
 use crate::logs::keep;
 use crate::logs::{Finished, Logs, Shown, Sink, Source, Tail};
-use crate::machine;
 use crate::manifest::environment::{self, Change};
+use crate::oom::{self, OomKills};
 use crate::own::Executable;
 use crate::plan::{WorkerPlan, error_file};
 use crate::port::Port;
@@ -60,10 +60,10 @@ pub struct Generation {
     logs: Option<Logs>,
     pub news: News,
     oom_before: u64,
+    /// What it says from then on.
+    kernel_log: Option<kmsg::Log>,
     leftovers: Leftovers,
     began_at: Duration,
-    /// The same by the kernel's log.
-    kernel_time: Duration,
     _port: Option<Port>,
 }
 
@@ -102,10 +102,10 @@ impl Generation {
             sources: Vec::new(),
             logs: None,
             news: News::new(start.node_rank == 0),
-            oom_before: machine::oom_kills(),
+            oom_before: oom::count(),
+            kernel_log: kmsg::Log::from_now(),
             leftovers: Leftovers::new(now),
             began_at: now,
-            kernel_time: kmsg::now(),
             _port: port,
             start,
         })
@@ -343,13 +343,17 @@ impl Generation {
         if output.held_open && self.leftovers.stuck.is_empty() {
             warnings.push(HELD_OPEN.into());
         }
+        let oom_kills = oom::count().saturating_sub(self.oom_before);
+        let logged = self.kernel_log.as_ref().and_then(|log| log.read());
         let place = |i: usize| {
             let plan = &self.plans[i];
+            let pid = self.workers[i].pid.as_raw_nonzero().get();
             let error_file = error_file(self.dir.path(), &self.host, plan.rank);
             Place {
                 host: self.host.clone(),
                 device: plan.device.clone(),
-                pid: self.workers[i].pid.as_raw_nonzero().get(),
+                pid,
+                oom_kill: oom::of_process(logged.as_ref(), pid).map(str::to_owned),
                 stderr_file: self.dir.log(&self.host, plan.rank, true),
                 exception: report::torch_error(&error_file),
                 error_file,
@@ -368,9 +372,9 @@ impl Generation {
             ));
         }
         let gpus = self.plans.iter().any(|plan| plan.device.starts_with("GPU"));
-        let xids = match gpus.then(|| kmsg::xids(self.kernel_time)).flatten() {
-            Some(xids) => xids.into_iter().map(|xid| xid.text).collect(),
-            None => Vec::new(),
+        let xids = match &logged {
+            Some(logged) if gpus => logged.xids.iter().map(|xid| xid.text.clone()).collect(),
+            _ => Vec::new(),
         };
         let places: Vec<Place> = (0..self.workers.len()).map(place).collect();
         // The guard first: it knows the sessions by numbers, which may be used again from then on.
@@ -379,7 +383,7 @@ impl Generation {
         NodeReport {
             ranks: self.state.ranks.into_iter().zip(places).collect(),
             started_at: self.began_at,
-            oom_kills: machine::oom_kills().saturating_sub(self.oom_before),
+            oom_kills: OomKills::new(oom_kills, logged.as_ref()),
             xids,
             warnings,
             missing: output.missing,

@@ -10,6 +10,7 @@ use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 use crate::clock::Utc;
 use crate::cluster::policy;
 use crate::end::End;
+use crate::oom::OomKills;
 use crate::report::{self, Failure, Place, own_words};
 use crate::status::Restart;
 use crate::supervisor::Rank;
@@ -230,7 +231,7 @@ impl State {
             id: &self.settings.job.run_id,
             dir: &self.settings.job.run_dir,
             exit_code: ending.code,
-            oom_kills: of_node.map_or(0, |r| r.oom_kills),
+            oom_kills: of_node.map_or(OomKills::default(), |r| r.oom_kills),
             xids: of_node.map(|r| r.xids.as_slice()).unwrap_or_default(),
             homes: &homes,
             stacks: stacks.as_deref(),
@@ -378,6 +379,7 @@ impl State {
             error_file: crate::plan::error_file(dir.path(), &host, number),
             exception: None,
             stderr: Vec::new(),
+            oom_kill: None,
             stuck_in: None,
             host,
         };

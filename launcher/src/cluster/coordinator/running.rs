@@ -13,6 +13,7 @@ use crate::end::End;
 use crate::hang::progress::Event as Pace;
 use crate::hang::ras::Answer;
 use crate::hang::report::{Inspection as Look, report};
+use crate::oom::OomKills;
 use crate::report::Place;
 use crate::supervisor::Rank;
 use crate::text::count;
@@ -71,7 +72,7 @@ impl State {
             NodeReport {
                 ranks: Vec::new(),
                 started_at: Duration::ZERO,
-                oom_kills: 0,
+                oom_kills: OomKills::default(),
                 xids: Vec::new(),
                 warnings: Vec::new(),
                 missing: None,

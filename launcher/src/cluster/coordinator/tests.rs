@@ -16,6 +16,7 @@ use std::collections::BTreeSet;
 use super::*;
 use crate::cluster::message::{BEATS_PER_LEASE, Beat, Facts, Join, LEASE, Progress, SILENCE};
 use crate::end::End;
+use crate::oom::OomKills;
 use crate::report::Place;
 use crate::supervisor::Rank;
 use tsm_job::exit;
@@ -87,6 +88,7 @@ pub(in crate::cluster) fn place_of(host: &str) -> Place {
         error_file: "error".into(),
         exception: None,
         stderr: Vec::new(),
+        oom_kill: None,
         stuck_in: None,
     }
 }
@@ -244,7 +246,7 @@ impl Scene {
         let report = NodeReport {
             ranks: ranks.into_iter().map(|r| (r, place_of(&host))).collect(),
             started_at: Duration::ZERO,
-            oom_kills: 0,
+            oom_kills: OomKills::default(),
             xids: Vec::new(),
             warnings: Vec::new(),
             missing: None,

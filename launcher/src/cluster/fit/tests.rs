@@ -10,6 +10,7 @@ use crate::cluster::wire::MAX_FROM_AGENT as MAX;
 use crate::end::End;
 use crate::hang::process::{Stack, Thread};
 use crate::manifest::environment::Change;
+use crate::oom::OomKills;
 use tsm_job::message::FailureRecord;
 
 /// All parts are short enough, and whole messages again.
@@ -30,7 +31,7 @@ fn report(ranks: Vec<(Rank, crate::report::Place)>) -> FromAgent {
         report: Box::new(NodeReport {
             ranks,
             started_at: Duration::ZERO,
-            oom_kills: 0,
+            oom_kills: OomKills::default(),
             xids: vec!["NVRM: Xid 79".into(); 10_000],
             warnings: vec!["w".repeat(1 << 20)],
             missing: Some("m".repeat(1 << 20)),

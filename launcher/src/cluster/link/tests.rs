@@ -1,6 +1,7 @@
 use super::*;
 use crate::cluster::coordinator::tests::{join_of, place_of};
 use crate::cluster::message::NodeReport;
+use crate::oom::OomKills;
 use crate::supervisor::Rank;
 use std::time::Duration;
 use tokio::io::duplex;
@@ -93,7 +94,7 @@ async fn a_report_that_no_frame_holds_does_not_lose_the_node() {
     let report = NodeReport {
         ranks: vec![(Rank::default(), place); 256],
         started_at: Duration::ZERO,
-        oom_kills: 0,
+        oom_kills: OomKills::default(),
         xids: Vec::new(),
         warnings: Vec::new(),
         missing: None,

@@ -8,6 +8,7 @@ use crate::cluster::agent::lease::Lease;
 use crate::cluster::coordinator::tests::{join_of, place_of};
 use crate::cluster::message::{Beat, FromAgent, NodeReport, Progress, Start, ToAgent};
 use crate::doctor::preflight::{Measured, OwnNode};
+use crate::oom::OomKills;
 use crate::report::Place;
 use crate::supervisor::{self, Action, Event, Phase};
 use tsm_job::exit;
@@ -386,7 +387,7 @@ impl Agent {
                 .zip(generation.places)
                 .collect(),
             started_at: generation.began_at,
-            oom_kills: 0,
+            oom_kills: OomKills::default(),
             xids: Vec::new(),
             warnings: Vec::new(),
             missing: None,

@@ -11,7 +11,6 @@ use nvml_wrapper::sys_exports::field_id::{
     NVML_FI_DEV_REMAPPED_FAILURE, NVML_FI_DEV_REMAPPED_PENDING,
 };
 use nvml_wrapper::{Device, Nvml};
-use std::time::Duration;
 
 use super::{Card, Pcie, Reading};
 use crate::doctor::kmsg;
@@ -52,7 +51,9 @@ pub fn read(wanted: &[Gpu]) -> Reading {
         lost,
         cards: wanted.iter().map(|gpu| card(&nvml, gpu)).collect(),
         xids: if number > 0 {
-            kmsg::xids(Duration::ZERO)
+            kmsg::Log::whole()
+                .and_then(|log| log.read())
+                .map(|logged| logged.xids)
         } else {
             None
         },

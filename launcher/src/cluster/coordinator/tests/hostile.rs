@@ -169,7 +169,7 @@ fn message() -> impl Strategy<Value = FromAgent> {
             let report = NodeReport {
                 ranks,
                 started_at,
-                oom_kills: u64::MAX,
+                oom_kills: OomKills { all: u64::MAX, unnamed: 1 },
                 xids: vec![warning.clone()],
                 missing: Some(warning.clone()),
                 warnings: vec![warning],

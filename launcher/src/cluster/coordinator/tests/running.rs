@@ -154,7 +154,7 @@ fn messages_of_an_older_generation_are_dropped() {
     let report = NodeReport {
         ranks: Vec::new(),
         started_at: Duration::ZERO,
-        oom_kills: 0,
+        oom_kills: OomKills::default(),
         xids: Vec::new(),
         warnings: Vec::new(),
         missing: None,
