@@ -2,6 +2,7 @@
 
 use clap::{ArgGroup, Parser};
 use std::ffi::OsString;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -56,6 +57,7 @@ Exit codes:
                       tsm-launch [--gpus N|auto|0,1,3 | --cpus N] [OPTIONS] -- PROGRAM [ARGS ...]"
 )]
 #[command(group(ArgGroup::new("device").args(["gpus", "cpus"])))]
+#[command(group(ArgGroup::new("key").args(["key_file", "key_fd"])))]
 #[command(group(ArgGroup::new("over_ssh").args(["hosts", "hostfile"])))]
 pub struct Args {
     /// Start one worker on each of N GPUs, on all visible ones (`auto`), or on those listed (`0,1,3`; `2,` for one).
@@ -93,11 +95,11 @@ pub struct Args {
     pub remote_launcher: Option<PathBuf>,
 
     /// Where the nodes meet, for the same command on every node: whoever can listen there coordinates.
-    #[arg(long, value_name = "HOST:PORT", requires = "key_file")]
+    #[arg(long, value_name = "HOST:PORT", requires = "key")]
     pub rendezvous: Option<String>,
 
     /// Talk TLS at --rendezvous: this node's certificate, for the name by which others reach it (PEM).
-    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_ca", "key_file"])]
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_ca", "key"])]
     pub tls_cert: Option<PathBuf>,
 
     /// The certificate's private key, in a file that is yours alone.
@@ -120,6 +122,10 @@ pub struct Args {
     /// The job's key, in a file that is yours alone; `tsm-launch key FILE` makes one.
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+
+    /// The same from a descriptor that is open for reading, 0 for stdin; no file is needed.
+    #[arg(long, value_name = "N")]
+    pub key_fd: Option<RawFd>,
 
     /// Start all ranks again after a failure, so many times in a row without a new checkpoint: not what fails again
     /// until it is changed, nor the same failure at the same step twice. A program that reports no steps is started
@@ -280,15 +286,19 @@ impl Args {
     /// The key of a job whose nodes are not started from here.
     ///
     /// # Errors
-    /// [`exit::USAGE`] without `--key-file`, or when it cannot be used.
+    /// [`exit::USAGE`] without `--key-file` and `--key-fd`, or when it cannot be used. A descriptor can be read once.
     pub fn key(&self) -> Result<Key, Coded> {
-        let Some(file) = &self.key_file else {
-            let hint = "make one with tsm-launch key FILE, and give --key-file FILE on every node";
-            let text =
-                format!("the nodes of this job need a key to know each other\n  hint: {hint}");
-            return Err(Coded::new(exit::USAGE, text));
-        };
-        reading(file, || Key::read_file(file))
+        match (&self.key_file, self.key_fd) {
+            (Some(file), _) => reading(file, || Key::read_file(file)),
+            (None, Some(fd)) => Key::read_fd(fd),
+            (None, None) => {
+                let hint =
+                    "make one with tsm-launch key FILE, and give --key-file FILE on every node";
+                let text =
+                    format!("the nodes of this job need a key to know each other\n  hint: {hint}");
+                Err(Coded::new(exit::USAGE, text))
+            }
+        }
     }
 }
 

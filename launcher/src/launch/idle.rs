@@ -19,9 +19,13 @@ pub(super) fn refuse(
     let is_set = |name: &str| lookup(name).is_some_and(|value| !value.is_empty());
     let is_met =
         args.rendezvous.is_some() || adopted.is_some_and(|a| matches!(a.kind, Kind::Point { .. }));
-    if args.key_file.is_some() && !is_met {
+    let key = match args.key_file {
+        Some(_) => Some("--key-file"),
+        None => args.key_fd.map(|_| "--key-fd"),
+    };
+    if let Some(option) = key.filter(|_| !is_met) {
         return Err(without_effect(
-            "--key-file",
+            option,
             "no node of this job is met with a key",
             "give --rendezvous HOST:PORT too, or leave it out; --hosts, SLURM and mpirun need no key",
         ));
@@ -110,6 +114,8 @@ mod tests {
             ("--key-file k --nodes 1 --rendezvous a:1", "", true),
             ("--key-file k", PET, true),
             ("--key-file k", "PET_NNODES=1", true),
+            ("--key-fd 0", "", false),
+            ("--key-fd 0 --nodes 1 --rendezvous a:1", "", true),
             ("--key-file k --ignore-env", PET, false),
             ("--key-file k", MPI, false),
             ("--share-host", "", false),

@@ -1,10 +1,12 @@
 //! Starts `tsm-launch` with fake workers in a folder of its own. Every test program of this crate has it.
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use std::io::Write;
 use std::ops::Range;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 pub const FAKE: &str = env!("CARGO_BIN_EXE_fake-worker");
@@ -162,6 +164,12 @@ impl Running {
         self.child.as_ref().expect("running").id() as i32
     }
 
+    /// To its stdin, which is a pipe, and ends.
+    pub fn write(&mut self, bytes: &[u8]) {
+        let stdin = self.child.as_mut().and_then(|child| child.stdin.take());
+        stdin.expect("piped").write_all(bytes).expect("it reads");
+    }
+
     pub fn signal(&self, signal: Signal) {
         send(self.pid(), signal);
     }
@@ -198,14 +206,24 @@ pub fn start(command: &mut Command) -> Running {
     }
 }
 
-/// Waits for the end; the launcher's own output comes with it.
+/// Waits for the end; the launcher's own output comes with it. One that hangs is killed.
 pub fn finish(mut running: Running) -> Outcome {
     let child = running.child.take().expect("running");
+    let pid = Pid::from_child(&child);
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).expect("it is not reaped");
+    let (ended, is_ended) = channel::<()>();
+    std::thread::spawn(move || {
+        if is_ended.recv_timeout(3 * DEADLINE) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("killed after {:?}: process {pid}", 3 * DEADLINE);
+            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        }
+    });
     let Output {
         status,
         stdout,
         stderr,
     } = child.wait_with_output().expect("tsm-launch ends");
+    drop(ended);
     Outcome {
         code: status
             .code()

@@ -20,6 +20,7 @@ mod contain;
 mod frozen;
 mod hang;
 mod json;
+mod key;
 mod manifest;
 mod memory;
 mod needed;

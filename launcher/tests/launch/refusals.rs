@@ -285,7 +285,27 @@ const CASES: &[(&str, i32, &[&str])] = &[
     (
         "--nodes 2 --rendezvous 127.0.0.1:9 -- FAKE",
         64,
-        &["--key-file"],
+        &["--key-file <FILE>|--key-fd <N>"],
+    ),
+    (
+        "--nodes 2 --rendezvous 127.0.0.1:9 --key-file good.key --key-fd 0 -- FAKE",
+        64,
+        &["cannot be used with '--key-fd <N>'"],
+    ),
+    (
+        "--nodes 2 --rendezvous 127.0.0.1:9 --key-fd 0 -- FAKE",
+        64,
+        &["descriptor 0: it has 0 characters", "hint: send one line"],
+    ),
+    (
+        "--nodes 2 --rendezvous 127.0.0.1:9 --key-fd 93 -- FAKE",
+        64,
+        &["descriptor 93: it is not open", "93<FILE"],
+    ),
+    (
+        "--key-fd 0 -- FAKE",
+        64,
+        &["--key-fd would have no effect", "hint: give --rendezvous"],
     ),
     (
         "--hosts a,a -- FAKE",
