@@ -141,7 +141,7 @@ pub enum Event {
     /// The same, by a scheduler that has signalled all agents too.
     StepSignal(i32),
     /// The coordinator was not run for this long, though there was something to do.
-    Stalled(Duration),
+    Stalled { host: String, time: Duration },
     /// [`State::deadline`] has come.
     Deadline,
 }
@@ -263,6 +263,9 @@ pub enum Cause {
     Grow,
 }
 
+/// In what is said of the loss of a node: it may have given the coordinator up.
+pub const NOT_RUNNING: &str = " after the coordinator itself, on ";
+
 /// A node of this generation whose connection is gone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LostNode {
@@ -348,8 +351,8 @@ pub struct State {
     /// Progress of the ranks of this generation.
     watch: Tracker,
     next_look: Duration,
-    /// When the coordinator was found to have stalled, and for how long.
-    stalled: Option<(Duration, Duration)>,
+    /// When the coordinator was found to have stalled, and what of.
+    stalled: Option<(Duration, String)>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -481,7 +484,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         Event::StarterKilled { host, killed } => state.starter_killed(host, killed, now),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
         Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
-        Event::Stalled(time) => state.stalled(time, now, &mut actions),
+        Event::Stalled { host, time } => state.stalled(host, time, now, &mut actions),
         Event::Deadline => state.expired(now, &mut actions),
     }
     state.advance(now, &mut actions);

@@ -9,8 +9,8 @@ use tsm_job::exit;
 use super::left_out::words;
 use super::running::refusal;
 use super::{
-    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, Node, Phase, REPORT, Reason, State,
-    record, send,
+    Action, Cause, Clock, FENCE, FORM, LEAVE, LostNode, MOMENT, NOT_RUNNING, Node, Phase, REPORT,
+    Reason, State, record, send,
 };
 use crate::cluster::message::{Finding, Join, Severity, ToAgent};
 use crate::cluster::topology::NodeId;
@@ -210,11 +210,8 @@ impl State {
         if self.member(id).is_some() {
             self.gone.insert(id, node.clone());
         }
-        let how = match self.stalled {
-            Some((at, time)) if now < at + self.settings.lease => {
-                let time = time.as_secs_f64();
-                format!("{how}, after the coordinator itself had not run for {time:.1} s")
-            }
+        let how = match &self.stalled {
+            Some((at, of)) if now < *at + self.settings.lease => format!("{how},{of}"),
             _ => self.why_lost(&host, how, now),
         };
         actions.push(record(
@@ -256,13 +253,21 @@ impl State {
     }
 
     /// The coordinator was stopped itself, or its machine overloaded or suspended.
-    pub(super) fn stalled(&mut self, time: Duration, now: Duration, actions: &mut Vec<Action>) {
-        self.stalled = Some((now, time));
+    pub(super) fn stalled(
+        &mut self,
+        host: String,
+        time: Duration,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let secs = time.as_secs_f64();
+        let of = format!("{NOT_RUNNING}{host}, had not run for {secs:.1} s");
+        self.stalled = Some((now, of));
         actions.push(record("stalled", json!({"ms": time.as_millis() as u64})));
-        let (time, lease) = (time.as_secs_f64(), format(self.settings.lease));
+        let lease = format(self.settings.lease);
         if self.settings.max_nodes > 1 {
             actions.push(Action::Notice(format!(
-                "warning: the coordinator did not run for {time:.1} s; nodes that hear nothing of it for {lease} end their ranks"
+                "warning: the coordinator did not run for {secs:.1} s; nodes that hear nothing of it for {lease} end their ranks"
             )));
         }
     }
