@@ -16,7 +16,9 @@ mod comparing;
 mod ending;
 mod forming;
 mod hearing;
+mod joining;
 mod left_out;
+mod losing;
 mod measuring;
 mod member;
 mod passing;
@@ -24,6 +26,7 @@ mod phases;
 mod reason;
 mod rounds;
 mod running;
+mod stopping;
 mod surface;
 mod telling;
 mod trying;
@@ -33,12 +36,13 @@ mod waiting;
 pub use ending::Ending;
 pub use left_out::Excluded;
 pub use member::{Clock, Node};
+pub use phases::Phase;
 pub use reason::Reason;
 pub use rounds::Report;
 pub use surface::{Action, Event, Job, Launched, Settings, Spawned};
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use super::message::{Join, NodeReport};
@@ -50,7 +54,9 @@ use crate::hang::progress::Tracker;
 use crate::report::Place;
 use crate::status::Restart;
 use crate::supervisor::Rank;
-use surface::{record, send};
+use losing::LostNode;
+use stopping::Cause;
+use surface::{dismiss, record, send};
 
 /// An agent that reserves a port and probes has done so within this time.
 const FORM: Duration = Duration::from_secs(10);
@@ -67,77 +73,6 @@ const REPORT: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_secs(1);
 /// How long ranks may take to tell what they hang in.
 const INSPECT: Duration = Duration::from_secs(20);
-
-#[derive(Clone, Debug, PartialEq)]
-pub enum Phase {
-    /// Waiting for nodes.
-    Gather {
-        deadline: Duration,
-        last_call: Option<Duration>,
-    },
-    /// Waiting for a port, and for the addresses that everybody reaches.
-    Form {
-        deadline: Duration,
-        ports: Option<(u16, u16)>,
-    },
-    /// Measuring the nodes, for a start with this port.
-    Measure {
-        master_port: u16,
-        measuring: Box<rounds::Measuring>,
-    },
-    Run,
-    Stop {
-        deadline: Duration,
-    },
-    /// Between two starts.
-    Pause {
-        until: Duration,
-    },
-    /// Everybody was told to leave.
-    Leave {
-        code: i32,
-        deadline: Duration,
-    },
-    Finished {
-        code: i32,
-    },
-}
-
-/// Why a generation is being stopped before its end.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Cause {
-    /// A rank failed.
-    Failure,
-    /// The connection to a node is gone.
-    NodeLost,
-    /// Somebody asked for it.
-    Signal(i32),
-    /// The scheduler wants the nodes back: save and end.
-    Preempt,
-    /// A rank has saved and ended by itself, and the others have not followed in time.
-    Saved,
-    /// Ranks that no longer step.
-    Hang {
-        late: Vec<u32>,
-        text: String,
-        /// When it was found.
-        at: Duration,
-    },
-    /// A node has joined that the job waits for.
-    Grow,
-}
-
-/// A node of this generation whose connection is gone.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LostNode {
-    pub member: Member,
-    pub host: String,
-    pub how: String,
-    /// When it was heard for the last time, and when it was given up.
-    pub heard: Duration,
-    pub at: Duration,
-    pub devices: Vec<String>,
-}
 
 /// Everything the coordinator knows.
 #[derive(Clone, Debug)]
@@ -278,13 +213,6 @@ impl State {
         }
     }
 
-    pub fn finished(&self) -> Option<i32> {
-        match self.phase {
-            Phase::Finished { code } => Some(code),
-            _ => None,
-        }
-    }
-
     /// First and last finished step of this generation.
     pub fn steps(&self) -> Option<(u64, u64)> {
         self.steps
@@ -292,39 +220,6 @@ impl State {
 
     pub fn world_size(&self) -> u32 {
         self.members.last().map_or(0, |m| m.ranks.end)
-    }
-
-    /// When to call [`decide`] with [`Event::Deadline`].
-    pub fn deadline(&self) -> Option<Duration> {
-        let phase = match &self.phase {
-            &Phase::Gather {
-                deadline,
-                last_call,
-            } => {
-                let ready = last_call.map(|call| call.max(self.fence));
-                let ready = ready.unwrap_or(deadline).min(deadline.max(self.fence));
-                Some(self.waiting.tell_at().map_or(ready, |at| ready.min(at)))
-            }
-            Phase::Form { deadline, .. } | Phase::Stop { deadline } => Some(*deadline),
-            Phase::Leave { deadline, .. } => Some(self.left(*deadline)),
-            Phase::Measure { measuring, .. } => Some(measuring.deadline),
-            Phase::Pause { until } => Some(*until),
-            Phase::Run => {
-                // While it waits for answers, nobody looks for other hangs.
-                let inspection = self.inspection.as_ref().map(|i| i.deadline);
-                let look = inspection.unwrap_or(self.next_look);
-                let saves = [self.settings.save_at, self.passing.deadline];
-                let tried = self.trying.deadline();
-                saves
-                    .into_iter()
-                    .chain([tried])
-                    .flatten()
-                    .chain([look])
-                    .min()
-            }
-            Phase::Finished { .. } => return None,
-        };
-        phase.into_iter().chain(self.next_lease).min()
     }
 }
 
@@ -365,6 +260,22 @@ impl State {
 
     fn member(&self, id: NodeId) -> Option<&Member> {
         self.members.iter().find(|m| m.id == id)
+    }
+
+    /// The host that has this address, where it has joined. `peer` may have a port.
+    pub fn host_at(&self, peer: &str) -> Option<&str> {
+        let ip = match peer.parse::<SocketAddr>() {
+            Ok(address) => address.ip(),
+            Err(_) => peer.parse::<IpAddr>().ok()?,
+        };
+        let ip = ip.to_canonical();
+        let has = |node: &&Node| node.join.addresses.iter().any(|(own, _)| *own == ip);
+        let mut here = self.nodes.values().chain(self.gone.values()).filter(has);
+        here.next().map(|node| node.join.host.as_str())
+    }
+
+    fn host(&self, id: NodeId) -> &str {
+        self.known(id).map_or("a lost node", |n| &n.join.host)
     }
 }
 

@@ -152,6 +152,11 @@ pub(super) fn send(node: NodeId, message: ToAgent) -> Action {
     Action::Send { node, message }
 }
 
+/// Tells an agent to go.
+pub(super) fn dismiss(node: NodeId, code: i32, message: Option<String>) -> Action {
+    send(node, ToAgent::Exit { code, message })
+}
+
 pub(super) fn record(kind: &'static str, fields: Value) -> Action {
     Action::Record { kind, fields }
 }
