@@ -1,10 +1,14 @@
 //! The command line.
 
+mod help;
+mod values;
+
+pub use values::{Gpus, Limit, Nodes, Preflight, Show};
+
 use clap::{ArgGroup, Parser};
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 use tsm_job::config::duration;
 use tsm_job::exit::{self, Coded};
@@ -16,43 +20,12 @@ use crate::doctor::preflight::Scale;
 use crate::say::reading;
 use crate::status::http::Port;
 
-/// No line is so long that a terminal of 80 columns breaks it, but of commands.
-const EXAMPLES: &str = "Examples:
-  tsm-launch --gpus 8 configs/ucf101.yaml optim.lr=0.01
-  tsm-launch --cpus 2 configs/demo.yaml
-  tsm-launch --gpus auto -- python train.py --epochs 10
-  tsm-launch --gpus 8 --resume runs/demo-20260131-120000
-  tsm-launch --hosts gpu-01:8,gpu-02:8 configs/ucf101.yaml
-  mpirun -N 1 --bind-to none tsm-launch --gpus 8 configs/ucf101.yaml
-On every node:
-  tsm-launch --nodes 2 --rendezvous gpu-01:29400 --key-file job.key --gpus 8 configs/ucf101.yaml
-
-Other commands, each with a --help of its own:
-  tsm-launch doctor     can this machine, or these, run a job; else what to do
-  tsm-launch slurm      submit a job to SLURM, or print the script for it
-  tsm-launch key FILE   make the key that the nodes of --rendezvous share
-
-Exit codes:
-    0  the job ran to its end
-    N  the own code of the rank that failed first, or 128 + its signal;
-       128 + the signal that stopped the launcher
-   64  the command line is wrong
-   65  an input file is missing or broken
-   69  a machine cannot run the job
-   70  a bug of tsm-launch
-   73  an output cannot be written
-   75  saved, and to be continued
-   76  a peer or node was lost
-   78  the configuration is wrong
-   92  the loss is not finite
-   93  starting again would fail again";
-
 /// Starts one worker per GPU (or CPU share), watches them, and ends them all when one fails.
 #[derive(Parser, Clone, Debug)]
 #[command(
     name = "tsm-launch",
     version,
-    after_help = EXAMPLES,
+    after_help = help::AFTER,
     override_usage = "tsm-launch [--gpus N|auto|0,1,3 | --cpus N] [OPTIONS] CONFIG.yaml [key.path=value ...]\n       \
                       tsm-launch [--gpus N|auto|0,1,3 | --cpus N] [OPTIONS] -- PROGRAM [ARGS ...]"
 )]
@@ -143,7 +116,7 @@ pub struct Args {
     pub join_timeout: Duration,
 
     /// A node that is silent for this long is lost.
-    #[arg(long, allow_hyphen_values = true, value_name = "TIME", value_parser = node_timeout, default_value = "1400ms")]
+    #[arg(long, allow_hyphen_values = true, value_name = "TIME", value_parser = values::node_timeout, default_value = "1400ms")]
     pub node_timeout: Duration,
 
     /// Name the late ranks and stop when no rank has made a step for this long.
@@ -231,16 +204,6 @@ pub struct Args {
     pub program: Vec<OsString>,
 }
 
-/// What is looked at before the first rank is started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Preflight {
-    Off,
-    /// GPUs, driver, disks, limits: less than a second.
-    Quick,
-    /// Memory, the network between the nodes and their GPUs are measured too: some seconds.
-    Full,
-}
-
 impl Args {
     /// With `--resume` the config may be left out, and the first word may be an override.
     #[must_use]
@@ -302,173 +265,6 @@ impl Args {
     }
 }
 
-/// How many nodes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Nodes {
-    pub min: u32,
-    pub max: u32,
-}
-
-impl Nodes {
-    pub const ONE: Nodes = Nodes::exactly(1);
-
-    pub const fn exactly(number: u32) -> Nodes {
-        let (min, max) = (number, number);
-        Nodes { min, max }
-    }
-}
-
-impl std::fmt::Display for Nodes {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.min == self.max {
-            true => write!(f, "{}", self.max),
-            false => write!(f, "{}:{}", self.min, self.max),
-        }
-    }
-}
-
-impl FromStr for Nodes {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Nodes, String> {
-        let number = |part: &str| match part.parse::<u32>() {
-            Ok(n) if (1..=65_536).contains(&n) => Ok(n),
-            _ => Err(format!(
-                "`{part}` is not a number of nodes; write 4, or 2:4 for two to four"
-            )),
-        };
-        let (min, max) = text.split_once(':').unwrap_or((text, text));
-        let (min, max) = (number(min)?, number(max)?);
-        if min > max {
-            return Err(format!("the minimum {min} is above the maximum {max}"));
-        }
-        Ok(Nodes { min, max })
-    }
-}
-
-/// A time, or none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limit(pub Option<Duration>);
-
-impl FromStr for Limit {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Limit, String> {
-        match text {
-            "off" => Ok(Limit(None)),
-            text => match duration::parse(text)? {
-                Duration::ZERO => {
-                    Err("no rank is that quick; write `off` to look for no hangs".into())
-                }
-                time => Ok(Limit(Some(time))),
-            },
-        }
-    }
-}
-
-/// Shorter than this, a busy machine is taken for a lost one.
-fn node_timeout(text: &str) -> Result<Duration, String> {
-    let time = duration::parse(text)?;
-    if time < Duration::from_millis(200) {
-        return Err("a node needs at least 200ms to be heard".into());
-    }
-    Ok(time)
-}
-
-/// What `--gpus` asks for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Gpus {
-    Auto,
-    Count(u32),
-    /// Positions in the list of visible GPUs.
-    List(Vec<u32>),
-}
-
-impl Gpus {
-    /// How many, where that is said.
-    pub fn count(&self) -> Option<u32> {
-        match self {
-            Gpus::Auto => None,
-            Gpus::Count(n) => Some(*n),
-            Gpus::List(list) => Some(list.len() as u32),
-        }
-    }
-}
-
-impl FromStr for Gpus {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Gpus, String> {
-        if text == "auto" {
-            return Ok(Gpus::Auto);
-        }
-        let number = |part: &str| {
-            part.trim().parse::<u32>().map_err(|_| {
-                format!("`{part}` is not a number; write a count (8), `auto`, or a list (0,1,3; `2,` for GPU 2 alone)")
-            })
-        };
-        if !text.contains(',') {
-            return match number(text)? {
-                0 => Err("no worker would start; for the CPU write --cpus N".into()),
-                n => Ok(Gpus::Count(n)),
-            };
-        }
-        let list = text
-            .trim_end_matches(',')
-            .split(',')
-            .map(number)
-            .collect::<Result<Vec<_>, _>>()?;
-        for (i, gpu) in list.iter().enumerate() {
-            if list[..i].contains(gpu) {
-                return Err(format!("GPU {gpu} is named twice"));
-            }
-        }
-        Ok(Gpus::List(list))
-    }
-}
-
-impl std::fmt::Display for Gpus {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Gpus::Auto => f.write_str("auto"),
-            Gpus::Count(n) => write!(f, "{n}"),
-            // A number alone would be a count.
-            Gpus::List(list) if list.len() == 1 => write!(f, "{},", list[0]),
-            Gpus::List(list) => {
-                let list: Vec<_> = list.iter().map(u32::to_string).collect();
-                f.write_str(&list.join(","))
-            }
-        }
-    }
-}
-
-/// Whose output appears on the launcher's own stdout and stderr.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Show {
-    All,
-    Ranks(Vec<u32>),
-}
-
-impl FromStr for Show {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Show, String> {
-        match text {
-            "all" => Ok(Show::All),
-            "none" => Ok(Show::Ranks(Vec::new())),
-            list => list
-                .split(',')
-                .map(|part| {
-                    part.trim()
-                        .parse()
-                        .map_err(|_| format!("`{part}` is not a rank; write `all`, `none` or 0,3"))
-                })
-                .collect::<Result<_, _>>()
-                .map(Show::Ranks),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -484,58 +280,9 @@ mod tests {
     }
 
     #[test]
-    fn the_help_names_every_command_and_code_and_is_broken_nowhere() {
-        let help = Args::command().render_long_help().to_string();
-        for command in ["doctor", "slurm", "key"] {
-            assert!(
-                help.contains(&format!("\n  tsm-launch {command} ")),
-                "{help}"
-            );
-        }
-        let (_, codes) = EXAMPLES.split_once("Exit codes:\n").unwrap();
-        let codes: Vec<i32> = codes
-            .lines()
-            .filter_map(|line| line.split_whitespace().next()?.parse().ok())
-            .filter(|code| *code != exit::SIGNAL_BASE)
-            .collect();
-        let known = [
-            exit::OK,
-            exit::USAGE,
-            exit::DATA,
-            exit::PREFLIGHT,
-            exit::BUG,
-            exit::CANNOT_WRITE,
-            exit::REQUEUE,
-            exit::PEER,
-            exit::CONFIG,
-            exit::DIVERGED,
-            exit::DO_NOT_REQUEUE,
-        ];
-        assert_eq!(codes, known);
-        let (_, end) = help.split_once("Other commands").unwrap();
-        for line in EXAMPLES.split_once("Other commands").unwrap().1.lines() {
-            assert!(line.len() < 80 && end.contains(line), "{line}");
-        }
-    }
-
-    #[test]
     fn a_node_is_lost_after_its_lease_where_nothing_else_is_said() {
         let args = parse("tsm-launch --cpus 2 a.yaml").unwrap();
         assert_eq!(args.node_timeout, crate::cluster::message::LEASE);
-    }
-
-    #[test]
-    fn gpus_are_a_count_auto_or_a_list() {
-        assert_eq!("8".parse(), Ok(Gpus::Count(8)));
-        assert_eq!("auto".parse(), Ok(Gpus::Auto));
-        assert_eq!("0,1,3".parse(), Ok(Gpus::List(vec![0, 1, 3])));
-        assert_eq!("2,".parse(), Ok(Gpus::List(vec![2])));
-        for text in ["8", "auto", "0,1,3", "2,"] {
-            assert_eq!(text.parse::<Gpus>().unwrap().to_string(), text);
-        }
-        for bad in ["0", "", ",", "1,1", "x", "-1", "1,x"] {
-            assert!(bad.parse::<Gpus>().is_err(), "{bad}");
-        }
     }
 
     #[test]
@@ -564,13 +311,5 @@ mod tests {
         assert!(parse("tsm-launch --gpus 1 --cpus 1 a.yaml").is_err());
         assert!(parse("tsm-launch --cpus 0 a.yaml").is_err());
         assert!(parse("tsm-launch --cpus 1 --grace 30 a.yaml").is_err());
-    }
-
-    #[test]
-    fn ranks_to_show() {
-        assert_eq!("all".parse(), Ok(Show::All));
-        assert_eq!("none".parse(), Ok(Show::Ranks(Vec::new())));
-        assert_eq!("0,3".parse(), Ok(Show::Ranks(vec![0, 3])));
-        assert!("x".parse::<Show>().is_err());
     }
 }

@@ -74,6 +74,31 @@ fn a_spare_takes_the_place_of_a_lost_node() {
     }
 }
 
+#[test]
+fn a_spare_that_is_stopped_leaves_and_the_job_goes_on() {
+    let Some(cluster) = Cluster::new(3) else {
+        return;
+    };
+    let go = cluster.scene.path("go");
+    let actions = format!("--wait-for {} --exit 0", go.display());
+    let mut job = Job::new(&cluster);
+    for n in 1..=3 {
+        job.start(n, "--nodes 2", &actions);
+        job.wait_until_joined(n);
+    }
+    job.wait_for("spawn", 4);
+    job.signal(3, Signal::INT);
+    assert_eq!(job.end_of(3), 130);
+    job.wait_for("lost", 1);
+    fs_err::write(go, "").unwrap();
+    assert_eq!(job.end(), [0, 0, 130]);
+    let said = job.err(1);
+    assert!(
+        said.contains("SIGINT on node-3: it leaves, which has no ranks; the job goes on"),
+        "{said}"
+    );
+}
+
 /// No two starts run at once, though nobody can ask the lost node.
 #[test]
 fn the_next_start_waits_until_the_ranks_of_a_node_that_cannot_be_reached_are_dead() {

@@ -15,7 +15,10 @@
 mod comparing;
 mod ending;
 mod forming;
+mod hearing;
+mod joining;
 mod left_out;
+mod losing;
 mod measuring;
 mod member;
 mod passing;
@@ -23,6 +26,8 @@ mod phases;
 mod reason;
 mod rounds;
 mod running;
+mod stopping;
+mod surface;
 mod telling;
 mod trying;
 mod view;
@@ -30,29 +35,29 @@ mod waiting;
 
 pub use ending::Ending;
 pub use left_out::Excluded;
+pub use losing::NOT_RUNNING;
 pub use member::{Clock, Node};
+pub use phases::Phase;
 pub use reason::Reason;
 pub use rounds::Report;
+pub use surface::{Action, Event, Job, Launched, Settings, Spawned};
 
-use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
-use std::net::IpAddr;
-use std::path::PathBuf;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use super::message::{About, FromAgent, Join, NodeReport, ToAgent};
+use super::message::{Join, NodeReport};
 use super::policy;
 pub use super::topology::Member;
 use super::topology::NodeId;
-use crate::console::lines::Batch;
-use crate::doctor::preflight::{OwnNode, Scale};
-use crate::hang::progress::{Limits, Tracker};
-use crate::manifest::environment::Change;
+use crate::doctor::preflight::OwnNode;
+use crate::hang::progress::Tracker;
 use crate::report::Place;
-use crate::signals::HEARD;
 use crate::status::Restart;
 use crate::supervisor::Rank;
+use losing::LostNode;
+use stopping::Cause;
+use surface::{dismiss, record, send};
 
 /// An agent that reserves a port and probes has done so within this time.
 const FORM: Duration = Duration::from_secs(10);
@@ -69,214 +74,6 @@ const REPORT: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_secs(1);
 /// How long ranks may take to tell what they hang in.
 const INSPECT: Duration = Duration::from_secs(20);
-
-/// What is decided before the job starts.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    pub min_nodes: u32,
-    pub max_nodes: u32,
-    /// How long to wait for nodes.
-    pub join: Duration,
-    /// How long to wait for more nodes once there are `min_nodes`.
-    pub last_call: Duration,
-    pub lease: Duration,
-    /// Nodes may join that nobody here has started.
-    pub open: bool,
-    /// Whoever has started another node reads what is said there, on a screen or in a log of its own.
-    pub is_read: bool,
-    /// Hosts on which agents were started from here; empty: it is not known who comes.
-    pub hosts: Vec<String>,
-    pub job: Job,
-    pub policy: policy::Options,
-    pub hang: Limits,
-    /// Measure nodes before their ranks are started.
-    pub measure: Option<Scale>,
-    /// A scheduler ends the job at this time: save before it.
-    pub save_at: Option<Duration>,
-}
-
-/// What every rank of the job has in common.
-#[derive(Clone, Debug)]
-pub struct Job {
-    pub run_id: String,
-    pub run_dir: PathBuf,
-    pub config: Option<(String, String)>,
-    /// Digest of all that must be equal on every node's command line.
-    pub digest: String,
-    pub command: Vec<OsString>,
-    pub directory: PathBuf,
-    pub base_env: Option<Vec<(OsString, OsString)>>,
-    pub env: Vec<(String, String)>,
-    pub resume_from: Option<PathBuf>,
-    /// What the run began from, which counts as long as it holds no checkpoint of its own.
-    pub start_from: Option<PathBuf>,
-    pub grace: Duration,
-    pub show: Option<Vec<u32>>,
-    pub affinity: bool,
-    /// The command that continues the run, where the workers know how to.
-    pub resume: Option<String>,
-    /// The workers save and end with code 75 on SIGUSR2, and find their own checkpoints.
-    pub saves: bool,
-    /// See [`super::message::Start::shielded`].
-    pub shielded: bool,
-}
-
-/// Something that happened.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// From an agent whose connection is authenticated. `local`: it lives in this process.
-    Said {
-        node: NodeId,
-        local: bool,
-        message: FromAgent,
-    },
-    /// The connection is gone.
-    Lost { node: NodeId, how: String },
-    /// The program that starts the agent of `host` says something, as long as there is none.
-    Starter { host: String, line: String },
-    /// The program that holds the agent of `host`, or of all where it is called as none of them, was killed.
-    StarterKilled { host: String, killed: String },
-    /// To the coordinator itself.
-    Signal(i32),
-    /// The same, by a scheduler that has signalled all agents too.
-    StepSignal(i32),
-    /// The coordinator was not run for this long, though there was something to do.
-    Stalled { host: String, time: Duration },
-    /// [`State::deadline`] has come.
-    Deadline,
-}
-
-/// Something to do.
-#[derive(Clone, Debug)]
-pub enum Action {
-    Send {
-        node: NodeId,
-        message: ToAgent,
-    },
-    /// Close the connection.
-    Drop {
-        node: NodeId,
-    },
-    /// Tell the user.
-    Notice(String),
-    /// A line for events.jsonl.
-    Record {
-        kind: &'static str,
-        fields: Value,
-    },
-    /// Nodes were measured.
-    Measured(Box<Report>),
-    /// A node gets no ranks from now on.
-    LeftOut(Box<Excluded>),
-    /// Lines of ranks to show.
-    Show(Batch),
-    /// A generation was started on these nodes.
-    Started(Box<Launched>),
-    /// What rank 0 says of itself.
-    Told(About),
-    /// The ranks of a node of it have their processes.
-    Spawned(Box<Spawned>),
-    /// A generation is over.
-    Ended(Box<Ending>),
-    /// Everybody leaves, and this is why.
-    Left(Reason),
-}
-
-/// A generation that starts.
-#[derive(Clone, Debug)]
-pub struct Launched {
-    pub generation: u32,
-    pub world_size: u32,
-    pub members: Vec<(Member, Node)>,
-    /// What the ranks are told to go on from, where they do not say themselves what they found there.
-    pub resumed_from: Option<String>,
-}
-
-/// The processes of a node's ranks.
-#[derive(Clone, Debug)]
-pub struct Spawned {
-    pub first_rank: u32,
-    /// Of this rank and the next ones.
-    pub pids: Vec<i32>,
-    /// Likewise; see [`FromAgent::Started`].
-    pub cores: Vec<String>,
-    /// What the first node changed in the environment of its workers; empty for the others.
-    pub environment: Vec<Change>,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub enum Phase {
-    /// Waiting for nodes.
-    Gather {
-        deadline: Duration,
-        last_call: Option<Duration>,
-    },
-    /// Waiting for a port, and for the addresses that everybody reaches.
-    Form {
-        deadline: Duration,
-        ports: Option<(u16, u16)>,
-    },
-    /// Measuring the nodes, for a start with this port.
-    Measure {
-        master_port: u16,
-        measuring: Box<rounds::Measuring>,
-    },
-    Run,
-    Stop {
-        deadline: Duration,
-    },
-    /// Between two starts.
-    Pause {
-        until: Duration,
-    },
-    /// Everybody was told to leave.
-    Leave {
-        code: i32,
-        deadline: Duration,
-    },
-    Finished {
-        code: i32,
-    },
-}
-
-/// Why a generation is being stopped before its end.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Cause {
-    /// A rank failed.
-    Failure,
-    /// The connection to a node is gone.
-    NodeLost,
-    /// Somebody asked for it.
-    Signal(i32),
-    /// The scheduler wants the nodes back: save and end.
-    Preempt,
-    /// A rank has saved and ended by itself, and the others have not followed in time.
-    Saved,
-    /// Ranks that no longer step.
-    Hang {
-        late: Vec<u32>,
-        text: String,
-        /// When it was found.
-        at: Duration,
-    },
-    /// A node has joined that the job waits for.
-    Grow,
-}
-
-/// In what is said of the loss of a node: it may have given the coordinator up.
-pub const NOT_RUNNING: &str = " after the coordinator itself, on ";
-
-/// A node of this generation whose connection is gone.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LostNode {
-    pub member: Member,
-    pub host: String,
-    pub how: String,
-    /// When it was heard for the last time, and when it was given up.
-    pub heard: Duration,
-    pub at: Duration,
-    pub devices: Vec<String>,
-}
 
 /// Everything the coordinator knows.
 #[derive(Clone, Debug)]
@@ -351,7 +148,7 @@ pub struct State {
     /// Progress of the ranks of this generation.
     watch: Tracker,
     next_look: Duration,
-    /// When the coordinator was found to have stalled, and what of.
+    /// When the coordinator was found to have stalled, and what is said of it.
     stalled: Option<(Duration, String)>,
 }
 
@@ -417,13 +214,6 @@ impl State {
         }
     }
 
-    pub fn finished(&self) -> Option<i32> {
-        match self.phase {
-            Phase::Finished { code } => Some(code),
-            _ => None,
-        }
-    }
-
     /// First and last finished step of this generation.
     pub fn steps(&self) -> Option<(u64, u64)> {
         self.steps
@@ -431,39 +221,6 @@ impl State {
 
     pub fn world_size(&self) -> u32 {
         self.members.last().map_or(0, |m| m.ranks.end)
-    }
-
-    /// When to call [`decide`] with [`Event::Deadline`].
-    pub fn deadline(&self) -> Option<Duration> {
-        let phase = match &self.phase {
-            &Phase::Gather {
-                deadline,
-                last_call,
-            } => {
-                let ready = last_call.map(|call| call.max(self.fence));
-                let ready = ready.unwrap_or(deadline).min(deadline.max(self.fence));
-                Some(self.waiting.tell_at().map_or(ready, |at| ready.min(at)))
-            }
-            Phase::Form { deadline, .. } | Phase::Stop { deadline } => Some(*deadline),
-            Phase::Leave { deadline, .. } => Some(self.left(*deadline)),
-            Phase::Measure { measuring, .. } => Some(measuring.deadline),
-            Phase::Pause { until } => Some(*until),
-            Phase::Run => {
-                // While it waits for answers, nobody looks for other hangs.
-                let inspection = self.inspection.as_ref().map(|i| i.deadline);
-                let look = inspection.unwrap_or(self.next_look);
-                let saves = [self.settings.save_at, self.passing.deadline];
-                let tried = self.trying.deadline();
-                saves
-                    .into_iter()
-                    .chain([tried])
-                    .flatten()
-                    .chain([look])
-                    .min()
-            }
-            Phase::Finished { .. } => return None,
-        };
-        phase.into_iter().chain(self.next_lease).min()
     }
 }
 
@@ -484,7 +241,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         Event::StarterKilled { host, killed } => state.starter_killed(host, killed, now),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
         Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
-        Event::Stalled { host, time } => state.stalled(host, time, now, &mut actions),
+        Event::Stalled { host, time } => state.stalled(&host, time, now, &mut actions),
         Event::Deadline => state.expired(now, &mut actions),
     }
     state.advance(now, &mut actions);
@@ -492,127 +249,6 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
 }
 
 impl State {
-    fn said(
-        &mut self,
-        id: NodeId,
-        local: bool,
-        message: FromAgent,
-        now: Duration,
-        actions: &mut Vec<Action>,
-    ) {
-        if let Some(node) = self.nodes.get_mut(&id) {
-            node.heard = now;
-        }
-        match message {
-            FromAgent::Join(join) if !self.nodes.contains_key(&id) => {
-                self.join(id, local, *join, now, actions)
-            }
-            FromAgent::Unfit {
-                host,
-                code,
-                message,
-            } => self.unfit(id, &host, code, &message, now, actions),
-            // Nobody else may speak before it has joined.
-            _ if !self.nodes.contains_key(&id) => actions.push(Action::Drop { node: id }),
-            FromAgent::Beat(beat) => {
-                actions.push(send(id, ToAgent::Ack { seq: beat.seq }));
-                self.beat(id, beat, now, actions);
-            }
-            FromAgent::Signal { signal } if HEARD.contains(&signal) => {
-                let host = self.nodes[&id].join.host.clone();
-                self.signal(signal, &format!(" on {host}"), now, actions);
-            }
-            FromAgent::StepSignal { signal } if HEARD.contains(&signal) => {
-                let host = self.nodes[&id].join.host.clone();
-                self.step_signal(signal, &format!(" on {host}"), now, actions);
-            }
-            FromAgent::Notice { text } => actions.push(Action::Notice(text)),
-            FromAgent::Output { batch } => actions.push(Action::Show(batch)),
-            FromAgent::Reserved {
-                generation,
-                attempt,
-                master_port,
-                probe_port,
-            } if self.forms(generation) && attempt == self.attempt => {
-                self.reserved(id, master_port, probe_port, actions);
-            }
-            FromAgent::Reached {
-                generation,
-                attempt,
-                by,
-            } if self.forms(generation) && attempt == self.attempt => self.reached(id, by),
-            FromAgent::NodeMeasured { .. }
-            | FromAgent::RingOpen { .. }
-            | FromAgent::Measured { .. } => self.measurement(id, message, actions),
-            FromAgent::Started {
-                generation,
-                pids,
-                cores,
-                at,
-                environment,
-                containment,
-            } if self.runs(generation) => {
-                let spawned = Spawned {
-                    first_rank: 0,
-                    pids,
-                    cores,
-                    environment,
-                };
-                self.started(id, spawned, at, containment, actions);
-            }
-            FromAgent::About { generation, word }
-                if self.runs(generation) && self.members.first().is_some_and(|m| m.id == id) =>
-            {
-                self.hear_where_it_goes_on(&word);
-                actions.push(Action::Told(word));
-            }
-            FromAgent::CannotStart {
-                generation,
-                code,
-                message,
-            } if self.forms(generation) || self.runs(generation) => {
-                self.cannot_start(id, code, &message, now, actions);
-            }
-            FromAgent::Failing {
-                generation,
-                local_rank,
-                end,
-                at: _,
-            } if self.runs(generation) => {
-                self.failing(id, local_rank, end, now, actions);
-            }
-            FromAgent::Answered {
-                generation,
-                local_rank,
-                end,
-            } if self.runs(generation) => self.answered(id, local_rank, end, now, actions),
-            FromAgent::Inspected {
-                generation,
-                looks,
-                ras,
-                more,
-            } if self.runs(generation) => self.inspected(id, looks, ras, more),
-            FromAgent::Ranks { generation, ranks } if self.runs(generation) => {
-                self.ranks(id, ranks);
-            }
-            FromAgent::Clean { generation, report } if self.runs(generation) => {
-                self.clean(id, *report, now, actions);
-            }
-            // Of an older generation, or a second greeting.
-            _ => {}
-        }
-    }
-
-    /// Whether a message belongs to the generation that is being formed.
-    fn forms(&self, generation: u32) -> bool {
-        generation == self.generation && matches!(self.phase, Phase::Form { .. })
-    }
-
-    /// Whether a message belongs to the generation that runs, or is being stopped.
-    fn runs(&self, generation: u32) -> bool {
-        generation == self.generation && matches!(self.phase, Phase::Run | Phase::Stop { .. })
-    }
-
     /// A node that is connected, or was when this generation started.
     fn known(&self, id: NodeId) -> Option<&Node> {
         self.nodes.get(&id).or_else(|| self.gone.get(&id))
@@ -626,14 +262,22 @@ impl State {
     fn member(&self, id: NodeId) -> Option<&Member> {
         self.members.iter().find(|m| m.id == id)
     }
-}
 
-fn send(node: NodeId, message: ToAgent) -> Action {
-    Action::Send { node, message }
-}
+    /// The host that has this address, where it has joined. `peer` may have a port.
+    pub fn host_at(&self, peer: &str) -> Option<&str> {
+        let ip = match peer.parse::<SocketAddr>() {
+            Ok(address) => address.ip(),
+            Err(_) => peer.parse::<IpAddr>().ok()?,
+        };
+        let ip = ip.to_canonical();
+        let has = |node: &&Node| node.join.addresses.iter().any(|(own, _)| *own == ip);
+        let mut here = self.nodes.values().chain(self.gone.values()).filter(has);
+        here.next().map(|node| node.join.host.as_str())
+    }
 
-fn record(kind: &'static str, fields: Value) -> Action {
-    Action::Record { kind, fields }
+    fn host(&self, id: NodeId) -> &str {
+        self.known(id).map_or("a lost node", |n| &n.join.host)
+    }
 }
 
 /// `1 node`, `2 nodes`.

@@ -328,12 +328,7 @@ impl State {
             late,
             looks: Vec::new(),
             ras: None,
-            waiting: self
-                .members
-                .iter()
-                .map(|m| m.id)
-                .filter(|id| self.is_awaited(*id))
-                .collect(),
+            waiting: self.awaited().collect(),
             found: now,
             deadline: now + INSPECT,
         });

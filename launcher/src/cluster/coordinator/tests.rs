@@ -11,11 +11,17 @@ mod properties;
 mod running;
 mod stopping;
 
+use serde_json::Value;
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::cluster::message::{BEATS_PER_LEASE, Beat, Facts, Join, LEASE, Progress, SILENCE};
+use crate::cluster::message::{
+    About, BEATS_PER_LEASE, Beat, Facts, FromAgent, Join, LEASE, NodeReport, Progress, SILENCE,
+    ToAgent,
+};
+use crate::doctor::preflight::Scale;
 use crate::end::End;
+use crate::hang::progress::Limits;
 use crate::oom::OomKills;
 use crate::report::Place;
 use crate::supervisor::Rank;

@@ -19,6 +19,47 @@ fn ctrl_c_stops_and_again_kills() {
 }
 
 #[test]
+fn ctrl_c_at_a_node_without_ranks_is_about_that_node() {
+    let signal = libc::SIGINT;
+    let mut scene = Scene::running(settings(2, 2), 2);
+    scene.join(3);
+    scene.says(
+        3,
+        FromAgent::Signal {
+            signal: libc::SIGUSR2,
+        },
+    );
+    assert!(scene.told(3).is_empty());
+    scene.says(3, FromAgent::Signal { signal });
+    let told = scene.told(3);
+    assert!(
+        matches!(told[..], [ToAgent::Exit { code: 130, .. }]),
+        "{told:?}"
+    );
+    scene.lose(3);
+    assert_eq!(scene.state.phase, Phase::Run);
+    assert!(scene.told(1).is_empty());
+    scene.all_end(1, End::Code(0));
+    scene.all_end(2, End::Code(0));
+    assert_eq!(scene.code(), Some(0));
+
+    // Where nobody has any yet, all wait for the same.
+    let mut scene = Scene::new(settings(3, 3));
+    scene.join(1);
+    scene.join(2);
+    scene.says(2, FromAgent::Signal { signal });
+    assert_eq!(scene.code(), Some(130));
+
+    // Of a job whose nodes were started together.
+    let mut closed = settings(2, 2);
+    closed.open = false;
+    let mut scene = Scene::running(closed, 2);
+    scene.join(3);
+    scene.says(3, FromAgent::Signal { signal });
+    assert_eq!(scene.was_stopped_by(1), Some(signal));
+}
+
+#[test]
 fn ctrl_c_ends_a_save_that_takes_too_long() {
     let mut scene = Scene::running(settings(1, 1), 1);
     scene.event(Event::Signal(libc::SIGUSR2));

@@ -44,12 +44,13 @@ impl World {
                 message: FromAgent::Signal { signal },
                 ..
             } if ends(signal) => {
-                // Of a node that it does not know, it hears nothing.
-                let known = match event {
-                    Event::Said { node, .. } => self.state.is_connected(node),
+                // Of a node that it does not know, it hears nothing; one without ranks may leave alone.
+                self.told_to_end |= match event {
+                    Event::Said { node, local, .. } => {
+                        self.state.is_connected(node) && !self.state.can_spare(node, local)
+                    }
                     _ => true,
                 };
-                self.told_to_end |= known;
             }
             _ => {}
         }
