@@ -3,6 +3,7 @@
 use crate::harness::{FAKE, Killed, Running, Scene, finish, start, until};
 use crate::refusals::Mount;
 use fs_err::File;
+use fs_err::os::unix::fs::OpenOptionsExt;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 const LINES: usize = 50_000;
@@ -209,6 +210,7 @@ fn a_stopped_terminal_holds_up_no_worker() {
     let terminal = File::options()
         .read(true)
         .write(true)
+        .custom_flags(libc::O_NOCTTY)
         .open(name.to_str().unwrap())
         .unwrap();
     let spam = LINES.to_string();

@@ -1,14 +1,14 @@
 //! Success, environment, plan, folders.
 
 use crate::harness::{FAKE, Scene, finish, start, until};
+use crate::program::write_program;
 use std::collections::BTreeMap;
-use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::process::Stdio;
 use tsm_job::exit;
 use tsm_job::message::WorkerMessage;
 
@@ -283,10 +283,9 @@ fn a_program_begins_when_it_is_watched_and_not_before() {
 #[test]
 fn what_keeps_a_program_from_being_executed_is_told_with_its_remedy() {
     let scene = Scene::new();
-    let file = |name: &str, text: &[u8], mode| {
+    let file = |name: &str, bytes: &[u8]| {
         let path = scene.path(name);
-        fs_err::write(&path, text).unwrap();
-        fs_err::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        write_program(&path, bytes);
         path.display().to_string()
     };
     // The machine that a binary is for is in these two bytes of its head.
@@ -294,13 +293,13 @@ fn what_keeps_a_program_from_being_executed_is_told_with_its_remedy() {
     foreign[18..20].copy_from_slice(&[0xff, 0xfe]);
     let cases = [
         (
-            file("foreign", &foreign, 0o755),
+            file("foreign", &foreign),
             126,
             8,
             "built for another kind of machine",
         ),
         (
-            file("orphan", b"#!/nowhere/sh\n", 0o755),
+            file("orphan", b"#!/nowhere/sh\n"),
             127,
             2,
             "the interpreter in its first line",
@@ -340,9 +339,7 @@ fn what_keeps_a_program_from_being_executed_is_told_with_its_remedy() {
 fn a_program_starts_with_the_usual_signals() {
     for program in ["grep", "./script"] {
         let scene = Scene::new();
-        let script = scene.path("script");
-        fs_err::write(&script, "#!/bin/sh\nexec grep \"$@\"\n").unwrap();
-        fs_err::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
+        write_program(&scene.path("script"), "#!/bin/sh\nexec grep \"$@\"\n");
         let words = [
             "--cpus=1",
             "--run-dir=run",
@@ -386,9 +383,11 @@ fn whatever_the_limit_of_open_files_is_the_launcher_says_what_it_needs() {
 #[test]
 fn whatever_the_limit_of_threads_is_the_job_runs_or_is_refused() {
     let first = 2_000_000_000 + 100 * std::process::id();
-    let other = std::process::Command::new("true").uid(first).status();
-    if other.is_err() {
-        return eprintln!("skipped: to be another user needs root");
+    // It runs in the folder of a test.
+    let mut other = std::process::Command::new("ls");
+    other.arg(std::env::temp_dir()).stdout(Stdio::null());
+    if !other.uid(first).status().is_ok_and(|s| s.success()) {
+        return eprintln!("skipped: to be another user needs root, and a folder for all");
     }
     let (mut ran, mut refused) = (0, 0);
     for limit in 1..=24 {
