@@ -103,13 +103,7 @@ fn a_reader_that_goes_away_stops_nothing() {
     let script = format!(
         "{{ {launch} --cpus 2 --run-dir run -- {fake} --spam 20000; echo code $? >&2; }} | head -n 1"
     );
-    let mut command = std::process::Command::new("sh");
-    let output = command
-        .args(["-c", &script])
-        .current_dir(scene.path("."))
-        .output()
-        .unwrap();
-    let err = String::from_utf8_lossy(&output.stderr);
+    let err = finish(start(scene.command_of("sh").args(["-c", &script]))).err;
     assert!(
         err.contains("code 0\n"),
         "{}",

@@ -15,9 +15,14 @@ use tsm_job::message::WorkerMessage;
 #[test]
 fn success_leaves_logs_and_a_manifest() {
     let scene = Scene::new();
-    // It is written while the job runs, when the machine has been looked at; a short run may end before.
-    let actions = "--say done --wait-for run/manifest.json";
-    let outcome = scene.launch("--cpus 3", actions);
+    let running = scene.start("--cpus 3", "--say done --wait-for go");
+    // A short run may end before the machine has been looked at.
+    until("the machine in the manifest", || {
+        let text = fs_err::read_to_string(scene.run_dir().join("manifest.json")).ok()?;
+        text.contains("mem_bytes").then_some(())
+    });
+    fs_err::write(scene.path("go"), "").unwrap();
+    let outcome = finish(running);
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     for rank in 0..3 {
         assert_eq!(scene.log(rank, "err"), b"done\n");
@@ -200,11 +205,7 @@ fn many_ranks_need_no_higher_limit_of_open_files() {
         "ulimit -S -n 100; exec {launch} --cpus 32 --run-dir run --show-ranks none -- {} --say up",
         crate::harness::FAKE
     );
-    let outcome = finish(start(
-        std::process::Command::new("sh")
-            .args(["-c", &script])
-            .current_dir(scene.path(".")),
-    ));
+    let outcome = finish(start(scene.command_of("sh").args(["-c", &script])));
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     assert_eq!(scene.log(31, "err"), b"up\n");
 }
@@ -214,11 +215,7 @@ fn a_hard_limit_of_open_files_below_the_need_is_said_before_the_start() {
     let scene = Scene::new();
     let launch = env!("CARGO_BIN_EXE_tsm-launch");
     let script = format!("ulimit -n 64; exec {launch} --cpus 64 --run-dir run -- true");
-    let outcome = finish(start(
-        std::process::Command::new("sh")
-            .args(["-c", &script])
-            .current_dir(scene.path(".")),
-    ));
+    let outcome = finish(start(scene.command_of("sh").args(["-c", &script])));
     assert_eq!(outcome.code, 69, "{}", outcome.err);
     let said =
         "512 open files are needed for 64 ranks, and the hard limit is 64\n  hint: ulimit -Hn 512";
@@ -395,7 +392,10 @@ fn whatever_the_limit_of_threads_is_the_job_runs_or_is_refused() {
         let user = first + limit;
         let all = std::os::unix::fs::PermissionsExt::from_mode(0o777);
         fs_err::set_permissions(scene.path(""), all).unwrap();
-        let launch = scene.own_launcher().display().to_string();
+        let launch = scene.own_launcher();
+        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs_err::set_permissions(&launch, executable).unwrap();
+        let launch = launch.display();
         let script = format!("ulimit -u {limit}; exec {launch} --cpus 1 --run-dir run -- true");
         let mut command = scene.command_of("bash");
         let outcome = finish(start(command.args(["-c", &script]).uid(user).gid(user)));
