@@ -402,7 +402,7 @@ mod tests {
         assert!(logs.finish(Duration::from_millis(1), LONG).held_open);
     }
 
-    /// A pipe in its place, which takes no more than 64 KiB for a while.
+    /// A pipe in its place, which takes no more than a page for a while.
     #[test]
     fn a_disk_that_takes_its_time_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
@@ -412,6 +412,7 @@ mod tests {
         for patience in [Duration::from_millis(100), LONG] {
             // Both ends, so that neither opening waits for the other.
             let mut slow = File::options().read(true).write(true).open(&path).unwrap();
+            let page = rustix::pipe::fcntl_setpipe_size(slow.file(), 1).unwrap();
             let (read, mut write) = std::io::pipe().unwrap();
             let to = Sink {
                 file: slow.try_clone().unwrap(),
@@ -421,7 +422,8 @@ mod tests {
             };
             let pipe = read.into();
             let logs = Logs::start(vec![Source { pipe, to }], shown(queue(LIMIT).0)).unwrap();
-            let text = vec![b'x'; 200_000];
+            // The smallest pipe that the kernel makes, for a user who has many, takes the other.
+            let text = vec![b'x'; 2 * page];
             write.write_all(&text).unwrap();
             drop(write);
             std::thread::scope(|scope| {

@@ -55,7 +55,10 @@ mod tests {
         let port = Port::reserve().unwrap();
         drop(TcpListener::bind((Ipv4Addr::LOCALHOST, port.number)).unwrap());
         drop(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port.number)).unwrap());
-        drop(TcpListener::bind((Ipv6Addr::UNSPECIFIED, port.number)).unwrap());
+        match TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)) {
+            Ok(_) => drop(TcpListener::bind((Ipv6Addr::UNSPECIFIED, port.number)).unwrap()),
+            Err(e) => eprintln!("skipped in part: no IPv6 ({e})"),
+        }
     }
 
     #[test]

@@ -2,11 +2,11 @@
 
 use crate::job::{LAUNCH, Scene, TRAINER, contains, events, expect, json, kill_rank, start};
 use std::ffi::OsString;
-use std::net::TcpListener;
 use std::process::Command;
 use tsm_job::all_reduce::{AllReduce, DIR_VARIABLE};
 use tsm_job::exit;
 use tsm_launch::cluster::key::Key;
+use tsm_launch::port::Port;
 
 /// `ranks` ranks on the CPU that measure with these words.
 fn measure(scene: &Scene, ranks: u32, words: &[&str]) -> Command {
@@ -111,13 +111,11 @@ fn two_nodes_are_measured_with_the_trainer_before_a_job() {
     scene.motion_set(16, 8);
     let key = scene.path("key");
     Key::random().write_file(&key).unwrap();
-    let free = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let held = Port::reserve().unwrap();
+    let point = format!("127.0.0.1:{}", held.number);
     let node = || {
         let mut command = scene.job("run", 2, &[]);
-        command.args(["--nodes", "2", "--rendezvous", &free.to_string()]);
+        command.args(["--nodes", "2", "--rendezvous", &point]);
         command.arg("--key-file").arg(&key);
         // A busy machine is no lost one.
         command.args(["--node-timeout", "30s", "--preflight", "full"]);

@@ -3,12 +3,12 @@
 
 use crate::job::{Outcome, Running, Scene, TRAINER, config, start_with_stdin};
 use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use tsm_job::message::WorkerMessage;
+use tsm_launch::port::Port;
 
 /// The variables that one generation of ranks has in common.
 pub struct Job {
@@ -16,7 +16,8 @@ pub struct Job {
     pub restart_count: u32,
     /// Run folder to go on from, which is also the one to go on in.
     pub resume: bool,
-    port: u16,
+    /// Rank 0 can listen on it, and nobody else gets it.
+    port: Port,
     arguments: Vec<String>,
 }
 
@@ -28,7 +29,6 @@ pub struct Rank {
 
 impl Job {
     pub fn new(scene: &Scene, world_size: u32, overrides: &[&str]) -> Job {
-        let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let mut arguments = vec!["--config".into(), config("demo.yaml").display().to_string()];
         arguments.extend(scene.overrides(overrides));
         arguments.push("launch.device=cpu".into());
@@ -36,7 +36,7 @@ impl Job {
             world_size,
             restart_count: 0,
             resume: false,
-            port: free.local_addr().expect("an address").port(),
+            port: Port::reserve().expect("a free port"),
             arguments,
         }
     }
@@ -63,7 +63,7 @@ impl Job {
             ("LOCAL_RANK", rank),
             ("WORLD_SIZE", self.world_size),
             ("LOCAL_WORLD_SIZE", self.world_size),
-            ("MASTER_PORT", u32::from(self.port)),
+            ("MASTER_PORT", u32::from(self.port.number)),
             ("TSM_RESTART_COUNT", self.restart_count),
             // Standard input is the socket to the launcher.
             ("TSM_AGENT_FD", 0),

@@ -1,14 +1,14 @@
 //! Nodes on this machine: each has a host name of its own, and a `tsm-launch` that is started there by hand.
 
 use crate::job::{Running, Scene, config, events, start};
-use std::net::TcpListener;
 use std::process::Command;
 use tsm_job::RunDir;
+use tsm_launch::port::Port;
 
 /// The nodes of one job, whose run folder is `run`.
 pub struct Nodes {
     pub scene: Scene,
-    port: u16,
+    port: Port,
     /// A node sees its own disk, the folder of its name, in place of the run folder.
     own_disks: bool,
 }
@@ -25,11 +25,9 @@ impl Nodes {
         }
         let key = tsm_launch::cluster::key::Key::random();
         key.write_file(&scene.path("key")).unwrap();
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
         Some(Nodes {
             scene,
-            port,
+            port: Port::reserve().unwrap(),
             own_disks,
         })
     }
@@ -75,8 +73,9 @@ impl Nodes {
         let launch = self.scene.launch(words);
         command.args(["sh", "-c", &script, name]);
         command.args([&disk, &run]).arg(launch.get_program());
-        command.args(["--key-file=key", "--max-restarts=3"]);
-        command.arg(format!("--rendezvous=127.0.0.1:{}", self.port));
+        // A busy machine is no lost node.
+        command.args(["--key-file=key", "--max-restarts=3", "--node-timeout=5s"]);
+        command.arg(format!("--rendezvous=127.0.0.1:{}", self.port.number));
         command.args(launch.get_args());
         command.current_dir(self.scene.path("."));
         for (name, _) in launch.get_envs() {

@@ -226,11 +226,12 @@ mod tests {
                 let side = if own == 1 { "a" } else { "b" };
                 net.ip(&format!("addr add 10.0.1.{own}/24 dev {side}1"));
                 net.ip(&format!("addr add 10.0.2.{own}/24 dev {side}2"));
-                net.ip("link add docker0 type bridge");
+                net.ip("link add docker0 type veth peer name docker1");
                 net.ip("addr add 172.17.0.1/16 dev docker0");
                 net.ip(&format!("link set {side}1 up"));
                 net.ip("link set lo up");
                 net.ip("link set docker0 up");
+                net.ip("link set docker1 up");
             }
         };
         let (end, mut ended) = tokio::sync::mpsc::channel::<()>(1);

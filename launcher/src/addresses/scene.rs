@@ -15,6 +15,10 @@ pub struct Net {
 impl Net {
     /// Runs `ip` with these words there.
     pub fn ip(&self, words: &str) {
+        self.try_ip(words).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    fn try_ip(&self, words: &str) -> Result<(), String> {
         let inside = ["-t", &self.tid.to_string(), "-n", "ip"].map(String::from);
         let mut command = Command::new("nsenter");
         let output = command
@@ -22,9 +26,12 @@ impl Net {
             .args(words.split(' '))
             .stdin(Stdio::null())
             .output();
-        let output = output.expect("nsenter");
+        let output = output.map_err(|e| format!("nsenter: {e}"))?;
         let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "ip {words}: {text}");
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(format!("ip {words}: {}", text.trim())),
+        }
     }
 
     /// A cable from `own` here to `theirs` at `other`; both ends are down.
@@ -44,9 +51,17 @@ fn become_node() -> Option<Net> {
         eprintln!("skipped: no network namespace ({e}); needs root");
         return None;
     }
-    Some(Net {
+    let net = Net {
         tid: gettid().as_raw_nonzero().get(),
-    })
+    };
+    let tried = net
+        .try_ip("link add try0 type veth peer name try1")
+        .and_then(|()| net.try_ip("link del try0"));
+    if let Err(e) = tried {
+        eprintln!("skipped: no virtual cable ({e}); needs nsenter, iproute2 and veth");
+        return None;
+    }
+    Some(net)
 }
 
 /// Runs `work` in a namespace without any interface that is up.

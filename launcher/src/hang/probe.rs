@@ -90,8 +90,7 @@ impl Probe {
             let _ = parts.send(part);
         };
         let pidfd = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        let all = procfs::family();
-        let process = procfs::from_kernel(pid, &all);
+        let process = procfs::from_kernel(pid, &mut procfs::family());
         let seen = process.clone();
         tell(Box::new(move |p| *p = seen));
         let Some(pidfd) = pidfd.filter(|_| !process.threads.is_empty()) else {

@@ -27,8 +27,9 @@ pub fn family() -> HashMap<i32, Vec<i32>> {
     children
 }
 
-/// What can be read without waiting.
-pub fn from_kernel(pid: i32, family: &HashMap<i32, Vec<i32>>) -> Process {
+/// What can be read without waiting. Takes what it follows out of `family`: read while numbers are used again, that can
+/// have a process below itself.
+pub fn from_kernel(pid: i32, family: &mut HashMap<i32, Vec<i32>>) -> Process {
     let tids = fs_err::read_dir(format!("/proc/{pid}/task"));
     let mut tids: Vec<i32> = (tids.into_iter().flatten().flatten())
         .filter_map(|e| e.file_name().to_str()?.parse().ok())
@@ -38,7 +39,7 @@ pub fn from_kernel(pid: i32, family: &HashMap<i32, Vec<i32>>) -> Process {
     let status = read(format!("/proc/{pid}/status")).unwrap_or_default();
     let rss_kib = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
     let rss_kib = rss_kib.and_then(|l| l.split_ascii_whitespace().next()?.parse().ok());
-    let mut children = family.get(&pid).cloned().unwrap_or_default();
+    let mut children = family.remove(&pid).unwrap_or_default();
     children.sort_unstable();
     let mut process = Process {
         pid,
@@ -200,6 +201,15 @@ fn parse_tcp(row: &str, inode: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_below_itself_is_looked_at_once_more_and_no_further() {
+        let me = std::process::id() as i32;
+        let mut family = HashMap::from([(me, vec![me])]);
+        let process = from_kernel(me, &mut family);
+        let below = process.children.iter().map(|p| (p.pid, p.children.len()));
+        assert_eq!(below.collect::<Vec<_>>(), [(me, 0)]);
+    }
 
     #[test]
     fn the_kernels_lines_are_read() {

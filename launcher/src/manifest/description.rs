@@ -10,10 +10,10 @@ use super::{Manifest, versions};
 /// What the launcher runs on, and what it runs.
 #[derive(Clone, Debug)]
 pub struct Description {
-    machine: Machine,
-    commit: Option<Commit>,
-    binaries: Vec<Binary>,
-    versions: BTreeMap<String, String>,
+    pub machine: Machine,
+    pub commit: Option<Commit>,
+    pub binaries: Vec<Binary>,
+    pub versions: BTreeMap<String, String>,
 }
 
 /// State of the source tree in the current directory.

@@ -176,7 +176,9 @@ impl Thread {
 mod tests {
     use super::*;
     use crate::addresses::scene::until;
+    use crate::manifest::description::Machine;
     use serde_json::Value;
+    use std::collections::BTreeMap;
 
     fn manifest(outcome: &'static str) -> Manifest {
         Manifest {
@@ -185,8 +187,20 @@ mod tests {
         }
     }
 
+    /// At once, however long this machine would take.
     fn find() -> Description {
-        Description::find(&[])
+        let machine = Machine {
+            cpu: "EPYC".into(),
+            num_cpus: 96,
+            mem_bytes: 512 << 30,
+            kernel: "6.1".into(),
+        };
+        Description {
+            machine,
+            commit: None,
+            binaries: Vec::new(),
+            versions: BTreeMap::new(),
+        }
     }
 
     struct Scene {

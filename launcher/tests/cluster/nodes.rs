@@ -78,6 +78,10 @@ impl Node {
 
     /// Runs `ip` here, once for each line.
     pub fn ip(&self, lines: &str) {
+        self.try_ip(lines).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    fn try_ip(&self, lines: &str) -> Result<(), String> {
         let lines = lines.to_string();
         self.run(move || {
             let mut command = Command::new("ip");
@@ -89,8 +93,11 @@ impl Node {
             drop(stdin);
             let output = child.wait_with_output().expect("ip ends");
             let text = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "ip: {text}\n{lines}");
-        });
+            match output.status.success() {
+                true => Ok(()),
+                false => Err(format!("ip: {text}\n{lines}")),
+            }
+        })
     }
 
     /// Runs `tc` here, once for each line.
@@ -175,9 +182,14 @@ impl Cluster {
                 return None;
             }
         };
+        let parts = "link add br0 type bridge\nlink add try0 type veth peer name try1\nlink del try0\n";
+        if let Err(e) = switch.try_ip(parts) {
+            eprintln!("skipped: {e}needs bridge and veth of the kernel");
+            return None;
+        }
         let node = |n| Node::new(&format!("node-{n}")).expect("a further namespace");
         let nodes: Vec<Node> = (1..=num_nodes).map(node).collect();
-        let mut cables = "link add br0 type bridge\nlink set br0 up\n".to_string();
+        let mut cables = "link set br0 up\n".to_string();
         for (node, n) in nodes.iter().zip(1..) {
             let tid = node.tid;
             cables += &format!(

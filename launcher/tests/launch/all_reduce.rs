@@ -193,7 +193,7 @@ fn a_member_without_a_trainer_says_so_and_the_other_misses_it() {
     let (mut tasks, _held) = group(&scene, "right");
     tasks[1].task.trainer = Some(scene.path("missing"));
     for task in &mut tasks {
-        task.task.wait = Duration::from_secs(6);
+        task.task.wait = Duration::from_secs(12);
     }
     let [first, second] = measure_both(tasks).map(Result::unwrap_err);
     assert!(first.starts_with("a neighbour left: 1 node"), "{first}");

@@ -114,7 +114,8 @@ fn the_other_end_of_a_socket_is_named() {
         address.port()
     );
     let reader = Victim::start("bash", &["-c", &script]);
-    let (_open, peer) = listener.accept().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let (_open, peer) = until("the connection", || listener.accept().ok());
     let wanted = format!("read of fd 5 (TCP {peer} to {address})");
     reader.seen("read of the socket", &no_tools(), |p| {
         p.summary() == format!("waiting in {wanted}")
@@ -276,7 +277,9 @@ fn gdb_shows_the_stacks_of_a_program() {
         }
         None => assert!(seen.to_string().contains("ptrace_scope"), "{seen}"),
     }
-    assert_eq!(hung.state(), 'S');
+    until("the process to go on", || {
+        (hung.state() == 'S').then_some(())
+    });
 }
 
 /// A Python that is no script which looks for one.

@@ -5,7 +5,7 @@ use std::process::Stdio;
 use tsm_launch::cluster::key::Key;
 use tsm_launch::port::Port;
 
-use crate::harness::{Scene, finish, start};
+use crate::harness::{NODE_TIMEOUT, Scene, finish, start};
 
 /// Prints what it has open, and what it reads.
 const LOOK: &str = "ls -l /proc/self/fd | sed 's/^.* \\([0-9]* -> \\)/\\1/'; cat; echo end";
@@ -20,7 +20,7 @@ fn two_nodes_are_given_their_key_by_descriptors_that_no_rank_inherits() {
     let words = |fd| {
         let common = "--run-dir run --nodes 2 --cpus 1 --rendezvous";
         let mut words: Vec<&str> = common.split(' ').collect();
-        words.extend([&point, "--key-fd", fd, "--", "sh", "-c", LOOK]);
+        words.extend([&point, "--node-timeout", NODE_TIMEOUT, "--key-fd", fd, "--", "sh", "-c", LOOK]);
         words.iter().map(ToString::to_string).collect::<Vec<_>>()
     };
     let mut by_stdin = scene.command(&[]);

@@ -3,6 +3,7 @@
 use crate::harness::{FAKE, Killed, Running, Scene, finish, start, until};
 use crate::refusals::Mount;
 use fs_err::File;
+use fs_err::os::unix::fs::OpenOptionsExt;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 const LINES: usize = 50_000;
@@ -102,13 +103,7 @@ fn a_reader_that_goes_away_stops_nothing() {
     let script = format!(
         "{{ {launch} --cpus 2 --run-dir run -- {fake} --spam 20000; echo code $? >&2; }} | head -n 1"
     );
-    let mut command = std::process::Command::new("sh");
-    let output = command
-        .args(["-c", &script])
-        .current_dir(scene.path("."))
-        .output()
-        .unwrap();
-    let err = String::from_utf8_lossy(&output.stderr);
+    let err = finish(start(scene.command_of("sh").args(["-c", &script]))).err;
     assert!(
         err.contains("code 0\n"),
         "{}",
@@ -209,6 +204,7 @@ fn a_stopped_terminal_holds_up_no_worker() {
     let terminal = File::options()
         .read(true)
         .write(true)
+        .custom_flags(libc::O_NOCTTY)
         .open(name.to_str().unwrap())
         .unwrap();
     let spam = LINES.to_string();

@@ -1,23 +1,28 @@
 //! Success, environment, plan, folders.
 
 use crate::harness::{FAKE, Scene, finish, start, until};
+use crate::program::write_program;
 use std::collections::BTreeMap;
-use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::process::Stdio;
 use tsm_job::exit;
 use tsm_job::message::WorkerMessage;
 
 #[test]
 fn success_leaves_logs_and_a_manifest() {
     let scene = Scene::new();
-    // It is written while the job runs, when the machine has been looked at; a short run may end before.
-    let actions = "--say done --wait-for run/manifest.json";
-    let outcome = scene.launch("--cpus 3", actions);
+    let running = scene.start("--cpus 3", "--say done --wait-for go");
+    // A short run may end before the machine has been looked at.
+    until("the machine in the manifest", || {
+        let text = fs_err::read_to_string(scene.run_dir().join("manifest.json")).ok()?;
+        text.contains("mem_bytes").then_some(())
+    });
+    fs_err::write(scene.path("go"), "").unwrap();
+    let outcome = finish(running);
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     for rank in 0..3 {
         assert_eq!(scene.log(rank, "err"), b"done\n");
@@ -200,11 +205,7 @@ fn many_ranks_need_no_higher_limit_of_open_files() {
         "ulimit -S -n 100; exec {launch} --cpus 32 --run-dir run --show-ranks none -- {} --say up",
         crate::harness::FAKE
     );
-    let outcome = finish(start(
-        std::process::Command::new("sh")
-            .args(["-c", &script])
-            .current_dir(scene.path(".")),
-    ));
+    let outcome = finish(start(scene.command_of("sh").args(["-c", &script])));
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     assert_eq!(scene.log(31, "err"), b"up\n");
 }
@@ -214,11 +215,7 @@ fn a_hard_limit_of_open_files_below_the_need_is_said_before_the_start() {
     let scene = Scene::new();
     let launch = env!("CARGO_BIN_EXE_tsm-launch");
     let script = format!("ulimit -n 64; exec {launch} --cpus 64 --run-dir run -- true");
-    let outcome = finish(start(
-        std::process::Command::new("sh")
-            .args(["-c", &script])
-            .current_dir(scene.path(".")),
-    ));
+    let outcome = finish(start(scene.command_of("sh").args(["-c", &script])));
     assert_eq!(outcome.code, 69, "{}", outcome.err);
     let said =
         "512 open files are needed for 64 ranks, and the hard limit is 64\n  hint: ulimit -Hn 512";
@@ -283,10 +280,9 @@ fn a_program_begins_when_it_is_watched_and_not_before() {
 #[test]
 fn what_keeps_a_program_from_being_executed_is_told_with_its_remedy() {
     let scene = Scene::new();
-    let file = |name: &str, text: &[u8], mode| {
+    let file = |name: &str, bytes: &[u8]| {
         let path = scene.path(name);
-        fs_err::write(&path, text).unwrap();
-        fs_err::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        write_program(&path, bytes);
         path.display().to_string()
     };
     // The machine that a binary is for is in these two bytes of its head.
@@ -294,13 +290,13 @@ fn what_keeps_a_program_from_being_executed_is_told_with_its_remedy() {
     foreign[18..20].copy_from_slice(&[0xff, 0xfe]);
     let cases = [
         (
-            file("foreign", &foreign, 0o755),
+            file("foreign", &foreign),
             126,
             8,
             "built for another kind of machine",
         ),
         (
-            file("orphan", b"#!/nowhere/sh\n", 0o755),
+            file("orphan", b"#!/nowhere/sh\n"),
             127,
             2,
             "the interpreter in its first line",
@@ -340,9 +336,7 @@ fn what_keeps_a_program_from_being_executed_is_told_with_its_remedy() {
 fn a_program_starts_with_the_usual_signals() {
     for program in ["grep", "./script"] {
         let scene = Scene::new();
-        let script = scene.path("script");
-        fs_err::write(&script, "#!/bin/sh\nexec grep \"$@\"\n").unwrap();
-        fs_err::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
+        write_program(&scene.path("script"), "#!/bin/sh\nexec grep \"$@\"\n");
         let words = [
             "--cpus=1",
             "--run-dir=run",
@@ -386,9 +380,11 @@ fn whatever_the_limit_of_open_files_is_the_launcher_says_what_it_needs() {
 #[test]
 fn whatever_the_limit_of_threads_is_the_job_runs_or_is_refused() {
     let first = 2_000_000_000 + 100 * std::process::id();
-    let other = std::process::Command::new("true").uid(first).status();
-    if other.is_err() {
-        return eprintln!("skipped: to be another user needs root");
+    // It runs in the folder of a test.
+    let mut other = std::process::Command::new("ls");
+    other.arg(std::env::temp_dir()).stdout(Stdio::null());
+    if !other.uid(first).status().is_ok_and(|s| s.success()) {
+        return eprintln!("skipped: to be another user needs root, and a folder for all");
     }
     let (mut ran, mut refused) = (0, 0);
     for limit in 1..=24 {
@@ -396,7 +392,10 @@ fn whatever_the_limit_of_threads_is_the_job_runs_or_is_refused() {
         let user = first + limit;
         let all = std::os::unix::fs::PermissionsExt::from_mode(0o777);
         fs_err::set_permissions(scene.path(""), all).unwrap();
-        let launch = scene.own_launcher().display().to_string();
+        let launch = scene.own_launcher();
+        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs_err::set_permissions(&launch, executable).unwrap();
+        let launch = launch.display();
         let script = format!("ulimit -u {limit}; exec {launch} --cpus 1 --run-dir run -- true");
         let mut command = scene.command_of("bash");
         let outcome = finish(start(command.args(["-c", &script]).uid(user).gid(user)));

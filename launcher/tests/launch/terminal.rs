@@ -25,7 +25,8 @@ struct Terminal {
 }
 
 impl Terminal {
-    /// Two fake workers in place of trainers, which have a view, that do `actions`, on a terminal of 24 rows of 80 cells.
+    /// Two fake workers in place of trainers, which have a view, that do `actions`, on a terminal of 24 rows which the
+    /// longest name of a host does not fill.
     #[expect(unsafe_code, reason = "the terminal is taken between fork and exec")]
     fn start(scene: &Scene, actions: &str) -> Terminal {
         let master =
@@ -34,7 +35,7 @@ impl Terminal {
         unlockpt(&master).unwrap();
         let size = Winsize {
             ws_row: 24,
-            ws_col: 80,
+            ws_col: 160,
             ws_xpixel: 0,
             ws_ypixel: 0,
         };

@@ -9,7 +9,7 @@ use tsm_launch::cli::{Args, Nodes};
 use tsm_launch::port::Port;
 
 use crate::demo::{DEMO, write_lists};
-use crate::harness::{FAKE, Running, Scene, finish, start, until};
+use crate::harness::{FAKE, NODE_TIMEOUT, Running, Scene, finish, start, until};
 use crate::program::write_program;
 
 /// A key as the volume of a Secret holds it: behind two links.
@@ -59,7 +59,7 @@ fn pods_of_kubeflow_are_nodes() {
     let held = free_port();
     let port = held.number;
     let words = format!(
-        "--run-dir run --key-file {key} -- {FAKE} --print-env --touch done{{rank}} --on-rank 2 \
+        "--run-dir run --node-timeout {NODE_TIMEOUT} --key-file {key} -- {FAKE} --print-env --touch done{{rank}} --on-rank 2 \
          --wait-for done0 --wait-for done1 --wait-for done3 --exit 17"
     );
     // The one that is dialled comes last.
@@ -113,7 +113,8 @@ fn a_pod_of_an_indexed_job_has_its_place_whoever_coordinates() {
     let held = free_port();
     let port = held.number;
     let words = format!(
-        "--run-dir run --nodes 2 --rendezvous localhost:{port} --key-file {key} --cpus 1 -- {FAKE} --print-env"
+        "--run-dir run --nodes 2 --node-timeout {NODE_TIMEOUT} --rendezvous localhost:{port} --key-file {key} --cpus 1 \
+         -- {FAKE} --print-env"
     );
     let pod = |index: u32| {
         let mut command = scene.command(&words.split_whitespace().collect::<Vec<_>>());
@@ -152,8 +153,8 @@ fn pods_that_are_started_again_go_on_with_their_run() {
         let held = free_port();
         let port = held.number;
         let words = format!(
-            "--run-dir run --continue --nodes 2 --rendezvous localhost:{port} --key-file {key} --cpus 1 \
-             --trainer trainer {DEMO}"
+            "--run-dir run --continue --nodes 2 --node-timeout {NODE_TIMEOUT} --rendezvous localhost:{port} \
+             --key-file {key} --cpus 1 --trainer trainer {DEMO}"
         );
         let pod = || start(&mut scene.command(&words.split_whitespace().collect::<Vec<_>>()));
         let first = pod();

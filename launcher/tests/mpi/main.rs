@@ -15,7 +15,6 @@ mod secret;
 
 use harness::{FAKE, Running, Scene, alive, finish, parent, send, start, survivors};
 use rustix::process::{Pid, Signal, kill_process};
-use std::path::Path;
 use std::process::Command;
 
 /// `mpirun` with `options` for itself, tsm-launch with `words` for it and fake workers that do `actions`; `None`,
@@ -30,8 +29,10 @@ fn mpirun(scene: &Scene, options: &str, words: &str, actions: &str) -> Option<Co
 
 /// `mpirun` alone. tsm-launch is a copy in the scene, for [`harness::survivors`].
 fn mpirun_of(scene: &Scene, options: &str) -> Option<Command> {
-    if !Path::new("/usr/bin/mpirun").exists() {
-        eprintln!("skipped: there is no /usr/bin/mpirun");
+    let version = Command::new("/usr/bin/mpirun").arg("--version").output();
+    let is_open = |text: &[u8]| String::from_utf8_lossy(text).contains("Open MPI");
+    if !version.is_ok_and(|version| is_open(&version.stdout)) {
+        eprintln!("skipped: there is no /usr/bin/mpirun of Open MPI");
         return None;
     }
     let mut command = scene.command_of("/usr/bin/mpirun");
@@ -61,7 +62,8 @@ fn mpirun_program(scene: &Scene, in_shell: bool, program: &[&str]) -> Option<Com
     Some(command)
 }
 
-const TWO: &str = "--share-host --cpus 1 --run-dir runs/run";
+/// As long as [`harness::NODE_TIMEOUT`].
+const TWO: &str = "--share-host --cpus 1 --run-dir runs/run --node-timeout 5s";
 
 fn read(scene: &Scene, name: &str) -> String {
     fs_err::read_to_string(scene.path("runs/run").join(name)).unwrap_or_else(|e| panic!("{e}"))

@@ -10,7 +10,7 @@ mod program;
 mod secret;
 mod server;
 
-use harness::{FAKE, Outcome, Running, Scene, alive, finish, parent, send, start, until};
+use harness::{FAKE, NODE_TIMEOUT, Outcome, Running, Scene, alive, finish, parent, send, start, until};
 use rustix::process::Signal;
 use server::Server;
 use std::process::Command;
@@ -40,6 +40,7 @@ impl Hosts {
         let copy = self.scene.own_launcher().display().to_string();
         let (ssh, marker) = (self.server.ssh(), path("mark-{rank}"));
         let mut words = vec!["--run-dir", "run", "--ssh", &ssh];
+        words.extend(["--node-timeout", NODE_TIMEOUT]);
         if !options.contains("--remote-launcher") {
             words.extend(["--remote-launcher", &copy]);
         }

@@ -77,6 +77,10 @@ impl Server {
             return None;
         }
         let server = Arc::new(Server::start());
+        if let Err(why) = server.takes_logins() {
+            eprintln!("skipped: no login at an ssh server here, as where root is locked ({why})");
+            return None;
+        }
         *shared = Arc::downgrade(&server);
         Some(server)
     }
@@ -140,6 +144,17 @@ impl Server {
                 .then_some(())
         });
         server
+    }
+
+    fn takes_logins(&self) -> Result<(), String> {
+        let mut ssh = Command::new("ssh");
+        ssh.arg("-F").arg(self.config()).args(["node-a", "true"]);
+        let output = ssh.stdin(Stdio::null()).output();
+        let output = output.map_err(|e| e.to_string())?;
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(String::from_utf8_lossy(&output.stderr).trim().into()),
+        }
     }
 
     /// For `--ssh`.

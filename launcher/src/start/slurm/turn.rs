@@ -164,10 +164,12 @@ mod tests {
 
     /// A turn whose scontrol is this script, in a folder of its own.
     fn with_scontrol(dir: &Path, script: &str) -> Turn {
-        let scontrol = dir.join("scontrol");
-        fs_err::write(&scontrol, format!("#!/bin/sh\n{script}\n")).unwrap();
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        fs_err::set_permissions(&scontrol, mode).unwrap();
+        // Another process writes it: what this one has open for writing, a child of another thread may have open too,
+        // and nobody could execute it (ETXTBSY).
+        let write = r#"printf '#!/bin/sh\n%s\n' "$1" > "$0" && chmod 755 "$0""#;
+        let mut sh = std::process::Command::new("sh");
+        sh.args(["-c", write]).arg(dir.join("scontrol")).arg(script);
+        assert!(sh.status().unwrap().success());
         let slurm = Slurm::default().env("PATH", &dir.to_string_lossy());
         Turn { slurm, ..turn(0) }
     }

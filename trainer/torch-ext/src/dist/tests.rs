@@ -27,22 +27,20 @@ fn world<R: Send>(
 ) -> Vec<R> {
     let server = server();
     let port = server.port();
-    // Nobody closes its connections while another rank may still be at work.
-    let all_done = std::sync::Barrier::new(world);
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..world)
             .map(|rank| {
-                let (f, all_done) = (&f, &all_done);
+                let f = &f;
                 scope.spawn(move || {
                     let store = connect(port, timeout);
                     let group = ProcessGroup::gloo(&store, rank, world, "lo", timeout, 2).unwrap();
-                    let result = f(&group);
-                    all_done.wait();
-                    result
+                    (f(&group), group, store)
                 })
             })
             .collect();
-        ranks.into_iter().map(|r| r.join().unwrap()).collect()
+        // Nobody closes its connections while another rank may still be at work.
+        let ended: Vec<_> = ranks.into_iter().map(|r| r.join()).collect();
+        ended.into_iter().map(|r| r.unwrap().0).collect()
     })
 }
 
