@@ -17,6 +17,7 @@ use std::fmt;
 use tsm_job::exit;
 use tsm_job::message::FailureRecord;
 
+use crate::cluster::coordinator::NOT_RUNNING;
 use crate::end::End;
 use crate::oom::OomKills;
 use crate::start::children::HELD;
@@ -150,6 +151,7 @@ pub fn classify(facts: &Facts) -> Verdict {
         documented_code,
         gpu_log,
         hang,
+        loader_worker,
         announced,
         signal_from_outside,
         last_words,
@@ -161,6 +163,11 @@ pub fn classify(facts: &Facts) -> Verdict {
 
 fn lost_node(facts: &Facts) -> Option<Verdict> {
     let how = facts.node_lost?;
+    if how.contains(NOT_RUNNING) {
+        let hint = "the node itself may be well: see whether the launcher there was stopped (Ctrl-Z, SIGSTOP), or its \
+                    machine suspended or overloaded";
+        return Some(Verdict::new(Class::NodeLost, Again::MayWork, how, hint));
+    }
     let hint = match how.contains(HELD) {
         true => "see who kills processes of this user on the machine where tsm-launch was started",
         false => "see whether the machine is up, was taken by its scheduler, or lost its network",
@@ -271,6 +278,21 @@ fn signal_from_outside(facts: &Facts) -> Option<Verdict> {
         _ => return None,
     };
     Some(Verdict::new(Class::Killed, Again::MayWork, &end, hint))
+}
+
+/// PyTorch does not know how its loader's worker ended; the kernel counts whom it killed.
+fn loader_worker(facts: &Facts) -> Option<Verdict> {
+    let all = Some(facts.oom_kills.all).filter(|&all| all > 0)?;
+    let record = facts.record.map(|record| record.message.as_str());
+    let stderr = facts.stderr.iter().map(String::as_str);
+    let mut texts = facts.exception.into_iter().chain(record).chain(stderr);
+    let line = texts.find_map(|text| {
+        let mut lines = text.lines();
+        lines.find(|l| l.contains("DataLoader worker") && l.contains("exited unexpectedly"))
+    })?;
+    let evidence = format!("{line}, and the kernel's out-of-memory killer ended {all} process(es)");
+    let (class, hint) = (Class::OutOfMemory, texts::MEMORY_HINT);
+    Some(Verdict::new(class, Again::MayWork, &evidence, hint))
 }
 
 /// What says that the out-of-memory killer ended it, or, of one that ended with the code of a shell, its child.

@@ -110,10 +110,10 @@ impl Folder {
     pub fn resume(path: &Path) -> anyhow::Result<Folder> {
         let folder = Folder::open(path.to_path_buf())?;
         killed::tell(&folder.dir).map_err(|e| refuse(&e))?;
-        for kept in [folder.dir.manifest(), folder.dir.failure()] {
-            if kept.exists() {
-                fs_err::rename(&kept, free_number(&kept, 1)).map_err(|e| refuse(&e))?;
-            }
+        keep(&folder.dir.manifest()).map_err(|e| refuse(&e))?;
+        let failure = folder.dir.failure();
+        if failure.exists() {
+            fs_err::rename(&failure, free_number(&failure, 1)).map_err(|e| refuse(&e))?;
         }
         Ok(folder)
     }
@@ -174,6 +174,23 @@ impl Folder {
         }
         Ok(revised)
     }
+}
+
+/// Gives a manifest a number too. It stays until the next one replaces it: without any, the folder holds no run for
+/// whoever looks, or comes after a launcher that wrote none.
+fn keep(manifest: &Path) -> std::io::Result<()> {
+    let text = match fs_err::read(manifest) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        read => read?,
+    };
+    let free = free_number(manifest, 1);
+    let numbers = (1..).map(|n| numbered(manifest, n));
+    let last = numbers.take_while(|path| *path != free).last();
+    if last.is_some_and(|last| fs_err::read(last).is_ok_and(|kept| kept == text)) {
+        return Ok(());
+    }
+    // Not every file system has links.
+    fs_err::hard_link(manifest, &free).or_else(|_| fs_err::copy(manifest, &free).map(|_| ()))
 }
 
 /// `config-2.yaml` for `config.yaml` and 2.
@@ -237,7 +254,7 @@ mod tests {
     fn resuming_keeps_what_the_last_run_left() {
         let root = tempfile::tempdir().unwrap();
         for n in 1..3 {
-            fs_err::write(root.path().join("manifest.json"), n.to_string()).unwrap();
+            replace(&root.path().join("manifest.json"), &n.to_string(), 0o666).unwrap();
             fs_err::write(root.path().join("failure.json"), n.to_string()).unwrap();
             drop(Folder::resume(root.path()).unwrap());
         }
@@ -246,6 +263,11 @@ mod tests {
             (read("manifest-1.json"), read("failure-2.json")),
             ("1".into(), "2".into())
         );
+        // It is there all the time, and a launcher that comes to write none leaves all as it is.
+        assert_eq!(read("manifest.json"), "2");
+        drop(Folder::resume(root.path()).unwrap());
+        assert!(!root.path().join("manifest-3.json").exists());
+        assert_eq!(read("manifest.json"), "2");
         assert!(!root.path().join("failure.json").exists());
     }
 

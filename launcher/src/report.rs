@@ -315,6 +315,9 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
 /// What usually stands behind such an end.
 fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<String> {
     let unstarted = facts.record.and_then(unstarted::meaning);
+    let killed = |all: u64| {
+        format!("the kernel's out-of-memory killer ended {all} process(es) during the run")
+    };
     match end? {
         _ if facts.hung => None,
         _ if unstarted.is_some() => unstarted.map(str::to_string),
@@ -331,11 +334,13 @@ fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<Str
                 let others = count(all, "other");
                 format!("killed from outside; the out-of-memory killer ended {others} meanwhile")
             }
-            (None, OomKills { all, .. }) => {
-                format!("the kernel's out-of-memory killer ended {all} process(es) during the run")
-            }
+            (None, OomKills { all, .. }) => killed(all),
         }),
-        end => end.meaning().map(str::to_string),
+        end => {
+            let all = Some(run.oom_kills.all).filter(|&all| all > 0);
+            let meaning = end.meaning().map(str::to_string);
+            meaning.or_else(|| all.map(killed))
+        }
     }
 }
 

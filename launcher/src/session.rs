@@ -208,7 +208,12 @@ impl Running {
         let mut actions = Vec::new();
         let stalled = now.saturating_sub(wake.max(asked));
         if stalled > self.state.settings.lease / 2 {
-            actions = coordinator::decide(&mut self.state, Event::Stalled(stalled), now);
+            let host = self.voice.host.clone();
+            let event = Event::Stalled {
+                host,
+                time: stalled,
+            };
+            actions = coordinator::decide(&mut self.state, event, now);
         }
         actions.extend(coordinator::decide(&mut self.state, event, now));
         // What the nodes have to do comes first, then the words.

@@ -385,6 +385,59 @@ fn a_kill_is_told_by_the_kernel() {
 }
 
 #[test]
+fn a_loader_worker_that_the_kernel_killed_ran_out_of_memory() {
+    let unexpected = "RuntimeError: DataLoader worker (pid(s) 7) exited unexpectedly".to_string();
+    let class = |stderr: &[String], exception, all| {
+        let facts = Facts {
+            end: Some(End::Code(1)),
+            stderr,
+            exception,
+            oom_kills: OomKills { all, unnamed: 0 },
+            ..Facts::default()
+        };
+        classify(&facts)
+    };
+    let told = class(std::slice::from_ref(&unexpected), None, 1);
+    assert_eq!(told.class, Class::OutOfMemory);
+    let killer = "exited unexpectedly, and the kernel's out-of-memory killer ended 1 process(es)";
+    assert!(told.evidence.ends_with(killer), "{}", told.evidence);
+    let told = class(&[], Some(unexpected.as_str()), 2);
+    assert_eq!(told.class, Class::OutOfMemory);
+    let uncounted = class(std::slice::from_ref(&unexpected), None, 0);
+    assert_eq!(uncounted.class, Class::Program);
+    assert_eq!(
+        class(&["RuntimeError: x".into()], None, 1).class,
+        Class::Program
+    );
+}
+
+#[test]
+fn a_node_that_gave_up_a_coordinator_that_did_not_run_may_be_well() {
+    let lost = |how| {
+        classify(&Facts {
+            node_lost: Some(how),
+            ..Facts::default()
+        })
+    };
+    let silent = lost("silent for 1400ms");
+    assert_eq!(
+        (silent.class, silent.again),
+        (Class::NodeLost, Again::Elsewhere)
+    );
+    let innocent =
+        lost("silent for 1400ms, after the coordinator itself, on a, had not run for 3.7 s");
+    assert_eq!(
+        (innocent.class, innocent.again),
+        (Class::NodeLost, Again::MayWork)
+    );
+    assert!(
+        innocent
+            .hint
+            .contains("whether the launcher there was stopped")
+    );
+}
+
+#[test]
 fn xids_are_read_as_the_driver_writes_them() {
     use xid::Fault::*;
     let cases = [

@@ -111,7 +111,10 @@ impl Key {
             3.. => Err("it is not open".into()),
             _ => Err("it is no input".into()),
         };
-        let open = format!("give 0 for stdin, or a number that the shell opened: {fd}<FILE");
+        let open = format!(
+            "give 0 for stdin, or a number from 3 on that the shell opened: {}<FILE",
+            fd.max(3)
+        );
         let line = line.map_err(|problem| refuse(&problem, &open))?;
         parse(&line).map_err(|problem| refuse(&problem, "send one line of 64 hexadecimal digits"))
     }

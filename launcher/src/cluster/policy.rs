@@ -396,7 +396,7 @@ impl Starts<'_> {
                     | Class::Unknown
                     | Class::Hardware
                     | Class::Machine
-            )
+            ) && !is_none_of_its_doing(i)
         };
         let own = recent.iter().filter(of_host).filter(|i| i.agent == agent);
         let incidents: Vec<_> = own.filter(suspect).collect();
@@ -415,6 +415,11 @@ impl Starts<'_> {
         (last.class == Class::NodeLost && now < until)
             .then(|| left_out(Some(agent), false, Some(until), last.signature.clone()))
     }
+}
+
+/// A node that gave the coordinator up, which did not run.
+fn is_none_of_its_doing(incident: &Incident) -> bool {
+    incident.class == Class::NodeLost && incident.again == Again::MayWork
 }
 
 #[cfg(test)]

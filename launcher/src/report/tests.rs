@@ -98,6 +98,10 @@ fn sigkill_comes_with_the_evidence_for_the_out_of_memory_killer() {
     assert!(counted(2, 1).contains("out-of-memory killer ended 2 process(es)"));
     assert!(counted(2, 0).contains("the out-of-memory killer ended 2 others meanwhile"));
     assert!(counted(0, 0).contains("the out-of-memory killer did not count a process"));
+    let counted = |all| report(&[End::Code(1)], OomKills { all, unnamed: all });
+    let meaning = "meaning: the kernel's out-of-memory killer ended 2 process(es) during the run";
+    assert!(counted(2).contains(meaning));
+    assert!(!counted(0).contains("meaning: "));
 }
 
 #[test]

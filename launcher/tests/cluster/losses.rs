@@ -158,7 +158,12 @@ fn ranks_do_not_wait_for_a_stopped_coordinator() {
     job.signal(1, Signal::CONT);
     assert_eq!(job.end(), [exit::PEER, exit::PEER]);
     // The node that has left is not all there is to say.
-    assert_node_2_is_named(&job, "after the coordinator itself had not run for ");
+    assert_node_2_is_named(
+        &job,
+        "after the coordinator itself, on node-1, had not run for ",
+    );
+    let hint = "hint: the node itself may be well: see whether the launcher there was stopped";
+    assert!(job.err(1).contains(hint), "{}", job.err(1));
     assert_eq!(job.events("stalled").len(), 1);
     assert!(
         job.err(1)

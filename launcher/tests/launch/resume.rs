@@ -42,16 +42,23 @@ fn a_run_folder_is_continued_in_place() {
 fn the_same_command_starts_a_run_goes_on_with_it_and_finds_it_finished() {
     let scene = Scene::new();
     fs_err::write(scene.path("code"), "9").unwrap();
-    let again = || {
+    let with = |option: &str| {
         let words = "--cpus=1 --continue --run-dir=run -- bash -c";
         let mut words: Vec<&str> = words.split(' ').collect();
+        words.insert(0, option);
         words.push("echo from ${TSM_RESUME_FROM:-nothing}; exit $(cat code)");
         finish(start(&mut scene.command(&words)))
     };
+    let again = || with("--no-view");
     let run = scene.run_dir().display().to_string();
     let outcome = again();
     assert_eq!(outcome.code, 9, "{}", outcome.err);
     assert_eq!(outcome.out, "0 | from nothing\n");
+    // One that comes to nothing leaves it a run.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let outcome = with(&format!("--status-port={port}"));
+    assert_eq!(outcome.code, 69, "{}", outcome.err);
     fs_err::write(scene.path("code"), "0").unwrap();
     let outcome = again();
     assert_eq!(outcome.code, 0, "{}", outcome.err);

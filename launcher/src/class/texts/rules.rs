@@ -7,7 +7,7 @@ use super::Weight::{self, Anywhere, AtEnd, InWords};
 use crate::blame::LOST_PEER;
 
 pub const LOST_PEER_HINT: &str = "no rank is known to have failed first: see the network between the nodes, and the kernel's log of each";
-pub const MEMORY_HINT: &str = "less memory is needed: fewer data.workers, a smaller data.prefetch, or fewer ranks on this node";
+pub const MEMORY_HINT: &str = "less memory is needed: fewer loader workers (data.workers), less that they read ahead (data.prefetch), or fewer ranks on this node";
 
 const GPU_MEMORY_HINT: &str = "a smaller batch per rank needs less; where much is \"reserved but unallocated\", set \
      PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; nvidia-smi shows whether somebody else uses the GPU";

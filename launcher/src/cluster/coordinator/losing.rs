@@ -7,6 +7,9 @@ use tsm_job::config::duration::format;
 use super::{Action, Cause, FENCE, Member, Phase, State, record};
 use crate::cluster::topology::NodeId;
 
+/// In what is said of the loss of a node: it may have given the coordinator up.
+pub const NOT_RUNNING: &str = " after the coordinator itself, on ";
+
 /// A node of this generation whose connection is gone.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct LostNode {
@@ -38,11 +41,8 @@ impl State {
         if self.member(id).is_some() {
             self.gone.insert(id, node.clone());
         }
-        let how = match self.stalled {
-            Some((at, time)) if now < at + self.settings.lease => {
-                let time = time.as_secs_f64();
-                format!("{how}, after the coordinator itself had not run for {time:.1} s")
-            }
+        let how = match &self.stalled {
+            Some((at, of)) if now < *at + self.settings.lease => format!("{how},{of}"),
             _ => self.why_lost(&host, how, now),
         };
         actions.push(record(
@@ -84,13 +84,21 @@ impl State {
     }
 
     /// The coordinator was stopped itself, or its machine overloaded or suspended.
-    pub(super) fn stalled(&mut self, time: Duration, now: Duration, actions: &mut Vec<Action>) {
-        self.stalled = Some((now, time));
+    pub(super) fn stalled(
+        &mut self,
+        host: String,
+        time: Duration,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let secs = time.as_secs_f64();
+        let of = format!("{NOT_RUNNING}{host}, had not run for {secs:.1} s");
+        self.stalled = Some((now, of));
         actions.push(record("stalled", json!({"ms": time.as_millis() as u64})));
-        let (time, lease) = (time.as_secs_f64(), format(self.settings.lease));
+        let lease = format(self.settings.lease);
         if self.settings.max_nodes > 1 {
             actions.push(Action::Notice(format!(
-                "warning: the coordinator did not run for {time:.1} s; nodes that hear nothing of it for {lease} end their ranks"
+                "warning: the coordinator did not run for {secs:.1} s; nodes that hear nothing of it for {lease} end their ranks"
             )));
         }
     }

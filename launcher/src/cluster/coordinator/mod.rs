@@ -35,6 +35,7 @@ mod waiting;
 
 pub use ending::Ending;
 pub use left_out::Excluded;
+pub use losing::NOT_RUNNING;
 pub use member::{Clock, Node};
 pub use phases::Phase;
 pub use reason::Reason;
@@ -147,8 +148,8 @@ pub struct State {
     /// Progress of the ranks of this generation.
     watch: Tracker,
     next_look: Duration,
-    /// When the coordinator was found to have stalled, and for how long.
-    stalled: Option<(Duration, Duration)>,
+    /// When the coordinator was found to have stalled, and what of.
+    stalled: Option<(Duration, String)>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -240,7 +241,7 @@ pub fn decide(state: &mut State, event: Event, now: Duration) -> Vec<Action> {
         Event::StarterKilled { host, killed } => state.starter_killed(host, killed, now),
         Event::Signal(signal) => state.signal(signal, "", now, &mut actions),
         Event::StepSignal(signal) => state.step_signal(signal, "", now, &mut actions),
-        Event::Stalled(time) => state.stalled(time, now, &mut actions),
+        Event::Stalled { host, time } => state.stalled(host, time, now, &mut actions),
         Event::Deadline => state.expired(now, &mut actions),
     }
     state.advance(now, &mut actions);

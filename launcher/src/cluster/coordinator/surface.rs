@@ -85,7 +85,7 @@ pub enum Event {
     /// The same, by a scheduler that has signalled all agents too.
     StepSignal(i32),
     /// The coordinator was not run for this long, though there was something to do.
-    Stalled(Duration),
+    Stalled { host: String, time: Duration },
     /// [`super::State::deadline`] has come.
     Deadline,
 }

@@ -295,6 +295,14 @@ fn a_host_is_left_out_for_its_hardware_at_once_and_else_after_two_failures() {
         [(a.into(), false, true)]
     );
     assert_eq!(left_out(&[], &at(a, Class::Network, 1)), []);
+    // It was lost because the coordinator did not run, however often.
+    let innocent = |n| Incident {
+        again: Again::MayWork,
+        ..at(a, Class::NodeLost, n)
+    };
+    let earlier = [innocent(1), innocent(2)];
+    assert_eq!(left_out(&earlier, &innocent(3)), []);
+    assert_eq!(left_out(&earlier, &at(a, Class::Network, 3)), []);
     let both = [at(a, Class::Network, 1), at(b, Class::Killed, 2)];
     assert_eq!(
         left_out(&both, &at(a, Class::Hang, 3)),
