@@ -21,7 +21,7 @@ const FILES: u64 = 64;
 /// Runs a future on this thread, which is the one that may start workers.
 ///
 /// # Errors
-/// Those of the future; [`exit::PREFLIGHT`] where the limits leave no room for it.
+/// Those of the future; [`tsm_job::exit::PREFLIGHT`] where the limits leave no room for it.
 pub fn run_here<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     limits::need_open_files(FILES, "the launcher and its connections")?;
     let runtime = tokio::runtime::Builder::new_current_thread()
