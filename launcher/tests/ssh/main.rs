@@ -378,7 +378,7 @@ fn a_host_whose_ssh_or_agent_hangs_gets_another() {
 fn own_ssh(scene: &Scene, script: &str) -> String {
     let ssh = scene.path("ssh");
     let find = "for word; do host=$command; command=$word; done\n";
-    program::write_program(&ssh, &format!("#!/bin/sh\n{find}{script}\n"));
+    program::write_program(&ssh, format!("#!/bin/sh\n{find}{script}\n"));
     ssh.display().to_string()
 }
 
