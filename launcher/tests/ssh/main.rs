@@ -10,7 +10,9 @@ mod program;
 mod secret;
 mod server;
 
-use harness::{FAKE, NODE_TIMEOUT, Outcome, Running, Scene, alive, finish, parent, send, start, until};
+use harness::{
+    FAKE, NODE_TIMEOUT, Outcome, Running, Scene, alive, finish, parent, send, start, until,
+};
 use rustix::process::Signal;
 use server::Server;
 use std::process::Command;
@@ -378,7 +380,7 @@ fn a_host_whose_ssh_or_agent_hangs_gets_another() {
 fn own_ssh(scene: &Scene, script: &str) -> String {
     let ssh = scene.path("ssh");
     let find = "for word; do host=$command; command=$word; done\n";
-    program::write_program(&ssh, &format!("#!/bin/sh\n{find}{script}\n"));
+    program::write_program(&ssh, format!("#!/bin/sh\n{find}{script}\n"));
     ssh.display().to_string()
 }
 
@@ -413,7 +415,7 @@ fn no_more_than_64_connections_are_made_at_once() {
         "#!/bin/sh\nfor word; do host=$last; last=$word; done\n: > {}/at-$host\nexec sleep 1000\n",
         scene.path("").display()
     );
-    program::write_program(&ssh, &script);
+    program::write_program(&ssh, script);
     let hosts: Vec<String> = (0..70).map(|i| format!("host-{i}")).collect();
     let (hosts, ssh) = (hosts.join(","), ssh.display().to_string());
     let words = ["--hosts", &hosts, "--ssh", &ssh, "--cpus", "1", "--", FAKE];
