@@ -75,7 +75,7 @@ impl<'a> Job<'a> {
     pub fn with_trainer(cluster: &'a Cluster, actions: &str) -> Job<'a> {
         write_lists(&cluster.scene.path(""));
         let script = format!("#!/bin/sh\nexec {FAKE} {actions}\n");
-        write_program(&cluster.scene.path("trainer"), &script);
+        write_program(&cluster.scene.path("trainer"), script);
         Job::new(cluster)
     }
 

@@ -182,7 +182,8 @@ impl Cluster {
                 return None;
             }
         };
-        let parts = "link add br0 type bridge\nlink add try0 type veth peer name try1\nlink del try0\n";
+        let parts =
+            "link add br0 type bridge\nlink add try0 type veth peer name try1\nlink del try0\n";
         if let Err(e) = switch.try_ip(parts) {
             eprintln!("skipped: {e}needs bridge and veth of the kernel");
             return None;

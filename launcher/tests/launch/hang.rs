@@ -65,7 +65,7 @@ fn tools(scene: &Scene, name: &str, script: &str) -> Probe {
     let folder = scene.path("tools");
     fs_err::create_dir_all(&folder).expect("the folder exists");
     let path = folder.join(name);
-    write_program(&path, &format!("#!/bin/sh\n{script}\n"));
+    write_program(&path, format!("#!/bin/sh\n{script}\n"));
     Probe {
         path: vec![folder],
         tool_timeout: Duration::from_secs(60),

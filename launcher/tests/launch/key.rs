@@ -20,7 +20,17 @@ fn two_nodes_are_given_their_key_by_descriptors_that_no_rank_inherits() {
     let words = |fd| {
         let common = "--run-dir run --nodes 2 --cpus 1 --rendezvous";
         let mut words: Vec<&str> = common.split(' ').collect();
-        words.extend([&point, "--node-timeout", NODE_TIMEOUT, "--key-fd", fd, "--", "sh", "-c", LOOK]);
+        words.extend([
+            &point,
+            "--node-timeout",
+            NODE_TIMEOUT,
+            "--key-fd",
+            fd,
+            "--",
+            "sh",
+            "-c",
+            LOOK,
+        ]);
         words.iter().map(ToString::to_string).collect::<Vec<_>>()
     };
     let mut by_stdin = scene.command(&[]);

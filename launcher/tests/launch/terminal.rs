@@ -47,7 +47,7 @@ impl Terminal {
         let stream = || slave.try_clone().unwrap().into_file();
         write_lists(&scene.path(""));
         let script = format!("#!/bin/sh\nexec {FAKE} {actions}\n");
-        write_program(&scene.path("trainer"), &script);
+        write_program(&scene.path("trainer"), script);
         let mut command = scene.command(&["--cpus=2", "--grace=60s", "--run-dir=run"]);
         command.args(["--show-ranks=all", "--trainer", "./trainer", DEMO]);
         command.env("TERM", "xterm").env_remove("NO_COLOR");

@@ -9,7 +9,7 @@ use std::path::Path;
 fn scene(script: &str) -> Scene {
     let scene = Scene::new();
     write_lists(&scene.path(""));
-    write_program(&scene.path("trainer"), &format!("#!/bin/sh\n{script}\n"));
+    write_program(&scene.path("trainer"), format!("#!/bin/sh\n{script}\n"));
     scene
 }
 

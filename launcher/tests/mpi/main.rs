@@ -102,7 +102,10 @@ fn two_processes_of_mpirun_are_two_nodes() {
             "a worker is no rank of mpirun's"
         );
     }
-    assert!(!outcome.err.contains("warning"), "{}", outcome.err);
+    // Who runs these tests may have bound them to a core.
+    let mut lines = outcome.err.lines();
+    let is_warning = |line: &str| line.contains("warning") && !line.contains("has bound this node");
+    assert!(!lines.any(is_warning), "{}", outcome.err);
     assert_nothing_is_left(&scene);
 }
 

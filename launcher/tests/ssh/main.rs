@@ -10,7 +10,9 @@ mod program;
 mod secret;
 mod server;
 
-use harness::{FAKE, NODE_TIMEOUT, Outcome, Running, Scene, alive, finish, parent, send, start, until};
+use harness::{
+    FAKE, NODE_TIMEOUT, Outcome, Running, Scene, alive, finish, parent, send, start, until,
+};
 use rustix::process::Signal;
 use server::Server;
 use std::process::Command;
@@ -413,7 +415,7 @@ fn no_more_than_64_connections_are_made_at_once() {
         "#!/bin/sh\nfor word; do host=$last; last=$word; done\n: > {}/at-$host\nexec sleep 1000\n",
         scene.path("").display()
     );
-    program::write_program(&ssh, &script);
+    program::write_program(&ssh, script);
     let hosts: Vec<String> = (0..70).map(|i| format!("host-{i}")).collect();
     let (hosts, ssh) = (hosts.join(","), ssh.display().to_string());
     let words = ["--hosts", &hosts, "--ssh", &ssh, "--cpus", "1", "--", FAKE];
