@@ -70,6 +70,7 @@ impl State {
                 if self.cause.is_none() {
                     self.stop(Cause::NodeLost, libc::SIGTERM, now, actions);
                 }
+                self.end_save(None, now, actions);
             }
             // Before its ranks were started, or after it was clean.
             Some(_) if matches!(self.phase, Phase::Form { .. } | Phase::Measure { .. }) => {
