@@ -60,6 +60,7 @@ impl Prepared {
             settings.save_at = save_in.map(|d| start.elapsed() + d);
             settings.job.shielded = true;
         }
+        settings.requeues = turn.may_be_queued_again();
         self.session.turn = Some(turn);
     }
 
@@ -279,6 +280,7 @@ fn settings(args: &Args, target: &Target, job: Job) -> Settings {
             ..args.preflight_scale.clone()
         }),
         save_at: None,
+        requeues: false,
     }
 }
 

@@ -1,11 +1,14 @@
 //! A rank fails: all nodes stop, and the right one is named.
 
+use crate::demo::DEMO;
 use crate::harness::FAKE;
 use crate::job::Job;
 use crate::nodes::Cluster;
 use crate::program::write_program;
+use rustix::process::Signal;
 use serde_json::Value;
 use std::time::Duration;
+use tsm_job::exit;
 
 /// Ranks 0 to 3 on two nodes; `actions` of rank `culprit` bring the end about, the others hang. The codes, the failure
 /// and the coordinator's report.
@@ -176,4 +179,62 @@ fn a_node_whose_ranks_all_say_much_is_not_lost_by_it() {
     );
     assert_eq!(failure["others"].as_array().unwrap().len(), 48);
     assert!(job.events("lost").is_empty());
+}
+
+/// The ranks of two nodes, which wait for each other and so do not save: what `fail` does to rank 0 or node 2 while they
+/// are to, and the node or rank that is named.
+fn failing_save(on_usr2: &str, fail: impl Fn(&Job)) -> Option<(Vec<i32>, Value, String)> {
+    let cluster = Cluster::new(2)?;
+    let ready = cluster.scene.path("ready").display().to_string();
+    let mut job = Job::with_trainer(&cluster, "");
+    let script = format!(
+        "#!/bin/sh\ntrap '' USR2\nexec {FAKE} --hello --meet {on_usr2} --touch {ready}{{rank}} --hang\n"
+    );
+    write_program(&cluster.scene.path("trainer"), &script);
+    let words = [
+        "--cpus=2",
+        "--nodes=2",
+        "--grace=300s",
+        "--trainer",
+        "trainer",
+        DEMO,
+    ];
+    for n in 1..=2 {
+        job.start_words(n, &words);
+        job.wait_until_joined(n);
+    }
+    job.wait_for_pids("ready", 0..4);
+    job.wait_for("spawn", 4);
+    job.signal(1, Signal::USR2);
+    job.wait_for("signal", 1);
+    fail(&job);
+    let codes = job.end();
+    assert!(job.took(1) < Duration::from_secs(200), "not the grace");
+    Some((codes, job.json("failure.json"), job.err(1)))
+}
+
+#[test]
+fn a_save_that_a_rank_or_a_node_fails_in_does_not_keep_the_others_for_the_grace() {
+    let on_usr2 = "--when RANK=0 --exit-on 12 13 --end";
+    let Some((codes, failure, err)) = failing_save(on_usr2, |_| {}) else {
+        return;
+    };
+    assert_eq!(codes, [13, 13], "{err}");
+    assert_eq!(
+        (&failure["rank"], &failure["host"]),
+        (&0.into(), &"node-1".into())
+    );
+    let said = "rank 0 on node-1 ended with exit code 13 while the workers save: stopping the others, grace 5m";
+    assert_eq!(err.matches(said).count(), 1, "{err}");
+    for other in failure["others"].as_array().unwrap() {
+        assert_eq!(other["role"], "stopped", "{failure:#}");
+    }
+
+    let lose = |job: &Job| job.signal(2, Signal::KILL);
+    let Some((codes, failure, err)) = failing_save("", lose) else {
+        return;
+    };
+    assert_eq!(codes, [exit::PEER, 137], "{err}");
+    assert_eq!(failure["host"], "node-2", "{failure:#}");
+    assert_eq!(failure["class"], "node_lost", "{failure:#}");
 }

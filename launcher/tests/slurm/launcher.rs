@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+use tsm_job::config::duration::format as seconds;
 
 use crate::cluster;
 use crate::cluster::Cluster;
@@ -27,6 +29,9 @@ done
 echo $n > "$steps"
 "#;
 
+/// Four nodes share the cores of this machine: none is lost because it had to wait for them.
+const NODE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// A folder of its own on the cluster, with a stand-in for the trainer and the demo's lists.
 struct Scene {
     cluster: Arc<Cluster>,
@@ -42,13 +47,13 @@ impl Scene {
         Some(Scene { cluster, dir })
     }
 
-    /// Submits a script of two nodes that execs the launcher with these words, as `tsm-launch slurm` writes it. Four
-    /// nodes share the cores of this machine: none is lost because it had to wait for them.
+    /// Submits a script of two nodes that execs the launcher with these words, as `tsm-launch slurm` writes it.
     fn submit(&self, options: &[&str], words: &str) -> crate::JobId {
         let script = format!(
             "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=1\n\
-             #SBATCH --requeue\n#SBATCH --open-mode=append\ncd {}\nexec {LAUNCH} --node-timeout 5s {words}\n",
-            self.dir.display()
+             #SBATCH --requeue\n#SBATCH --open-mode=append\ncd {}\nexec {LAUNCH} --node-timeout {} {words}\n",
+            self.dir.display(),
+            seconds(NODE_TIMEOUT)
         );
         self.cluster.sbatch(options, &script)
     }
@@ -230,6 +235,41 @@ fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
         serde_json::from_str(&fs_err::read_to_string(run.join("manifest-1.json")).unwrap())
             .unwrap();
     assert_eq!(first["exit_code"], 75, "{said}");
+    scene.assert_nothing_is_left();
+}
+
+/// What SLURM suspends has given its coordinator up when it goes on, and its other nodes have no agent any more.
+#[test]
+fn a_job_that_was_suspended_is_queued_again() {
+    let Some(scene) = Scene::new("suspended") else {
+        return;
+    };
+    fs_err::write(scene.dir.join("goal"), "100000").unwrap();
+    let words = format!("--trainer trainer --cpus 1 {DEMO}");
+    let job = scene.submit(&["--nodelist=n[3-4]"], &words);
+    let run = run_of(&scene, job);
+    scene.until_both_have(&run, "going");
+    let id = job.to_string();
+    scene.cluster.output("scontrol", &["suspend", &id]);
+    // Longer than the lease: that is what is tested.
+    std::thread::sleep(NODE_TIMEOUT + Duration::from_secs(1));
+    scene.cluster.output("scontrol", &["resume", &id]);
+    scene.cluster.until("the end of the turn", || {
+        let job = scene.cluster.job(job);
+        (job.restarts == 1 || job.state == "FAILED").then_some(())
+    });
+    fs_err::write(scene.dir.join("goal"), "0").unwrap();
+    let said = scene.wait(job, "COMPLETED", 1);
+    for part in [
+        "the job did not run for ",
+        &format!("job {job} is queued again, and goes on from here"),
+    ] {
+        assert!(said.contains(part), "{part}\n{said}");
+    }
+    assert!(!run.join("failure.json").exists(), "nobody failed\n{said}");
+    let starts = fs_err::read_to_string(run.join("starts")).unwrap();
+    let resumed = format!("resume {}, ", run.display());
+    assert_eq!(starts.matches(&resumed).count(), 2, "{starts}");
     scene.assert_nothing_is_left();
 }
 

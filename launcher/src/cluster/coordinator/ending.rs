@@ -2,10 +2,11 @@
 
 use serde_json::json;
 use std::time::Duration;
+use tsm_job::config::duration::format;
 use tsm_job::exit;
 
 use super::passing::left_behind;
-use super::{Action, Cause, Phase, Reason, State, record};
+use super::{Action, Cause, NOT_RUNNING, Phase, Reason, State, record};
 use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 use crate::clock::Utc;
 use crate::cluster::policy;
@@ -130,6 +131,7 @@ impl State {
         ending.reason = match (&self.refusal, &ending.failure) {
             (Some((_, text)), _) => Some(text.as_str().into()),
             (None, Some(failure)) => Some(headline(failure)),
+            (None, None) if ending.reason.is_some() => ending.reason.take(),
             (None, None) if matches!(ending.outcome, "stopped" | "saved") => {
                 let saved = (ending.code == exit::REQUEUE).then_some(SAVED);
                 self.who_asked(cause).or(saved.map(Reason::from))
@@ -218,6 +220,10 @@ impl State {
             ending.code = exit::BUG;
             return None;
         };
+        if let Some(time) = self.did_not_run(&fault) {
+            self.go_on_later(time, ending);
+            return None;
+        }
         ending.code = exit_code(&ranks, &fault);
         let node = match &fault.culprit {
             Culprit::Rank(rank) => self.member_of(*rank),
@@ -277,6 +283,31 @@ impl State {
         ending.failure = Some(Box::new(report::failure(&run, &fault, &ranks, &places)));
         self.incidents.push(incident);
         left_out
+    }
+
+    /// How long the coordinator had not run when its nodes gave it up, where a scheduler may queue the job again: it
+    /// suspends all processes together, and nobody here would start the agents again that have ended since.
+    fn did_not_run(&self, fault: &Fault) -> Option<Duration> {
+        let Culprit::Node { how, .. } = &fault.culprit else {
+            return None;
+        };
+        let goes_on = self.settings.requeues && how.contains(NOT_RUNNING);
+        self.stalled.as_ref().filter(|_| goes_on).map(|s| s.time)
+    }
+
+    /// Nobody failed, and the work up to the last checkpoint is there.
+    fn go_on_later(&self, time: Duration, ending: &mut Ending) {
+        let text = format!(
+            "the job did not run for {:.1} s: suspended?",
+            time.as_secs_f64()
+        );
+        let (lease, from) = (format(self.settings.lease), self.checkpoint_step);
+        let from = from.map_or("its last checkpoint".into(), |step| format!("step {step}"));
+        ending.verdict = Some(format!(
+            "{text} Nodes that hear nothing for {lease} end their ranks; it goes on from {from}"
+        ));
+        ending.reason = Some(text.as_str().into());
+        (ending.outcome, ending.code) = ("stopped", exit::REQUEUE);
     }
 
     /// The node that runs a rank of this generation.

@@ -22,6 +22,15 @@ pub(super) struct LostNode {
     pub devices: Vec<String>,
 }
 
+/// The coordinator did not run.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Stall {
+    pub host: String,
+    pub time: Duration,
+    /// When that was found.
+    pub at: Duration,
+}
+
 impl State {
     pub(super) fn lost_connection(
         &mut self,
@@ -42,7 +51,10 @@ impl State {
             self.gone.insert(id, node.clone());
         }
         let how = match &self.stalled {
-            Some((at, of)) if now < *at + self.settings.lease => format!("{how}{of}"),
+            Some(Stall { host, time, at }) if now < *at + self.settings.lease => {
+                let time = time.as_secs_f64();
+                format!("{how}{NOT_RUNNING}{host}, had not run for {time:.1} s")
+            }
             _ => self.why_lost(&host, how, now),
         };
         actions.push(record(
@@ -70,6 +82,7 @@ impl State {
                 if self.cause.is_none() {
                     self.stop(Cause::NodeLost, libc::SIGTERM, now, actions);
                 }
+                self.end_save(None, now, actions);
             }
             // Before its ranks were started, or after it was clean.
             Some(_) if matches!(self.phase, Phase::Form { .. } | Phase::Measure { .. }) => {
@@ -92,9 +105,12 @@ impl State {
         actions: &mut Vec<Action>,
     ) {
         actions.push(record("stalled", json!({"ms": time.as_millis() as u64})));
+        self.stalled = Some(Stall {
+            host: host.into(),
+            time,
+            at: now,
+        });
         let (time, lease) = (time.as_secs_f64(), format(self.settings.lease));
-        let of = format!("{NOT_RUNNING}{host}, had not run for {time:.1} s");
-        self.stalled = Some((now, of));
         if self.settings.max_nodes > 1 {
             actions.push(Action::Notice(format!(
                 "warning: the coordinator did not run for {time:.1} s; nodes that hear nothing of it for {lease} end their ranks"

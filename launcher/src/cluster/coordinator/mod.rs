@@ -148,8 +148,8 @@ pub struct State {
     /// Progress of the ranks of this generation.
     watch: Tracker,
     next_look: Duration,
-    /// When the coordinator was found to have stalled, and what is said of it.
-    stalled: Option<(Duration, String)>,
+    /// The last time that the coordinator was found not to have run.
+    stalled: Option<losing::Stall>,
 }
 
 #[derive(Clone, Debug, Default)]

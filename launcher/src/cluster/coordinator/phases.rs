@@ -30,6 +30,8 @@ pub enum Phase {
     Run,
     Stop {
         deadline: Duration,
+        /// The ranks are to save first, which those that live cannot finish when one of them fails.
+        saving: bool,
     },
     /// Between two starts.
     Pause {
@@ -64,7 +66,7 @@ impl State {
                 let ready = ready.unwrap_or(deadline).min(deadline.max(self.fence));
                 Some(self.waiting.tell_at().map_or(ready, |at| ready.min(at)))
             }
-            Phase::Form { deadline, .. } | Phase::Stop { deadline } => Some(*deadline),
+            Phase::Form { deadline, .. } | Phase::Stop { deadline, .. } => Some(*deadline),
             Phase::Leave { deadline, .. } => Some(self.left(*deadline)),
             Phase::Measure { measuring, .. } => Some(measuring.deadline),
             Phase::Pause { until } => Some(*until),
@@ -111,7 +113,7 @@ impl State {
                 );
                 self.give_up(text, now, actions);
             }
-            Phase::Stop { deadline } if now >= deadline => {
+            Phase::Stop { deadline, .. } if now >= deadline => {
                 // An agent that lives but does not get its ranks to an end is cut off; its lease does the rest.
                 let late: Vec<NodeId> = self.awaited().collect();
                 for id in late {

@@ -84,6 +84,7 @@ impl State {
             self.refusal = Some((code, text));
             self.stop(Cause::Failure, libc::SIGTERM, now, actions);
         }
+        self.end_save(None, now, actions);
     }
 
     pub(super) fn failing(
@@ -94,28 +95,25 @@ impl State {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        if self.cause.is_some() {
-            return;
-        }
         let Some(rank) = self.member(id).and_then(|m| rank_of(m, local_rank)) else {
             return;
         };
+        let what = match end {
+            None => "says that it fails".into(),
+            Some(end) if end.is_success() => {
+                format!("said that it fails, and ended with {end}")
+            }
+            Some(end) => format!("ended with {end}"),
+        };
+        let who = format!("{} {what}", self.name(rank));
         let others = self.world_size().saturating_sub(1) as usize;
+        if self.cause.is_some() {
+            let who = (others > 0).then_some(who.as_str());
+            return self.end_save(who, now, actions);
+        }
         let by = end.and_then(|end| self.passing.ended(end));
         let cause = by.map_or(Cause::Failure, Cause::Signal);
         if others > 0 {
-            let end = match end {
-                None => "says that it fails".into(),
-                Some(end) if end.is_success() => {
-                    format!("said that it fails, and ended with {end}")
-                }
-                Some(end) => format!("ended with {end}"),
-            };
-            let at = if self.members.len() > 1 {
-                format!(" on {}", self.host(id))
-            } else {
-                String::new()
-            };
             let passed = if cause == Cause::Failure {
                 ""
             } else {
@@ -123,7 +121,7 @@ impl State {
             };
             let (others, grace) = (count(others, "other"), format(self.settings.job.grace));
             actions.push(Action::Notice(format!(
-                "rank {rank}{at} {end}{passed}: stopping {others}, grace {grace}"
+                "{who}{passed}: stopping {others}, grace {grace}"
             )));
         }
         self.stop(cause, libc::SIGTERM, now, actions);
@@ -171,10 +169,22 @@ impl State {
         }
         let is_fine = |rank: &Rank| rank.is_well() || self.passing.killed(rank).is_some();
         let failed = report.ranks.iter().any(|(rank, _)| !is_fine(rank));
+        // Where its grace is over, that of the others is too.
+        let is_unsaved = |rank: &Rank| !rank.is_well() && !rank.sent.contains(&libc::SIGKILL);
+        let unsaved = member
+            .ranks
+            .clone()
+            .zip(&report.ranks)
+            .find_map(|(number, (rank, _))| {
+                let end = rank.end.filter(|_| is_unsaved(rank))?;
+                Some(format!("{} ended with {end}", self.name(number)))
+            });
         self.reports.insert(id, report);
         // It was not said before where a rank that saved by itself was not followed by the others in time.
         if failed && self.cause.is_none() {
             self.stop(Cause::Failure, libc::SIGTERM, now, actions);
+        } else if let Some(who) = unsaved {
+            self.end_save(Some(&who), now, actions);
         }
         member.ranks.for_each(|rank| self.watch.ended(rank, now));
     }

@@ -169,6 +169,28 @@ impl State {
         self.stop(Cause::Preempt, libc::SIGUSR2, now, actions);
     }
 
+    pub(super) fn is_saving(&self) -> bool {
+        matches!(self.phase, Phase::Stop { saving: true, .. })
+    }
+
+    /// Where a save is under way that not all take part in any longer, it ends: the others would wait to the end of the
+    /// grace. The node of a rank that fails does the same by itself. What was asked for stays the cause of the stop.
+    /// `who`: whom to name, and how it ended.
+    pub(super) fn end_save(&mut self, who: Option<&str>, now: Duration, actions: &mut Vec<Action>) {
+        let Some(cause) = self.cause.clone().filter(|_| self.is_saving()) else {
+            return;
+        };
+        if self.awaited().next().is_some()
+            && let Some(who) = who
+        {
+            let grace = format(self.settings.job.grace);
+            actions.push(Action::Notice(format!(
+                "{who} while the workers save: stopping the others, grace {grace}"
+            )));
+        }
+        self.stop(cause, libc::SIGTERM, now, actions);
+    }
+
     /// Stops all ranks that still run.
     pub(super) fn stop(
         &mut self,
@@ -182,6 +204,7 @@ impl State {
         let grace = self.settings.job.grace;
         self.phase = Phase::Stop {
             deadline: now + 2 * grace + REPORT,
+            saving: signal == libc::SIGUSR2,
         };
         self.to_members(
             |generation| ToAgent::Stop {

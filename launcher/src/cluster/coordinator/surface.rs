@@ -37,6 +37,8 @@ pub struct Settings {
     pub measure: Option<Scale>,
     /// A scheduler ends the job at this time: save before it.
     pub save_at: Option<Duration>,
+    /// A scheduler queues the job again when it ends with 75, on whatever nodes.
+    pub requeues: bool,
 }
 
 /// What every rank of the job has in common.

@@ -67,6 +67,7 @@ pub(in crate::cluster) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
         hang: Limits::default(),
         measure: None,
         save_at: None,
+        requeues: false,
     }
 }
 

@@ -65,6 +65,15 @@ impl Turn {
         Some(left.saturating_sub(lead))
     }
 
+    /// Whether SLURM queues it again where it is asked to.
+    pub fn may_be_queued_again(&self) -> bool {
+        self.allocation.place == Place::Batch && self.is_permitted()
+    }
+
+    fn is_permitted(&self) -> bool {
+        self.job.as_ref().is_none_or(|job| job.requeue)
+    }
+
     /// For the question why this job is being stopped, which waits for SLURM.
     pub fn asker(&self) -> impl Fn() -> StopCause + Send + 'static {
         let (slurm, job) = (self.slurm.clone(), self.allocation.job);
@@ -105,8 +114,7 @@ impl Turn {
             outcome,
             fruitless: if saves { fruitless(folder) } else { 0 },
         };
-        let permitted = self.job.as_ref().is_none_or(|job| job.requeue);
-        Some(match should_requeue(ended, permitted) {
+        Some(match should_requeue(ended, self.is_permitted()) {
             Err(why) => format!("job {job} is not queued again: {why}"),
             Ok(()) => match self.slurm.requeue(job) {
                 // SLURM begins to end the processes of the job at once, and its own scontrol may be the first.
@@ -224,6 +232,23 @@ mod tests {
             assert_eq!(turn(1).entry(&folder), entry, "{manifest}");
             assert_eq!(turn(0).entry(&folder), Entry::Fresh);
         }
+    }
+
+    #[test]
+    fn only_a_batch_job_that_may_be_requeued_is_queued_again() {
+        let with = |place, requeue| {
+            let mut turn = turn(0);
+            turn.allocation.place = place;
+            turn.job = Some(Job {
+                requeue,
+                ..Job::default()
+            });
+            turn.may_be_queued_again()
+        };
+        assert!(with(Place::Batch, true));
+        assert!(!with(Place::Batch, false), "--no-requeue");
+        assert!(!with(Place::Shell, true));
+        assert!(turn(0).may_be_queued_again(), "SLURM did not answer");
     }
 
     #[test]

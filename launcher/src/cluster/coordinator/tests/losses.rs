@@ -261,3 +261,52 @@ fn a_node_that_left_after_its_report_is_still_known_by_name_and_clock() {
     assert_eq!((failure.rank, failure.host.as_str()), (Some(0), "n1"));
     assert_eq!(scene.code(), Some(3));
 }
+
+/// A scheduler suspends all processes of a job, and lets them go on: the nodes have given the coordinator up then.
+#[test]
+fn a_job_that_was_suspended_goes_on_where_it_is_queued_again() {
+    let end = |settings: Settings, saved: Option<u64>| {
+        let mut scene = Scene::running(settings, 2);
+        scene.step(9, saved);
+        scene.now += S(4);
+        let (host, time) = ("n1".into(), MS(3940));
+        scene.event(Event::Stalled { host, time });
+        // It lost its peers before it was seen that their node is lost.
+        scene.failing(1, 0, Some(End::Code(1)));
+        scene.lose(2);
+        let ms = scene.now.as_millis() as u64;
+        scene.clean(1, vec![rank(End::Code(1), ms), stopped(TERM, ms + 1)]);
+        scene
+    };
+    let queued = |max_restarts| {
+        let mut settings = settings(2, 2);
+        settings.requeues = true;
+        settings.policy.max_restarts = max_restarts;
+        settings
+    };
+    for (max_restarts, saved, from) in [(0, Some(8), "step 8"), (3, None, "its last checkpoint")] {
+        let mut scene = end(queued(max_restarts), saved);
+        let ending = scene.ending();
+        assert_eq!((ending.outcome, ending.again), ("stopped", false));
+        assert!(ending.failure.is_none(), "nobody failed");
+        let cause = "the job did not run for 3.9 s: suspended?";
+        let verdict = ending.verdict.expect("a verdict");
+        assert!(verdict.starts_with(cause), "{verdict}");
+        assert!(
+            verdict.ends_with(&format!("it goes on from {from}")),
+            "{verdict}"
+        );
+        assert_eq!(scene.reason().as_deref(), Some(cause));
+        assert_eq!(scene.code(), Some(exit::REQUEUE));
+    }
+
+    // Nobody else starts it again.
+    let mut scene = end(settings(2, 2), Some(8));
+    assert_eq!(scene.ending().failure.map(|f| f.host), Some("n2".into()));
+    assert_eq!(scene.code(), Some(exit::PEER));
+    // A node that is lost by itself has failed.
+    let mut scene = Scene::running(queued(0), 2);
+    scene.lose(2);
+    scene.all_stopped(1);
+    assert_eq!(scene.code(), Some(exit::PEER));
+}

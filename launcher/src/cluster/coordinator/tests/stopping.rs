@@ -160,3 +160,114 @@ fn a_report_of_failed_ranks_is_enough_to_stop_the_others() {
     );
     assert_eq!(scene.was_stopped_by(2), Some(TERM));
 }
+
+fn usr2(scene: &mut Scene) {
+    scene.event(Event::Signal(libc::SIGUSR2));
+}
+
+/// Two nodes whose ranks are told to save, by whatever asks for it.
+fn saving() -> [Scene; 3] {
+    let mut asked = Scene::running(restarting(2, 2), 2);
+    usr2(&mut asked);
+    let mut limited = restarting(2, 2);
+    limited.save_at = Some(S(1));
+    let mut limited = Scene::running(limited, 2);
+    limited.pass(S(1));
+    let mut growing = Scene::new(restarting(2, 3));
+    (1..=2).for_each(|node| growing.join(node));
+    growing.pass(S(5));
+    growing.join(3);
+    growing.told(1);
+    growing.step(3, Some(2));
+    let mut all = [asked, limited, growing];
+    for scene in &mut all {
+        for node in [1, 2] {
+            assert_eq!(scene.was_stopped_by(node), Some(libc::SIGUSR2));
+        }
+        scene.pass(S(1));
+    }
+    all
+}
+
+#[test]
+fn a_rank_that_fails_while_all_save_stops_the_others_at_once() {
+    let [asked, limited, growing] = saving();
+    for (mut scene, again) in [(asked, false), (limited, false), (growing, true)] {
+        let ms = scene.now.as_millis() as u64;
+        scene.failing(1, 0, Some(End::Code(12)));
+        assert_eq!(scene.was_stopped_by(2), Some(TERM));
+        let said = "rank 0 on n1 ended with exit code 12 while the workers save: stopping the others, grace 5s";
+        assert!(scene.notices().contains(said), "{}", scene.notices());
+        // What comes of it is said and stopped once.
+        scene.failing(2, 1, Some(End::Code(1)));
+        assert_eq!(scene.was_stopped_by(2), None);
+        scene.clean(1, vec![rank(End::Code(12), ms), stopped(TERM, ms + 1)]);
+        assert_eq!(scene.was_stopped_by(2), None);
+        assert_eq!(scene.notices().matches("stopping").count(), 1);
+        let lost_peer = Rank {
+            after_stop: true,
+            ..rank(End::Code(1), ms + 1)
+        };
+        scene.clean(2, vec![stopped(TERM, ms + 1), lost_peer]);
+        let ending = scene.ending();
+        let failure = ending.failure.expect("a failure");
+        assert_eq!((failure.rank, failure.host.as_str()), (Some(0), "n1"));
+        assert_eq!((ending.code, ending.again), (12, again));
+    }
+}
+
+#[test]
+fn a_node_lost_while_all_save_stops_the_others_at_once() {
+    let [asked, limited, growing] = saving();
+    for (mut scene, again) in [(asked, false), (limited, false), (growing, true)] {
+        scene.lose(2);
+        assert_eq!(scene.was_stopped_by(1), Some(TERM));
+        scene.all_stopped(1);
+        let ending = scene.ending();
+        let failure = ending.failure.expect("a failure");
+        assert_eq!((failure.rank, failure.host.as_str()), (None, "n2"));
+        assert_eq!((ending.code, ending.again), (exit::PEER, again));
+    }
+}
+
+/// Its node told it to end, and not to save: another rank there had not begun to hear signals.
+#[test]
+fn ranks_that_end_without_having_saved_stop_those_that_still_save() {
+    let [mut scene, ..] = saving();
+    scene.all_stopped(1);
+    assert_eq!(scene.was_stopped_by(2), Some(TERM));
+    let said =
+        "rank 0 on n1 ended with signal 15 (SIGTERM) while the workers save: stopping the others";
+    assert!(scene.notices().contains(said), "{}", scene.notices());
+    scene.all_stopped(2);
+    assert!(scene.ending().failure.is_none());
+    assert_eq!(
+        scene.code(),
+        Some(exit::REQUEUE),
+        "there was nothing to save"
+    );
+
+    // Nobody has more than one grace for a save, and who is well waits for nobody.
+    for end in [End::Code(exit::REQUEUE), End::Signal(libc::SIGKILL)] {
+        let [mut scene, ..] = saving();
+        let ended = Rank {
+            sent: vec![libc::SIGUSR2, libc::SIGKILL],
+            ..rank(end, 6000)
+        };
+        scene.clean(1, vec![ended; 2]);
+        assert_eq!(scene.was_stopped_by(2), None, "{end}");
+    }
+}
+
+#[test]
+fn workers_that_cannot_be_started_stop_those_that_save_already() {
+    let [mut scene, ..] = saving();
+    let (generation, code, message) = (0, 69, "no such directory".into());
+    let cannot = FromAgent::CannotStart {
+        generation,
+        code,
+        message,
+    };
+    scene.says(2, cannot);
+    assert_eq!(scene.was_stopped_by(1), Some(TERM));
+}
