@@ -53,7 +53,7 @@ fn the_culprit_is_right_when_the_others_follow_at_once() {
 }
 
 /// Peers notice a death by a closed connection, which the kernel closes before the death itself is visible. A lock
-/// that the dying rank held stands for the connection.
+/// that the dying rank held stands for the connection, and a large file for the GPU that is closed after it.
 #[test]
 fn the_culprit_is_right_when_the_others_notice_before_its_death_is_visible() {
     for repetition in 0..16 {
@@ -63,8 +63,14 @@ fn the_culprit_is_right_when_the_others_notice_before_its_death_is_visible() {
         let others = (0..4)
             .filter(|&r| r != k)
             .map(|r| format!("--wait-for {}{r}", at("ready")));
+        // All of its threads die, not only the first.
+        let threads = if repetition % 2 == 1 {
+            "--in-thread"
+        } else {
+            ""
+        };
         let script = format!(
-            "if [ $RANK = {k} ]; then exec $0 --lock {lock} --touch {held} {others} --sleep-ms 20 --exit 17; \
+            "if [ $RANK = {k} ]; then exec $0 {threads} --fill 128 --lock {lock} --touch {held} {others} --sleep-ms 20 --exit 17; \
              else exec $0 --wait-for {held} --touch {ready}{{rank}} --lock {lock} --exit 1; fi",
             lock = at("lock"),
             held = at("held"),
@@ -79,6 +85,37 @@ fn the_culprit_is_right_when_the_others_notice_before_its_death_is_visible() {
             "repetition {repetition}\n{}",
             outcome.err
         );
+    }
+}
+
+/// As `sudo` and programs do that close descriptors which they do not know.
+#[test]
+fn a_rank_that_only_closed_its_agent_socket_was_not_dying() {
+    let scene = Scene::new();
+    let at = |name: &str| scene.path(name).display().to_string();
+    let (child, gone) = (at("child"), at("gone"));
+    let by_itself = "exec $0 --close-agent".to_string();
+    let without_its_first_thread = "exec $0 --in-thread --close-agent".into();
+    // The last to hold it is a child, which ends.
+    let after_a_child = format!(
+        "$0 --touch {child} --wait-for {gone} & exec $0 --close-agent --wait-for {child} --touch {gone} --wait-death {child}"
+    );
+    for closes in [by_itself, without_its_first_thread, after_a_child] {
+        let scene = Scene::new();
+        let closed = scene.path("closed").display().to_string();
+        let script = format!(
+            "if [ $RANK = 1 ]; then exec $0 --wait-for {closed} --exit 4; fi
+             {closes} --exit-on 15 1 --touch {closed} --hang"
+        );
+        let outcome = scene.shell("--cpus 2", &script);
+        let failure = scene.json("failure.json");
+        assert_eq!(
+            (failure["rank"].as_u64(), outcome.code),
+            (Some(1), 4),
+            "{closes}\n{}",
+            outcome.err
+        );
+        assert_eq!(failure["others"][0]["role"], "own_code", "{closes}");
     }
 }
 
