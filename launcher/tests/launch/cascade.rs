@@ -129,6 +129,9 @@ fn a_failure_that_was_announced_counts_before_a_silent_end() {
     let outcome = scene.shell("--cpus 2 --grace 20s", &script);
     assert_eq!(scene.json("failure.json")["rank"], 1, "{}", outcome.err);
     assert_eq!(outcome.code, 1);
+    // Not that the launcher has stopped it then.
+    let text = "error: rank 1 failed first: index 7 out of range for a clip of 7 frames\n";
+    assert!(outcome.err.contains(text), "{}", outcome.err);
 }
 
 #[test]
@@ -172,6 +175,6 @@ fn an_exception_is_named_also_when_its_process_is_still_ending() {
     assert_eq!(failure["rank"], 1, "{}", outcome.err);
     assert_eq!(failure["others"][0]["role"], "lost_peer");
     assert_eq!(outcome.code, 1, "{}", outcome.err);
-    let told = "ValueError: broken clip, at a.py:23 in train";
+    let told = "error: rank 1 failed first: ValueError: broken clip, at a.py:23 in train\n";
     assert!(outcome.err.contains(told), "{}", outcome.err);
 }
