@@ -18,7 +18,7 @@ use std::process::{ChildStderr, ChildStdin, ChildStdout, Stdio};
 use crate::contain::{self, Containment};
 use crate::end::End;
 use crate::own::Executable;
-use crate::stat::Stat;
+use crate::stat::{self, Stat};
 
 /// What to start.
 pub struct Spec<'a> {
@@ -111,6 +111,11 @@ impl Worker {
             (None, Some(signal)) => Some(End::Signal(signal)),
             (None, None) => None,
         }
+    }
+
+    /// See [`stat::is_exiting`].
+    pub fn is_exiting(&self) -> bool {
+        stat::is_exiting(self.pid.as_raw_nonzero().get())
     }
 
     /// Frees the process table entry of a worker that has ended.

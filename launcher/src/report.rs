@@ -48,6 +48,8 @@ pub struct Failure {
     pub device: Option<String>,
     pub pid: Option<i32>,
     pub end: Option<End>,
+    /// A signal of the launcher ended it: what it had told before is the failure.
+    pub was_stopped: bool,
     /// The launcher's exit code.
     pub exit_code: i32,
     pub class: Class,
@@ -244,6 +246,7 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
         hung: !subject.late.is_empty(),
         sent: rank.map_or(&[], |rank| &rank.sent),
     };
+    let by_launcher = |end: End| facts.sent.iter().any(|&signal| end.is_by(signal));
     let own_role = match (rank, place) {
         (Some(rank), Some(place)) => role(rank, || own_words(place)),
         _ => Role::NodeLost,
@@ -287,6 +290,7 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
         device: place.map(|place| place.device.clone()),
         pid: place.map(|place| place.pid),
         end,
+        was_stopped: end.is_some_and(by_launcher),
         exit_code: run.exit_code,
         class: verdict.class,
         evidence: verdict.evidence,
@@ -322,7 +326,7 @@ fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<Str
         _ if facts.hung => None,
         _ if unstarted.is_some() => unstarted.map(str::to_string),
         End::Signal(signal) if facts.sent.contains(&signal) => {
-            let told = matches!(role, Role::OwnError | Role::LastWords);
+            let told = matches!(role, Role::Origin | Role::OwnError | Role::LastWords);
             told.then(|| "the launcher stopped it before its own end was done".into())
         }
         End::Signal(libc::SIGKILL) => Some(match (facts.oom_kill, run.oom_kills) {

@@ -17,10 +17,6 @@ use crate::end::End;
 /// How long the kernel may take to end a process after SIGKILL before it is named as stuck.
 const KILL_WAIT: Duration = Duration::from_secs(5);
 
-/// A rank that ends within this time after it closed its agent socket was dying since then. Closing a GPU
-/// takes a driver seconds; a program that closes descriptors it does not know does so when it starts.
-const DYING: Duration = Duration::from_secs(10);
-
 /// Something that happened. Events given together happened in that order before any of them was acted on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
@@ -28,9 +24,11 @@ pub enum Event {
         rank: usize,
         end: End,
     },
-    /// It closed its agent socket, which a dying process does before its end can be seen.
+    /// Its agent socket is closed, by its death if it was ending when that was seen: its end shows later, for closing a
+    /// GPU takes a driver seconds. One that closed it and lives on has only no socket any more.
     Left {
         rank: usize,
+        is_exiting: bool,
     },
     Failing {
         rank: usize,
@@ -109,13 +107,13 @@ pub struct Rank {
     /// When its end was seen, since the launcher started.
     pub ended_at: Duration,
     /// Position among all such events of the first sign of its end: a failure record, the loss of its agent
-    /// socket shortly before, or the end itself.
+    /// socket by its death, or the end itself.
     pub order: usize,
     /// When that sign came.
     pub first_at: Duration,
     /// It ended after the launcher had begun to stop the job.
     pub after_stop: bool,
-    /// When it closed its agent socket: position, time, and whether the job was being stopped.
+    /// When its death closed its agent socket: position, time, and whether the job was being stopped.
     pub left: Option<(usize, Duration, bool)>,
     /// Signals the launcher sent it, or a scheduler to all, each once.
     pub sent: Vec<i32>,
@@ -273,13 +271,12 @@ impl State {
                 let order = self.next_order();
                 let rank = &mut self.ranks[*rank];
                 if rank.record.is_none() {
-                    let dying = rank.left.filter(|(_, at, _)| now - *at <= DYING);
                     (rank.order, rank.first_at, rank.after_stop) =
-                        dying.unwrap_or((order, now, after_stop));
+                        rank.left.unwrap_or((order, now, after_stop));
                 }
                 (rank.end, rank.ended_at) = (Some(*end), now);
             }
-            Event::Left { rank } => {
+            Event::Left { rank, is_exiting } if *is_exiting => {
                 self.ranks[*rank].left = Some((self.next_order(), now, after_stop));
             }
             Event::Failing { rank, record } if self.ranks[*rank].record.is_none() => {
@@ -290,7 +287,8 @@ impl State {
             }
             Event::Step { rank, step } => self.ranks[*rank].step = Some(*step),
             Event::Section { rank, name } => self.ranks[*rank].section = Some(name.clone()),
-            Event::Failing { .. }
+            Event::Left { .. }
+            | Event::Failing { .. }
             | Event::Hello { .. }
             | Event::Stop { .. }
             | Event::Pass { .. }

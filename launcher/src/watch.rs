@@ -34,8 +34,11 @@ const TURN: usize = 1 << 20;
 pub enum Happening {
     Ended(End),
     Said(WorkerMessage),
-    /// It closed its agent socket: by all odds it is dying, see [`crate::process`].
-    Left,
+    /// Nobody holds its agent socket any more. Whether it was ending when that was seen: a program may also close
+    /// descriptors that it does not know, or the last to hold it was a child.
+    Left {
+        is_exiting: bool,
+    },
 }
 
 /// All workers of this node.
@@ -158,7 +161,8 @@ impl Watch {
                 let agent = &mut self.agents[index];
                 agent.drain(|message| happenings.push((index, Happening::Said(message))));
                 if kind == LEFT && agent.end.take().is_some() {
-                    happenings.push((index, Happening::Left));
+                    let is_exiting = workers.get(index).is_some_and(Worker::is_exiting);
+                    happenings.push((index, Happening::Left { is_exiting }));
                 }
                 if kind == ENDED
                     && !self.ended[index]
@@ -324,7 +328,7 @@ mod tests {
         let left = happenings
             .iter()
             .filter_map(|(rank, happening)| match happening {
-                Happening::Left => Some(*rank),
+                Happening::Left { .. } => Some(*rank),
                 _ => None,
             });
         assert_eq!(left.collect::<Vec<_>>(), order);
@@ -333,7 +337,7 @@ mod tests {
             let [
                 (_, Happening::Said(_)),
                 (_, Happening::Said(_)),
-                (_, Happening::Left),
+                (_, Happening::Left { .. }),
             ] = of_rank[..]
             else {
                 panic!("{of_rank:?}");

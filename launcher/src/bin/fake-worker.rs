@@ -4,7 +4,7 @@
 //! other rank hang instead.
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FallocateFlags, FlockOperation, MemfdFlags, fallocate, flock, memfd_create};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -32,6 +32,8 @@ const HELP: &str = "actions:
   --step N           report a finished step
   --work PATH MS     report steps of MS milliseconds of its own work each, until such a file exists
   --section NAME     report what it does from now on
+  --close-agent      close the agent socket
+  --in-thread        end the first thread; another one does the rest
   --hello            greet
   --version N V      report the version V of N
   --resumed N PATH   report the checkpoint of N steps from which it goes on
@@ -39,6 +41,7 @@ const HELP: &str = "actions:
   --error-file TEXT  write torch's error file
   --touch PATH       make a file, its pid and rank in it; `{rank}` in PATH is the rank
   --wait-for PATH    until such a file exists
+  --fill MIB         hold a file of so much memory, which the kernel takes a moment to close
   --lock PATH        lock a file, and keep it until the end
   --wait-death PATH  until the process named in the file has died
   --meet             connect all ranks to rank 0 at MASTER_ADDR and MASTER_PORT, and wait until all are there
@@ -52,8 +55,11 @@ fn main() {
     let fd = std::env::var("TSM_AGENT_FD")
         .ok()
         .and_then(|fd| fd.parse().ok());
-    let link = AgentLink::open(fd);
-    let mut args = std::env::args().skip(1);
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    act(rank, AgentLink::open(fd), args.into_iter());
+}
+
+fn act(rank: u32, mut link: AgentLink, mut args: std::vec::IntoIter<String>) {
     let (mut peers, mut made) = (Vec::new(), 0);
     while let Some(action) = args.next() {
         let mut next = || {
@@ -160,6 +166,14 @@ fn main() {
                 }
             }
             "--section" => link.send(&WorkerMessage::Section { name: next() }),
+            "--close-agent" => link = AgentLink::open(None),
+            "--in-thread" => {
+                std::thread::spawn(move || {
+                    act(rank, link, args);
+                    std::process::exit(0);
+                });
+                end_thread();
+            }
             "--hello" => link.send(&WorkerMessage::Hello {
                 rank,
                 pid: std::process::id(),
@@ -195,6 +209,12 @@ fn main() {
             }
             "--wait-for" => {
                 wait_for(&PathBuf::from(next()));
+            }
+            "--fill" => {
+                let file = memfd_create("fill", MemfdFlags::CLOEXEC).expect("a file");
+                let bytes = (number(next()) as u64) << 20;
+                fallocate(&file, FallocateFlags::empty(), 0, bytes).expect("memory");
+                std::mem::forget(file);
             }
             "--lock" => {
                 let file = fs_err::File::options()
@@ -242,6 +262,14 @@ fn on_signal(signal: i32, handler: libc::sighandler_t) {
 extern "C" fn leave(_signal: i32) {
     // SAFETY: _exit is async-signal-safe.
     unsafe { libc::_exit(CODE.load(std::sync::atomic::Ordering::Relaxed)) }
+}
+
+/// The process lives as long as one of its threads.
+#[expect(unsafe_code, reason = "std ends the process with its first thread")]
+fn end_thread() -> ! {
+    // SAFETY: no other thread has anything that is on the stack of this one.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
+    unreachable!("a thread does not come back from its end")
 }
 
 fn hang() -> ! {

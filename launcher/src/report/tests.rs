@@ -72,6 +72,50 @@ fn the_report_says_who_what_where_and_what_next() {
     assert_eq!(text, expected);
 }
 
+/// After it had told of its failure.
+#[test]
+fn of_a_rank_that_the_launcher_ended_the_headline_says_what_it_had_told() {
+    let term = Some(End::Signal(libc::SIGTERM));
+    let stopped = |message: &str| Rank {
+        record: crate::blame::tests::said("panic", message),
+        after_stop: false,
+        ..ended(term, 5)
+    };
+    let headline = |rank: Rank, stderr: &[&str]| {
+        let (ranks, places) = ([rank], [place(0, stderr)]);
+        let fault = Fault {
+            culprit: Culprit::Rank(0),
+            reason: "it announced its failure".into(),
+        };
+        let failure = failure(&run(), &fault, &ranks, &places);
+        let json = serde_json::to_value(&failure).unwrap();
+        assert_eq!(
+            (json["end"]["signal"].as_i64(), &json["was_stopped"]),
+            (Some(15), &true.into())
+        );
+        let text = failure.to_string();
+        let meaning = "\n  meaning: the launcher stopped it before its own end was done\n";
+        assert!(text.contains(meaning), "{text}");
+        assert!(!text.contains("\n  evidence: "), "{text}");
+        failure.headline()
+    };
+    let panic = stopped("index 7 out of range\nfor a clip");
+    assert_eq!(
+        headline(panic, &[]),
+        "rank 0 failed first: index 7 out of range"
+    );
+    let silent = headline(stopped(""), &[]);
+    let text = "rank 0 failed first: it said so, and was stopped: signal 15 (SIGTERM)";
+    assert_eq!(silent, text);
+    let traceback = [
+        "Traceback (most recent call last):",
+        "  File \"a.py\", line 23, in train",
+        "ValueError: broken clip",
+    ];
+    let text = "rank 0 failed first: ValueError: broken clip, at a.py:23 in train";
+    assert_eq!(headline(ended(term, 5), &traceback), text);
+}
+
 #[test]
 fn only_who_was_told_nothing_is_said_to_have_succeeded() {
     let rank = |end, sent: &[i32]| Rank {

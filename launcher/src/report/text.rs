@@ -63,6 +63,11 @@ impl Failure {
             Some(rank) => {
                 let end = match self.end {
                     None => "it could not be ended".into(),
+                    Some(end) if self.was_stopped && self.evidence.is_empty() => {
+                        format!("it said so, and was stopped: {end}")
+                    }
+                    // Its end is our own doing.
+                    Some(_) if self.was_stopped => self.evidence.clone(),
                     // Only an announcement makes it a failure.
                     Some(end) if end.is_success() => format!("it said so, and ended with {end}"),
                     Some(end) => end.to_string(),
@@ -74,9 +79,10 @@ impl Failure {
 
     /// Whether the evidence is not said elsewhere in the text.
     fn evidence_tells(&self) -> bool {
-        let in_end = self
-            .end
-            .is_some_and(|end| self.evidence.starts_with(&end.to_string()));
+        let in_end = self.was_stopped
+            || self
+                .end
+                .is_some_and(|end| self.evidence.starts_with(&end.to_string()));
         let in_message = self
             .message
             .as_ref()

@@ -11,6 +11,12 @@ fn ended(rank: usize, end: End) -> Event {
     Event::Ended { rank, end }
 }
 
+/// Its death closed its agent socket.
+fn left(rank: usize) -> Event {
+    let is_exiting = true;
+    Event::Left { rank, is_exiting }
+}
+
 fn record(cause: &str) -> FailureRecord {
     FailureRecord {
         rank: 0,
@@ -161,7 +167,7 @@ fn workers_that_save_are_waited_for() {
 #[test]
 fn the_first_sign_of_an_end_is_kept_with_its_time() {
     let mut state = State::new(2, GRACE, false, false);
-    decide(&mut state, &[Event::Left { rank: 1 }], at(3));
+    decide(&mut state, &[left(1)], at(3));
     decide(&mut state, &[ended(0, End::Code(1))], at(7));
     decide(&mut state, &[ended(1, End::Code(17))], at(9));
     let times = |rank: &Rank| (rank.first_at, rank.ended_at);
@@ -308,7 +314,7 @@ fn ends_read_together_all_count_as_before_the_stop() {
 #[test]
 fn a_rank_was_dying_since_it_closed_its_agent_socket() {
     let mut state = State::new(3, GRACE, false, false);
-    decide(&mut state, &[Event::Left { rank: 2 }], at(1));
+    decide(&mut state, &[left(2)], at(1));
     decide(&mut state, &[ended(0, End::Code(1))], at(2));
     decide(
         &mut state,
@@ -320,7 +326,6 @@ fn a_rank_was_dying_since_it_closed_its_agent_socket() {
 
 #[test]
 fn of_ends_that_are_seen_together_the_one_is_told_that_the_report_calls_the_first() {
-    let left = |rank| Event::Left { rank };
     let failed = |rank| ended(rank, End::Code(1 + rank as i32));
     let lost_peer = ended(0, End::Code(exit::PEER));
     for (seen, first) in [
@@ -341,10 +346,29 @@ fn of_ends_that_are_seen_together_the_one_is_told_that_the_report_calls_the_firs
 }
 
 #[test]
-fn a_program_that_closed_the_socket_long_ago_was_not_dying() {
+fn a_program_that_closed_the_socket_and_lived_on_was_not_dying() {
+    for rank in 0..2 {
+        let mut state = State::new(2, GRACE, false, false);
+        let is_exiting = false;
+        decide(&mut state, &[Event::Left { rank, is_exiting }], at(1));
+        let actions = decide(&mut state, &[ended(1, End::Code(4))], at(1000));
+        let (first, end) = (1, Some(End::Code(4)));
+        assert!(actions.contains(&Action::Failing { rank: first, end }));
+        decide(&mut state, &[ended(0, End::Code(1))], at(1003));
+        assert_eq!(blamed(&state), Some(1));
+        let times = |rank: &Rank| (rank.first_at, rank.after_stop);
+        assert_eq!(times(&state.ranks[0]), (at(1003), true));
+        assert_eq!(times(&state.ranks[1]), (at(1000), false));
+    }
+}
+
+/// The memory of a large process, and a GPU, take their time.
+#[test]
+fn a_death_may_take_long() {
     let mut state = State::new(2, GRACE, false, false);
-    decide(&mut state, &[Event::Left { rank: 1 }], at(1));
-    decide(&mut state, &[ended(0, End::Code(17))], at(60_000));
-    decide(&mut state, &[ended(1, End::Code(1))], at(60_001));
-    assert_eq!(blamed(&state), Some(0));
+    decide(&mut state, &[left(1)], at(1));
+    decide(&mut state, &[ended(0, End::Code(1))], at(20_000));
+    decide(&mut state, &[ended(1, End::Code(17))], at(40_000));
+    assert_eq!(blamed(&state), Some(1));
+    assert_eq!(state.ranks[1].first_at, at(1));
 }

@@ -53,7 +53,7 @@ fn the_culprit_is_right_when_the_others_follow_at_once() {
 }
 
 /// Peers notice a death by a closed connection, which the kernel closes before the death itself is visible. A lock
-/// that the dying rank held stands for the connection.
+/// that the dying rank held stands for the connection, and a large file for the GPU that is closed after it.
 #[test]
 fn the_culprit_is_right_when_the_others_notice_before_its_death_is_visible() {
     for repetition in 0..16 {
@@ -63,8 +63,14 @@ fn the_culprit_is_right_when_the_others_notice_before_its_death_is_visible() {
         let others = (0..4)
             .filter(|&r| r != k)
             .map(|r| format!("--wait-for {}{r}", at("ready")));
+        // All of its threads die, not only the first.
+        let threads = if repetition % 2 == 1 {
+            "--in-thread"
+        } else {
+            ""
+        };
         let script = format!(
-            "if [ $RANK = {k} ]; then exec $0 --lock {lock} --touch {held} {others} --sleep-ms 20 --exit 17; \
+            "if [ $RANK = {k} ]; then exec $0 {threads} --fill 128 --lock {lock} --touch {held} {others} --sleep-ms 20 --exit 17; \
              else exec $0 --wait-for {held} --touch {ready}{{rank}} --lock {lock} --exit 1; fi",
             lock = at("lock"),
             held = at("held"),
@@ -82,6 +88,37 @@ fn the_culprit_is_right_when_the_others_notice_before_its_death_is_visible() {
     }
 }
 
+/// As `sudo` and programs do that close descriptors which they do not know.
+#[test]
+fn a_rank_that_only_closed_its_agent_socket_was_not_dying() {
+    let scene = Scene::new();
+    let at = |name: &str| scene.path(name).display().to_string();
+    let (child, gone) = (at("child"), at("gone"));
+    let by_itself = "exec $0 --close-agent".to_string();
+    let without_its_first_thread = "exec $0 --in-thread --close-agent".into();
+    // The last to hold it is a child, which ends.
+    let after_a_child = format!(
+        "$0 --touch {child} --wait-for {gone} & exec $0 --close-agent --wait-for {child} --touch {gone} --wait-death {child}"
+    );
+    for closes in [by_itself, without_its_first_thread, after_a_child] {
+        let scene = Scene::new();
+        let closed = scene.path("closed").display().to_string();
+        let script = format!(
+            "if [ $RANK = 1 ]; then exec $0 --wait-for {closed} --exit 4; fi
+             {closes} --exit-on 15 1 --touch {closed} --hang"
+        );
+        let outcome = scene.shell("--cpus 2", &script);
+        let failure = scene.json("failure.json");
+        assert_eq!(
+            (failure["rank"].as_u64(), outcome.code),
+            (Some(1), 4),
+            "{closes}\n{}",
+            outcome.err
+        );
+        assert_eq!(failure["others"][0]["role"], "own_code", "{closes}");
+    }
+}
+
 #[test]
 fn a_failure_that_was_announced_counts_before_a_silent_end() {
     let scene = Scene::new();
@@ -92,6 +129,9 @@ fn a_failure_that_was_announced_counts_before_a_silent_end() {
     let outcome = scene.shell("--cpus 2 --grace 20s", &script);
     assert_eq!(scene.json("failure.json")["rank"], 1, "{}", outcome.err);
     assert_eq!(outcome.code, 1);
+    // Not that the launcher has stopped it then.
+    let text = "error: rank 1 failed first: index 7 out of range for a clip of 7 frames\n";
+    assert!(outcome.err.contains(text), "{}", outcome.err);
 }
 
 #[test]
@@ -135,6 +175,6 @@ fn an_exception_is_named_also_when_its_process_is_still_ending() {
     assert_eq!(failure["rank"], 1, "{}", outcome.err);
     assert_eq!(failure["others"][0]["role"], "lost_peer");
     assert_eq!(outcome.code, 1, "{}", outcome.err);
-    let told = "ValueError: broken clip, at a.py:23 in train";
+    let told = "error: rank 1 failed first: ValueError: broken clip, at a.py:23 in train\n";
     assert!(outcome.err.contains(told), "{}", outcome.err);
 }

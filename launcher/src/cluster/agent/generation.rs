@@ -265,7 +265,7 @@ impl Generation {
             .into_iter()
             .filter_map(|(rank, happening)| match happening {
                 Happening::Ended(end) => Some(Event::Ended { rank, end }),
-                Happening::Left => Some(Event::Left { rank }),
+                Happening::Left { is_exiting } => Some(Event::Left { rank, is_exiting }),
                 Happening::Said(message) => self.news.hear(rank, message),
             });
         Ok(events.collect())

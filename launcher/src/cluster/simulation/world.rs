@@ -58,7 +58,7 @@ enum What {
 #[derive(Clone, Debug)]
 enum Do {
     Step(u64),
-    /// It closes its agent socket.
+    /// Its death closes its agent socket; the end shows later.
     Leave,
     Announce(i32),
     End(End),

@@ -84,7 +84,13 @@ impl World {
         );
         match what {
             Do::Step(step) => self.step(r, step),
-            Do::Leave => self.wake(n, Input::Ranks(Seen::Left { rank: local })),
+            Do::Leave => self.wake(
+                n,
+                Input::Ranks(Seen::Left {
+                    rank: local,
+                    is_exiting: true,
+                }),
+            ),
             Do::Announce(code) => {
                 let record = FailureRecord {
                     rank: local as u32,
@@ -131,7 +137,13 @@ impl World {
         }
         // Its sockets are closed before its end can be seen.
         if !self.ranks[r].dying {
-            self.wake(n, Input::Ranks(Seen::Left { rank: local }));
+            self.wake(
+                n,
+                Input::Ranks(Seen::Left {
+                    rank: local,
+                    is_exiting: true,
+                }),
+            );
         }
         let ended = Seen::Ended { rank: local, end };
         let at = self.now + self.random.ms(0, 5);
