@@ -46,9 +46,13 @@ impl Outcome {
 
     fn is_bad(&self, usual: f64) -> bool {
         match &self.result {
-            Ok(measured) => self.failure().is_some() || measured.gbit_s * SLOW < usual,
+            Ok(measured) => self.failed() || measured.gbit_s * SLOW < usual,
             Err(_) => true,
         }
+    }
+
+    fn failed(&self) -> bool {
+        self.failure().is_some()
     }
 
     /// Why the group failed, or what it computed wrong.
@@ -110,7 +114,7 @@ pub fn next_round(num_nodes: usize, done: &[Vec<Outcome>]) -> Vec<Vec<usize>> {
             .any(|o| o.members.len() == 2 && o.members.contains(&a) && o.members.contains(&b))
     };
     let mut open: Vec<usize> = (0..num_nodes)
-        .filter(|&n| !cleared[n] && !convicted(n, done, &cleared))
+        .filter(|&n| !cleared[n] && convicted(n, done, &cleared).is_none())
         .collect();
     let mut groups = Vec::new();
     if cleared.contains(&true) {
@@ -152,28 +156,26 @@ pub fn judge(num_nodes: usize, done: &[Vec<Outcome>]) -> Vec<Verdict> {
         if cleared[node] {
             return Verdict::Good;
         }
-        let last = done
-            .iter()
-            .flatten()
-            .rev()
-            .find(|o| o.members.contains(&node));
-        let Some(last) = last else {
-            return Verdict::Good;
-        };
-        let text = match &last.result {
-            Ok(Measured { wrong: Some(e), .. }) | Err(e) => e.clone(),
-            Ok(measured) if convicted(node, done, &cleared) => {
-                return Verdict::Slow {
-                    gbit_s: measured.gbit_s,
-                    usual,
-                };
+        let all = done.iter().flatten().rev();
+        let mut own = all.filter(|o| o.members.contains(&node));
+        match convicted(node, done, &cleared) {
+            Some(Guilt::Fails) => {
+                let text = own.find_map(Outcome::failure).unwrap_or_default();
+                Verdict::Faulty(text.into())
             }
-            Ok(measured) => format!("{:.2} Gbit/s, {usual:.2} elsewhere", measured.gbit_s),
-        };
-        if convicted(node, done, &cleared) {
-            Verdict::Faulty(text)
-        } else {
-            Verdict::Unclear(text)
+            Some(Guilt::Slow) => {
+                let mut right = own.filter_map(|o| o.result.as_ref().ok().filter(|_| !o.failed()));
+                let gbit_s = right.next().map_or(0.0, |measured| measured.gbit_s);
+                Verdict::Slow { gbit_s, usual }
+            }
+            None => match own.next().map(|o| (o.failure(), &o.result)) {
+                None => Verdict::Good,
+                Some((None, Ok(measured))) => Verdict::Unclear(format!(
+                    "{:.2} Gbit/s, {usual:.2} elsewhere",
+                    measured.gbit_s
+                )),
+                Some((text, _)) => Verdict::Unclear(text.unwrap_or_default().into()),
+            },
         }
     };
     (0..num_nodes).map(verdict).collect()
@@ -189,12 +191,19 @@ fn cleared(num_nodes: usize, done: &[Vec<Outcome>], usual: f64) -> Vec<bool> {
     (0..num_nodes).map(good).collect()
 }
 
-/// Was the only one in a bad group that never did well. Twice at least: once, it may have been the path.
+/// What a node was found to do.
+enum Guilt {
+    Slow,
+    Fails,
+}
+
+/// Was the only one in a bad group that never did well. Twice at least: once, it may have been the path. A failure
+/// beside another that fails says nothing of its speed, and a slow group nothing of its sums.
 ///
 /// Who never got a sum right is also found among nodes that are merely slow, which says nothing about their sums.
-fn convicted(node: usize, done: &[Vec<Outcome>], cleared: &[bool]) -> bool {
+fn convicted(node: usize, done: &[Vec<Outcome>], cleared: &[bool]) -> Option<Guilt> {
     if cleared[node] {
-        return false;
+        return None;
     }
     let of = |n: usize| {
         done.iter()
@@ -204,10 +213,15 @@ fn convicted(node: usize, done: &[Vec<Outcome>], cleared: &[bool]) -> bool {
     let others = |o: &'_ Outcome, are: &dyn Fn(usize) -> bool| {
         o.members.iter().all(|&m| m == node || are(m))
     };
-    let is_right = |n: usize| of(n).any(|o| o.failure().is_none());
-    of(node).count() >= 2
-        && (of(node).any(|o| others(o, &|m| cleared[m]))
-            || !is_right(node) && of(node).any(|o| others(o, &is_right)))
+    let is_right = |n: usize| of(n).any(|o| !o.failed());
+    let alone = |o: &&Outcome| others(o, &|m| cleared[m]);
+    let fails = of(node).any(|o| o.failed() && alone(&o))
+        || !is_right(node) && of(node).any(|o| others(o, &is_right));
+    if fails && of(node).count() >= 2 {
+        return Some(Guilt::Fails);
+    }
+    let slow = || of(node).filter(|o| !o.failed());
+    (slow().any(|o| alone(&o)) && slow().count() >= 2).then_some(Guilt::Slow)
 }
 
 /// The upper quartile of the first measurements: half of the groups may be bad without it being so.
@@ -422,16 +436,32 @@ mod tests {
         assert_eq!(verdicts.iter().filter(|v| **v == Verdict::Good).count(), 5);
     }
 
+    fn wrong(gbit_s: f64) -> Result<Measured, String> {
+        let wrong = Some("1 of 8 sums is wrong".into());
+        Ok(Measured {
+            wrong,
+            ..measured(gbit_s)
+        })
+    }
+
+    #[test]
+    fn who_was_slow_once_and_then_met_the_one_that_sums_up_wrong_is_well() {
+        let was_slow = std::cell::Cell::new(false);
+        let done = play(4, |members| match members {
+            members if members.contains(&1) => wrong(9.0),
+            [2, 3] if !was_slow.replace(true) => Ok(measured(2.0)),
+            _ => Ok(measured(9.0)),
+        });
+        let verdicts = judge(4, &done);
+        assert_eq!(verdicts[1], Verdict::Faulty("1 of 8 sums is wrong".into()));
+        for other in [0, 2, 3] {
+            assert_eq!(verdicts[other], Verdict::Good, "{done:?}");
+        }
+    }
+
     #[test]
     fn who_sums_up_wrong_is_found_also_among_nodes_that_are_slow() {
         // The wrong sum came quickly, and everything after it slowly, as on a busy machine.
-        let wrong = |gbit_s| {
-            let wrong = Some("1 of 8 sums is wrong".into());
-            Ok(Measured {
-                wrong,
-                ..measured(gbit_s)
-            })
-        };
         let outcome = |a, b, result| Outcome {
             members: vec![a, b],
             result,
