@@ -128,6 +128,8 @@ pub struct Run<'a> {
     pub id: &'a str,
     pub dir: &'a Path,
     pub exit_code: i32,
+    /// The workers talk to the launcher, as our trainer does, and so give the exit codes of [`tsm_job::exit`].
+    pub tells: bool,
     /// Processes that the kernel's out-of-memory killer ended meanwhile on the machine of the culprit.
     pub oom_kills: OomKills,
     /// Lines of the kernel's log about GPUs of that machine.
@@ -338,7 +340,7 @@ fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<Str
         }),
         end => {
             let all = Some(run.oom_kills.all).filter(|&all| all > 0);
-            let meaning = end.meaning().map(str::to_string);
+            let meaning = end.meaning(run.tells).map(str::to_string);
             meaning.or_else(|| all.map(killed))
         }
     }

@@ -20,6 +20,7 @@ fn run<'a>() -> Run<'a> {
         id: "r",
         dir: Path::new("runs/r"),
         exit_code: 17,
+        tells: true,
         oom_kills: OomKills::default(),
         xids: &[],
         homes: &[],
@@ -89,6 +90,21 @@ fn only_who_was_told_nothing_is_said_to_have_succeeded() {
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
+}
+
+#[test]
+fn a_code_means_ours_only_from_a_program_that_talks_to_us() {
+    let text = |code, tells| {
+        let ranks = [ended(Some(End::Code(code)), 5)];
+        let places = [place(0, &["boom"])];
+        let fault = fault(&ranks, |i| own_words(&places[i])).unwrap();
+        failure(&Run { tells, ..run() }, &fault, &ranks, &places).to_string()
+    };
+    for code in [64, 65, 70, 75, 76, 92, 93] {
+        assert!(!text(code, false).contains("meaning"), "{code}");
+    }
+    assert!(text(70, true).contains("meaning: a bug of tsm-trainer"));
+    assert!(text(127, false).contains("meaning: the program was not found"));
 }
 
 #[test]

@@ -227,10 +227,14 @@ impl State {
         let node = node.map(|m| m.id);
         let of_node = node.and_then(|id| self.reports.get(&id));
         let homes = self.homes();
+        let talks = |rank: &Rank| rank.talks || rank.step.is_some() || rank.record.is_some();
+        let tells =
+            self.settings.job.saves || !self.progress.is_empty() || ranks.iter().any(talks);
         let mut run = report::Run {
             id: &self.settings.job.run_id,
             dir: &self.settings.job.run_dir,
             exit_code: ending.code,
+            tells,
             oom_kills: of_node.map_or(OomKills::default(), |r| r.oom_kills),
             xids: of_node.map(|r| r.xids.as_slice()).unwrap_or_default(),
             homes: &homes,
@@ -250,9 +254,7 @@ impl State {
         incident.agent = node
             .and_then(|id| self.known(id))
             .map_or(0, |node| node.agent);
-        let talks = |rank: &Rank| rank.talks || rank.step.is_some() || rank.record.is_some();
-        incident.tells =
-            self.settings.job.saves || !self.progress.is_empty() || ranks.iter().any(talks);
+        incident.tells = tells;
         let mut left_out = None;
         if self.last {
             ending.verdict = None;
