@@ -95,6 +95,7 @@ impl Failure {
             class: self.class,
             again: self.again,
             signature: self.signature.clone(),
+            evidence: self.evidence.clone(),
             host: Some(self.host.clone()),
             agent: 0,
             tells: false,

@@ -74,8 +74,10 @@ pub struct Incident {
     pub ran: Duration,
     pub class: Class,
     pub again: Again,
-    /// See [`crate::class::signature`].
+    /// By what it is compared with others, see [`crate::class::signature`].
     pub signature: String,
+    /// The line that tells, as it was: what people are shown.
+    pub evidence: String,
     /// The host to blame.
     pub host: Option<String>,
     /// Which of the agents of that host, where it has several.
@@ -92,6 +94,16 @@ pub struct Incident {
     pub checkpoint_step: Option<u64>,
 }
 
+impl Incident {
+    /// Its class, with the line that tells. What ranks that hang had said last tells nothing.
+    fn what(&self) -> String {
+        match self.class {
+            Class::Hang => self.class.to_string(),
+            class => format!("{class}: {}", self.evidence),
+        }
+    }
+}
+
 impl fmt::Display for Incident {
     /// `rank 3 on gpu-01 at step 66: killed from outside: signal 9 (SIGKILL)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -104,7 +116,7 @@ impl fmt::Display for Incident {
         if let Some(step) = self.step {
             write!(f, " at step {step}")?;
         }
-        write!(f, ": {}", self.signature)
+        write!(f, ": {}", self.what())
     }
 }
 
@@ -201,11 +213,11 @@ pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> V
         return give_up(match incident.step {
             Some(step) => format!(
                 "the same failure at step {step} twice: {}",
-                incident.signature
+                incident.what()
             ),
             None => format!(
                 "the same failure before the first step twice: {}",
-                incident.signature
+                incident.what()
             ),
         });
     }
@@ -383,7 +395,7 @@ impl Starts<'_> {
         };
         let unfit = |i: &&&Incident| i.again == Again::Elsewhere && i.class != Class::NodeLost;
         if let Some(unfit) = self.history.iter().filter(of_host).find(unfit) {
-            return Some(left_out(None, true, None, unfit.signature.clone()));
+            return Some(left_out(None, true, None, unfit.what()));
         }
         let recent = &self.history[self.history.len().saturating_sub(RECENT)..];
         let suspect = |i: &&&Incident| {
@@ -406,14 +418,14 @@ impl Starts<'_> {
                 "{} of the last {} failures began there, the last: {}",
                 incidents.len(),
                 recent.len(),
-                last.signature
+                last.what()
             );
             return Some(left_out(Some(agent), false, None, why));
         }
         let until = last.at + COOLDOWN;
         let now = self.history.last().map_or(Duration::ZERO, |h| h.at);
         (last.class == Class::NodeLost && now < until)
-            .then(|| left_out(Some(agent), false, Some(until), last.signature.clone()))
+            .then(|| left_out(Some(agent), false, Some(until), last.what()))
     }
 }
 

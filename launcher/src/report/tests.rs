@@ -245,6 +245,7 @@ fn a_lost_node_is_named_with_its_ranks() {
         class: Class::Killed,
         again: class::Again::MayWork,
         signature: "killed from outside: signal 9 (SIGKILL)".into(),
+        evidence: "signal 9 (SIGKILL)".into(),
         host: Some("gpu-01".into()),
         agent: 0,
         rank: Some(1),
@@ -277,7 +278,11 @@ fn a_lost_node_is_named_with_its_ranks() {
     );
     assert_eq!(json["earlier"][0]["class"], "killed");
     let incident = failure.incident(Duration::from_secs(5), Some(8), None);
-    assert_eq!(incident.to_string(), "node gpu-02 at step 8: node lost");
+    assert_eq!(
+        incident.to_string(),
+        "node gpu-02 at step 8: node lost: no sign of life for 1.5 s"
+    );
+    assert_eq!(incident.signature, "node lost");
     assert_eq!(
         (incident.at, incident.again),
         (Duration::from_secs(9), class::Again::Elsewhere)
@@ -347,7 +352,8 @@ fn of_a_long_history_the_first_and_the_last_failures_are_told() {
         ran: Duration::from_secs(1),
         class: Class::Program,
         again: class::Again::MayWork,
-        signature: "exit code 3".into(),
+        signature: "program error: exit code #".into(),
+        evidence: "exit code 3".into(),
         host: None,
         agent: 0,
         rank: Some(0),

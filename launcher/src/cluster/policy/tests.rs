@@ -18,6 +18,7 @@ fn killed(n: u32, step: u64, checkpoint: u64) -> Incident {
         class: Class::Killed,
         again: Again::MayWork,
         signature: format!("killed: {n}"),
+        evidence: format!("signal 9 (SIGKILL) of pid {n}"),
         host: Some(format!("gpu-{n:02}")),
         agent: 0,
         rank: Some(n),
@@ -31,6 +32,7 @@ fn program(n: u32, step: u64, checkpoint: u64) -> Incident {
     Incident {
         class: Class::Program,
         signature: format!("program: {n}"),
+        evidence: format!("ValueError, at /tmp/job7/train.py:{n}"),
         ..killed(n, step, checkpoint)
     }
 }
@@ -133,7 +135,7 @@ fn a_program_error_is_tried_again_only_after_progress_and_never_twice_at_one_ste
         (code, why.as_str()),
         (
             StopCode::DoNotRequeue,
-            "the same failure at step 66 twice: program: 1"
+            "the same failure at step 66 twice: program error: ValueError, at /tmp/job7/train.py:1"
         )
     );
     // Also when another failure came between.
@@ -323,6 +325,35 @@ fn a_host_is_left_out_for_its_hardware_at_once_and_else_after_two_failures() {
     let mut earlier = vec![at(a, Class::Killed, 1)];
     earlier.extend((2..12).map(|n| at(&format!("gpu-{n}"), Class::Killed, n)));
     assert_eq!(left_out(&earlier, &at(a, Class::Killed, 12)), []);
+}
+
+#[test]
+fn people_are_told_the_line_and_not_what_it_is_compared_by() {
+    let broken = Incident {
+        signature: "hardware: Xid 79".into(),
+        evidence: "NVRM: Xid (PCI:0000:3b:00): 79, pid=4711".into(),
+        ..at("gpu-01", Class::Hardware, 1)
+    };
+    let line = "hardware: NVRM: Xid (PCI:0000:3b:00): 79, pid=4711";
+    assert_eq!(
+        broken.to_string(),
+        format!("rank 1 on gpu-01 at step 11: {line}")
+    );
+    let (_, left_out) = restart(decide(&options(9), &[], &broken));
+    assert_eq!(left_out[0].why, line);
+    let twice = [at("gpu-01", Class::Killed, 1), at("gpu-01", Class::Hang, 2)];
+    let why = |last| {
+        restart(decide(&options(9), &twice[..1], last)).1[0]
+            .why
+            .clone()
+    };
+    let last = at("gpu-01", Class::Killed, 3);
+    assert!(
+        why(&last).ends_with("the last: killed from outside: signal 9 (SIGKILL) of pid 3"),
+        "{}",
+        why(&last)
+    );
+    assert!(why(&twice[1]).ends_with("the last: hang"));
 }
 
 fn any_incident() -> impl Strategy<Value = Incident> {
