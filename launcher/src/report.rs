@@ -5,6 +5,7 @@ mod text;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tsm_job::exit;
 
 use crate::blame::{Culprit, Fault, Role, role};
 use crate::class::{self, Again, Class, Facts, classify, unstarted};
@@ -142,8 +143,33 @@ pub struct Run<'a> {
     pub earlier: &'a [Incident],
     /// Why some output of ranks is not in the log files.
     pub missing: Option<&'a str>,
-    /// The command that continues the run, where the workers know how to.
-    pub resume: Option<&'a str>,
+    /// Where the workers know how to continue it.
+    pub resume: Option<&'a GoOn>,
+}
+
+/// How a run is continued after a failure.
+#[derive(Clone, Debug, PartialEq)]
+pub enum GoOn {
+    /// By this command.
+    Command(String),
+    /// By the same job of SLURM. `may`: SLURM lets its user queue it again.
+    Requeue { job: String, may: bool },
+}
+
+impl GoOn {
+    /// What to continue the run in `dir` with that ended with `code`.
+    fn words(&self, code: i32, dir: &Path) -> String {
+        match self {
+            GoOn::Command(command) => command.clone(),
+            // Of a job that ended with that code the next turn ends as the last.
+            GoOn::Requeue { job, may: true } if code != exit::DO_NOT_REQUEUE => {
+                format!("scontrol requeue {job}")
+            }
+            GoOn::Requeue { .. } => {
+                format!("a new job, and --resume {} in it", dir.display())
+            }
+        }
+    }
 }
 
 /// The node of a rank.
@@ -348,7 +374,8 @@ fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<Str
 }
 
 fn hint(run: &Run, advice: &str) -> String {
-    match run.resume {
+    let resume = run.resume.map(|go_on| go_on.words(run.exit_code, run.dir));
+    match resume {
         Some(command) if advice.is_empty() => {
             format!("once the cause is gone, continue with: {command}")
         }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::blame::tests::fault;
+use std::sync::LazyLock;
 
 fn place(rank: usize, stderr: &[&str]) -> Place {
     Place {
@@ -16,6 +17,8 @@ fn place(rank: usize, stderr: &[&str]) -> Place {
 }
 
 fn run<'a>() -> Run<'a> {
+    static RESUME: LazyLock<GoOn> =
+        LazyLock::new(|| GoOn::Command("tsm-launch --cpus 6 --resume runs/r".into()));
     Run {
         id: "r",
         dir: Path::new("runs/r"),
@@ -27,7 +30,7 @@ fn run<'a>() -> Run<'a> {
         stacks: None,
         earlier: &[],
         missing: None,
-        resume: Some("tsm-launch --cpus 6 --resume runs/r"),
+        resume: Some(&RESUME),
     }
 }
 
@@ -90,6 +93,28 @@ fn only_who_was_told_nothing_is_said_to_have_succeeded() {
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
+}
+
+#[test]
+fn a_job_of_slurm_goes_on_as_slurm_lets_it() {
+    let hint = |may, exit_code| {
+        let ranks = [ended(Some(End::Code(1)), 5)];
+        let places = [place(0, &["boom"])];
+        let fault = fault(&ranks, |i| own_words(&places[i])).unwrap();
+        let job = "7_2".into();
+        let run = Run {
+            exit_code,
+            resume: Some(&GoOn::Requeue { job, may }),
+            ..run()
+        };
+        failure(&run, &fault, &ranks, &places).hint
+    };
+    let continued = "once the cause is gone, continue with: ";
+    assert_eq!(hint(true, 1), format!("{continued}scontrol requeue 7_2"));
+    // A turn after code 93 does nothing, and a job with --no-requeue has none.
+    let new = format!("{continued}a new job, and --resume runs/r in it");
+    assert_eq!(hint(true, exit::DO_NOT_REQUEUE), new);
+    assert_eq!(hint(false, 1), new);
 }
 
 #[test]

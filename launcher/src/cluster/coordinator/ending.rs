@@ -241,7 +241,7 @@ impl State {
             stacks: stacks.as_deref(),
             earlier: &self.incidents,
             missing: self.reports.values().find_map(|r| r.missing.as_deref()),
-            resume: self.settings.job.resume.as_deref(),
+            resume: self.settings.job.resume.as_ref(),
         };
         let failure = report::failure(&run, &fault, &ranks, &places);
         let ran = now.saturating_sub(self.started_at);

@@ -11,6 +11,7 @@ use super::job::{Job, StopCause, run_folder_name};
 use super::requeue::{Ended, Entry, on_entry, should_requeue};
 use crate::manifest::earlier;
 use crate::manifest::files::checkpoints;
+use crate::report::GoOn;
 
 /// A job without `--signal` saves itself so long before its end; never more than a tenth of its time.
 const LEAD: Duration = Duration::from_secs(120);
@@ -82,6 +83,19 @@ impl Turn {
         }
     }
 
+    /// How the run is continued after a failure; `None` where the same command line does it, as in a shell of salloc.
+    pub fn go_on(&self) -> Option<GoOn> {
+        (self.allocation.place == Place::Batch).then(|| GoOn::Requeue {
+            job: self.allocation.job.to_string(),
+            may: self.may_requeue(),
+        })
+    }
+
+    /// Where SLURM did not answer it may.
+    fn may_requeue(&self) -> bool {
+        self.job.as_ref().is_none_or(|job| job.requeue)
+    }
+
     /// Queues the job again where that is right, and says what was done. SLURM then ends this process.
     /// `stopped`: SLURM had a reason of its own to end the turn. `saves`: the run's checkpoints are ours, so that
     /// they tell whether it gets anywhere.
@@ -105,8 +119,7 @@ impl Turn {
             outcome,
             fruitless: if saves { fruitless(folder) } else { 0 },
         };
-        let permitted = self.job.as_ref().is_none_or(|job| job.requeue);
-        Some(match should_requeue(ended, permitted) {
+        Some(match should_requeue(ended, self.may_requeue()) {
             Err(why) => format!("job {job} is not queued again: {why}"),
             Ok(()) => match self.slurm.requeue(job) {
                 // SLURM begins to end the processes of the job at once, and its own scontrol may be the first.
@@ -197,6 +210,28 @@ mod tests {
             let said = turn.end(exit::REQUEUE, "stopped", dir.path(), None, false);
             assert!(said.as_ref().unwrap().starts_with(expected), "{said:?}");
         }
+    }
+
+    #[test]
+    fn a_batch_job_goes_on_by_being_queued_again_and_a_shell_by_the_command() {
+        let with = |requeue, place| {
+            let mut turn = turn(0);
+            turn.job = Some(Job {
+                requeue,
+                ..Job::default()
+            });
+            turn.allocation.place = place;
+            turn.go_on()
+        };
+        let requeue = |may| {
+            let job = "7".into();
+            Some(GoOn::Requeue { job, may })
+        };
+        assert_eq!(with(true, Place::Batch), requeue(true));
+        assert_eq!(with(false, Place::Batch), requeue(false));
+        assert_eq!(turn(0).go_on(), requeue(true), "SLURM did not answer");
+        assert_eq!(with(true, Place::Shell), None);
+        assert_eq!(with(true, Place::Step { id: 0, node: 0 }), None);
     }
 
     #[test]
