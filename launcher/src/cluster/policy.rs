@@ -18,6 +18,7 @@
 //!   refills the budget, there is no total. A job that comes to no checkpoint ends after `--max-restarts`.
 //! - Restarts at once make a broken file server or network worse; waiting costs GPU hours when nothing is wrong: there
 //!   is a backoff only while no progress is made. Where it is not known, a start that lasted [`LONG_START`] ends it.
+//! - A restart is announced that cannot be, since too few nodes are left: the job ends with its own failure instead.
 //! - The broken node is given ranks again: a host whose GPU failed is left out; one that was in the way
 //!   [`MAX_INCIDENTS_OF_A_HOST`] times is, if the others suffice. A permanent blacklist starves a job
 //!   (horovod#3319): a lost node may come back after [`COOLDOWN`], and who is left out is said with the reason.
@@ -184,8 +185,39 @@ impl StopCode {
     }
 }
 
-/// What to do about `incident`, which came after all of `earlier`, each of which was answered by a restart.
-pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> Verdict {
+/// The nodes that a start can have, where no other may join.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stock {
+    /// Host, and which of its agents.
+    pub nodes: Vec<(String, u32)>,
+    /// So many does a start need.
+    pub needed: usize,
+}
+
+impl Stock {
+    /// Why they do not suffice without those that cannot run the job.
+    fn lacks(&self, left_out: &[LeftOut]) -> Option<String> {
+        let is_out = |host: &str, agent| left_out.iter().any(|l| l.must && l.covers(host, agent));
+        let nodes = self.nodes.iter();
+        let fit = nodes.filter(|(host, agent)| !is_out(host, *agent)).count();
+        match (fit, self.needed) {
+            (fit, needed) if fit >= needed => None,
+            (0, 1) => Some("there is no other node to start it on".into()),
+            (fit, needed) => Some(format!(
+                "a start needs {needed} nodes, and has {fit} without the one that failed"
+            )),
+        }
+    }
+}
+
+/// What to do about `incident`, which came after all of `earlier`, each of which was answered by a restart. `stock`:
+/// `None` where other nodes may still join.
+pub fn decide(
+    options: &Options,
+    stock: Option<&Stock>,
+    earlier: &[Incident],
+    incident: &Incident,
+) -> Verdict {
     let history: Vec<&Incident> = earlier.iter().chain([incident]).collect();
     let starts = Starts { options, history };
     let known = starts.progress_is_known();
@@ -211,10 +243,7 @@ pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> V
     }
     if known && starts.seen_before() {
         return give_up(match incident.step {
-            Some(step) => format!(
-                "the same failure at step {step} twice: {}",
-                incident.what()
-            ),
+            Some(step) => format!("the same failure at step {step} twice: {}", incident.what()),
             None => format!(
                 "the same failure before the first step twice: {}",
                 incident.what()
@@ -243,6 +272,10 @@ pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> V
             ),
         });
     }
+    let leave_out = starts.left_out();
+    if let Some(lacks) = stock.and_then(|stock| stock.lacks(&leave_out)) {
+        return keep(format!("{}: {lacks}", incident.class));
+    }
     let after = match fruitless {
         0 => Duration::ZERO,
         n => backoff(options, n as u32 - 1),
@@ -265,7 +298,7 @@ pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> V
     };
     Verdict::Restart {
         after,
-        leave_out: starts.left_out(),
+        leave_out,
         why: format!("{why}; restarts left: {}", left - 1),
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tsm_job::exit;
 
 use super::passing::left_behind;
-use super::{Action, Cause, Phase, Reason, State, record};
+use super::{Action, Cause, Node, Phase, Reason, State, record};
 use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 use crate::clock::Utc;
 use crate::cluster::policy;
@@ -228,8 +228,7 @@ impl State {
         let of_node = node.and_then(|id| self.reports.get(&id));
         let homes = self.homes();
         let talks = |rank: &Rank| rank.talks || rank.step.is_some() || rank.record.is_some();
-        let tells =
-            self.settings.job.saves || !self.progress.is_empty() || ranks.iter().any(talks);
+        let tells = self.settings.job.saves || !self.progress.is_empty() || ranks.iter().any(talks);
         let mut run = report::Run {
             id: &self.settings.job.run_id,
             dir: &self.settings.job.run_dir,
@@ -259,7 +258,9 @@ impl State {
         if self.last {
             ending.verdict = None;
         } else {
-            match policy::decide(&self.settings.policy, &self.incidents, &incident) {
+            let stock = self.stock();
+            let options = &self.settings.policy;
+            match policy::decide(options, stock.as_ref(), &self.incidents, &incident) {
                 policy::Verdict::Restart {
                     after,
                     leave_out,
@@ -279,6 +280,17 @@ impl State {
         ending.failure = Some(Box::new(report::failure(&run, &fault, &ranks, &places)));
         self.incidents.push(incident);
         left_out
+    }
+
+    /// The nodes of the next start, where no other can come.
+    fn stock(&self) -> Option<policy::Stock> {
+        let is_fit =
+            |n: &&Node| !(self.convicted.iter()).any(|l| l.must && l.covers(&n.join.host, n.agent));
+        let nodes = self.nodes.values().filter(is_fit);
+        (!self.settings.open).then(|| policy::Stock {
+            nodes: nodes.map(|n| (n.join.host.clone(), n.agent)).collect(),
+            needed: self.settings.min_nodes as usize,
+        })
     }
 
     /// The node that runs a rank of this generation.

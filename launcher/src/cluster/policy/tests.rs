@@ -37,6 +37,11 @@ fn program(n: u32, step: u64, checkpoint: u64) -> Incident {
     }
 }
 
+/// With nodes that may still join.
+fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> Verdict {
+    super::decide(options, None, earlier, incident)
+}
+
 fn restart(verdict: Verdict) -> (Duration, Vec<LeftOut>) {
     match verdict {
         Verdict::Restart {
@@ -325,6 +330,32 @@ fn a_host_is_left_out_for_its_hardware_at_once_and_else_after_two_failures() {
     let mut earlier = vec![at(a, Class::Killed, 1)];
     earlier.extend((2..12).map(|n| at(&format!("gpu-{n}"), Class::Killed, n)));
     assert_eq!(left_out(&earlier, &at(a, Class::Killed, 12)), []);
+}
+
+#[test]
+fn without_enough_other_nodes_the_failure_is_the_end() {
+    let broken = at("a", Class::Hardware, 1);
+    let with = |nodes: &[&str], needed, incident: &Incident| {
+        let nodes = nodes.iter().map(|host| (host.to_string(), 0)).collect();
+        let stock = Stock { nodes, needed };
+        super::decide(&options(9), Some(&stock), &[], incident)
+    };
+    assert_eq!(
+        stop(with(&["a"], 1, &broken)),
+        (
+            StopCode::KeepOwn,
+            "hardware: there is no other node to start it on".into()
+        )
+    );
+    let (_, why) = stop(with(&["a", "b"], 2, &broken));
+    let expected = "hardware: a start needs 2 nodes, and has 1 without the one that failed";
+    assert_eq!(why, expected);
+    restart(with(&["a", "b"], 1, &broken));
+    restart(with(&["a"], 1, &at("a", Class::Killed, 1)));
+    // It is no longer there; where it is, it is needed.
+    let lost = at("a", Class::NodeLost, 1);
+    stop(with(&["b"], 2, &lost));
+    restart(with(&["a", "b"], 2, &lost));
 }
 
 #[test]
