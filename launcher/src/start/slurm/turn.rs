@@ -244,6 +244,7 @@ mod tests {
         for (manifest, entry) in [
             (r#"{"outcome":"stopped","exit_code":75}"#, Entry::Resume),
             (r#"{"outcome":"running","exit_code":null}"#, Entry::Resume),
+            ("", Entry::Resume),
             (
                 r#"{"outcome":"succeeded","exit_code":0}"#,
                 Entry::AlreadyFinished(0),
