@@ -87,6 +87,7 @@ impl Prepared {
             host: manifest::host(),
             order,
             job: None,
+            options: Vec::new(),
             key,
             local: true,
             shown: Some(Shown {
@@ -217,6 +218,7 @@ fn job(
         run_id: run_id(&run_dir),
         config: config.map(|_| text(&folder.config)).transpose()?,
         digest: String::new(),
+        options: Vec::new(),
         command: target.command(&folder.config),
         directory: folder::current()?,
         base_env: None,

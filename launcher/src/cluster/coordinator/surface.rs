@@ -48,6 +48,8 @@ pub struct Job {
     pub config: Option<(String, String)>,
     /// Digest of all that must be equal on every node's command line.
     pub digest: String,
+    /// What counts on this command line alone: flags and values.
+    pub options: Vec<(String, String)>,
     pub command: Vec<OsString>,
     pub directory: PathBuf,
     pub base_env: Option<Vec<(OsString, OsString)>>,
