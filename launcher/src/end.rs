@@ -32,9 +32,11 @@ impl End {
         self == End::Code(0)
     }
 
-    /// What usually stands behind this end, where there is a usual reason.
-    pub fn meaning(self) -> Option<&'static str> {
+    /// What usually stands behind this end, where there is a usual reason. `keeps_codes`: of a program that gives the
+    /// exit codes of [`tsm_job::exit`]; to another the same numbers mean what it likes.
+    pub fn meaning(self, keeps_codes: bool) -> Option<&'static str> {
         match self {
+            End::Code(exit::USAGE..=exit::DO_NOT_REQUEUE) if !keeps_codes => None,
             End::Code(exit::DATA) => Some("an input file is missing or broken"),
             End::Code(exit::PREFLIGHT) => Some("the machine cannot run the job"),
             End::Code(exit::BUG) => Some("a bug of tsm-trainer"),

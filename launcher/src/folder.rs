@@ -18,6 +18,7 @@ pub struct Folder {
     pub dir: RunDir,
     /// The resolved config for the workers; nothing is there for a program.
     pub config: PathBuf,
+    refuse: Refuse,
     /// Held as long as the launcher lives.
     _lock: File,
 }
@@ -33,7 +34,20 @@ pub fn name(root: &Path, name: &str, time: &str, attempt: u32) -> PathBuf {
     })
 }
 
-/// The folder, or something in it, cannot be made.
+/// What to say when the folder, or something in it, cannot be made.
+type Refuse = fn(&std::io::Error) -> Coded;
+
+/// Of the folder of a run that goes on, which cannot be another.
+fn refuse_own(e: &std::io::Error) -> Coded {
+    let hint = match e.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free some space",
+        _ => "a run goes on in its own folder: let this user write there",
+    };
+    let text = format!("cannot write to the run folder: {e}\n  hint: {hint}");
+    Coded::new(exit::CANNOT_WRITE, text)
+}
+
+/// Of the folder of a new run.
 fn refuse(e: &std::io::Error) -> Coded {
     let hint = match e.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
@@ -68,7 +82,7 @@ impl Folder {
         for attempt in 1..10_000 {
             let path = name(&root, run, time, attempt);
             match fs_err::create_dir(&path) {
-                Ok(()) => return Folder::open(path),
+                Ok(()) => return Folder::open(path, refuse),
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
                 Err(e) => bail!(refuse(&e)),
             }
@@ -97,7 +111,7 @@ impl Folder {
         };
         is_new()?;
         fs_err::create_dir_all(&path).map_err(|e| refuse(&e))?;
-        let folder = Folder::open(path.clone())?;
+        let folder = Folder::open(path.clone(), refuse)?;
         // Another launcher may have come and gone before the lock.
         is_new()?;
         Ok(folder)
@@ -108,7 +122,8 @@ impl Folder {
     /// # Errors
     /// When another launcher runs in it.
     pub fn resume(path: &Path) -> anyhow::Result<Folder> {
-        let folder = Folder::open(path.to_path_buf())?;
+        let refuse = refuse_own;
+        let folder = Folder::open(path.to_path_buf(), refuse)?;
         killed::tell(&folder.dir).map_err(|e| refuse(&e))?;
         keep(&folder.dir.manifest()).map_err(|e| refuse(&e))?;
         let failure = folder.dir.failure();
@@ -118,7 +133,7 @@ impl Folder {
         Ok(folder)
     }
 
-    fn open(path: PathBuf) -> anyhow::Result<Folder> {
+    fn open(path: PathBuf, refuse: Refuse) -> anyhow::Result<Folder> {
         let lock = File::options()
             .create(true)
             .append(true)
@@ -142,6 +157,7 @@ impl Folder {
         Ok(Folder {
             config: dir.config(),
             dir,
+            refuse,
             _lock: lock,
         })
     }
@@ -170,7 +186,7 @@ impl Folder {
         };
         // In one step, since nothing else holds what the run was made with.
         if !same(&self.config) {
-            replace(&self.config, &text, 0o666).map_err(|e| refuse(&e))?;
+            replace(&self.config, &text, 0o666).map_err(|e| (self.refuse)(&e))?;
         }
         Ok(revised)
     }
@@ -269,6 +285,23 @@ mod tests {
         assert!(!root.path().join("manifest-3.json").exists());
         assert_eq!(read("manifest.json"), "2");
         assert!(!root.path().join("failure.json").exists());
+    }
+
+    #[test]
+    fn only_a_new_run_is_advised_to_have_another_folder() {
+        let root = tempfile::tempdir().unwrap();
+        fs_err::create_dir(root.path().join("launcher.lock")).unwrap();
+        let hint = |folder: anyhow::Result<Folder>| {
+            let error = folder.err().unwrap();
+            assert_eq!(exit::code_of(&error), exit::CANNOT_WRITE);
+            let text = error.to_string();
+            text.split_once("hint: ").unwrap().1.to_owned()
+        };
+        assert_eq!(hint(Folder::at(root.path())), "give another --run-dir");
+        assert_eq!(
+            hint(Folder::resume(root.path())),
+            "a run goes on in its own folder: let this user write there"
+        );
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod dry_run;
 mod idle;
 mod in_slurm;
 mod node;
+mod of_first;
 mod prepared;
 mod take_up;
 mod variables;

@@ -31,13 +31,9 @@ pub const RANK_VARIABLES: [&str; 10] = [
 ];
 
 /// Variables of another launcher that change how torch starts, and none of ours sets.
-pub const REMOVED_VARIABLES: [&str; 9] = [
+pub const REMOVED_VARIABLES: [&str; 5] = [
     "TORCHELASTIC_USE_AGENT_STORE",
     "TORCHELASTIC_ERROR_FILE",
-    "GROUP_WORLD_SIZE",
-    "ROLE_RANK",
-    "ROLE_WORLD_SIZE",
-    "ROLE_NAME",
     "TSM_AGENT_FD",
     "TSM_RESUME_FROM",
     "TSM_START_FROM",
@@ -46,16 +42,21 @@ pub const REMOVED_VARIABLES: [&str; 9] = [
 const RANKS: &str = "it gives every rank its own; say how many with --gpus, --cpus and --nodes";
 const MEETING: &str = "it finds an address and a port that all ranks reach";
 const STARTS: &str = "it counts the starts; --max-restarts says how many there may be";
+const ROLE: &str = "it gives all ranks one role, as torchrun does by itself";
 const RUN: &str = "it calls a run after its folder, which --run-dir names";
 
 /// Variables that every worker gets from the launcher, whatever else is set, and how to choose their value.
-pub const SET_VARIABLES: [(&str, &str); 20] = [
+pub const SET_VARIABLES: [(&str, &str); 24] = [
     ("RANK", RANKS),
     ("LOCAL_RANK", RANKS),
     ("WORLD_SIZE", RANKS),
     ("LOCAL_WORLD_SIZE", RANKS),
     ("GROUP_RANK", RANKS),
+    ("GROUP_WORLD_SIZE", RANKS),
     ("NODE_RANK", RANKS),
+    ("ROLE_NAME", ROLE),
+    ("ROLE_RANK", ROLE),
+    ("ROLE_WORLD_SIZE", ROLE),
     ("MASTER_ADDR", MEETING),
     ("MASTER_PORT", MEETING),
     ("CUDA_VISIBLE_DEVICES", "choose GPUs with --gpus 0,1,3"),
@@ -212,6 +213,7 @@ pub fn stale_variable(get: impl Fn(&str) -> Option<String>) -> Option<(&'static 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Seat {
     pub node_rank: u32,
+    pub num_nodes: u32,
     pub first_rank: u32,
     pub world_size: u32,
     pub master_addr: IpAddr,
@@ -226,6 +228,7 @@ impl Seat {
     pub fn alone(world_size: usize) -> Seat {
         Seat {
             node_rank: 0,
+            num_nodes: 1,
             first_rank: 0,
             world_size: world_size as u32,
             master_addr: IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -296,7 +299,11 @@ fn environment(
     set("WORLD_SIZE", &seat.world_size.to_string());
     set("LOCAL_WORLD_SIZE", &shape.devices.len().to_string());
     set("GROUP_RANK", &seat.node_rank.to_string());
+    set("GROUP_WORLD_SIZE", &seat.num_nodes.to_string());
     set("NODE_RANK", &seat.node_rank.to_string());
+    set("ROLE_NAME", "default");
+    set("ROLE_RANK", &rank.to_string());
+    set("ROLE_WORLD_SIZE", &seat.world_size.to_string());
     set("MASTER_ADDR", &seat.master_addr.to_string());
     set("MASTER_PORT", &port(shape.master_port));
     set("CUDA_VISIBLE_DEVICES", &shape.devices.cuda_visible());

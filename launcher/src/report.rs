@@ -5,6 +5,7 @@ mod text;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tsm_job::exit;
 
 use crate::blame::{Culprit, Fault, Role, role};
 use crate::class::{self, Again, Class, Facts, classify, unstarted};
@@ -97,6 +98,7 @@ impl Failure {
             class: self.class,
             again: self.again,
             signature: self.signature.clone(),
+            evidence: self.evidence.clone(),
             host: Some(self.host.clone()),
             agent: 0,
             tells: false,
@@ -130,6 +132,8 @@ pub struct Run<'a> {
     pub id: &'a str,
     pub dir: &'a Path,
     pub exit_code: i32,
+    /// The workers talk to the launcher, as our trainer does, and so give the exit codes of [`tsm_job::exit`].
+    pub tells: bool,
     /// Processes that the kernel's out-of-memory killer ended meanwhile on the machine of the culprit.
     pub oom_kills: OomKills,
     /// Lines of the kernel's log about GPUs of that machine.
@@ -141,8 +145,33 @@ pub struct Run<'a> {
     pub earlier: &'a [Incident],
     /// Why some output of ranks is not in the log files.
     pub missing: Option<&'a str>,
-    /// The command that continues the run, where the workers know how to.
-    pub resume: Option<&'a str>,
+    /// Where the workers know how to continue it.
+    pub resume: Option<&'a GoOn>,
+}
+
+/// How a run is continued after a failure.
+#[derive(Clone, Debug, PartialEq)]
+pub enum GoOn {
+    /// By this command.
+    Command(String),
+    /// By the same job of SLURM. `may`: SLURM lets its user queue it again.
+    Requeue { job: String, may: bool },
+}
+
+impl GoOn {
+    /// What to continue the run in `dir` with that ended with `code`.
+    fn words(&self, code: i32, dir: &Path) -> String {
+        match self {
+            GoOn::Command(command) => command.clone(),
+            // Of a job that ended with that code the next turn ends as the last.
+            GoOn::Requeue { job, may: true } if code != exit::DO_NOT_REQUEUE => {
+                format!("scontrol requeue {job}")
+            }
+            GoOn::Requeue { .. } => {
+                format!("a new job, and --resume {} in it", dir.display())
+            }
+        }
+    }
 }
 
 /// The node of a rank.
@@ -342,14 +371,15 @@ fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<Str
         }),
         end => {
             let all = Some(run.oom_kills.all).filter(|&all| all > 0);
-            let meaning = end.meaning().map(str::to_string);
+            let meaning = end.meaning(run.tells).map(str::to_string);
             meaning.or_else(|| all.map(killed))
         }
     }
 }
 
 fn hint(run: &Run, advice: &str) -> String {
-    match run.resume {
+    let resume = run.resume.map(|go_on| go_on.words(run.exit_code, run.dir));
+    match resume {
         Some(command) if advice.is_empty() => {
             format!("once the cause is gone, continue with: {command}")
         }

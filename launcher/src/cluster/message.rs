@@ -250,6 +250,9 @@ pub struct Join {
     pub addresses: Vec<(IpAddr, String)>,
     /// Digest of the job on the agent's own command line; `None` where it has none.
     pub job: Option<String>,
+    /// What else is on it that counts on the coordinator's alone: flags and values.
+    #[serde(default)]
+    pub options: Vec<(String, String)>,
     pub facts: Facts,
     /// Milliseconds since 1970 by the coordinator's clock, when it came in; 0 until then.
     #[serde(default)]

@@ -18,6 +18,7 @@
 //!   refills the budget, there is no total. A job that comes to no checkpoint ends after `--max-restarts`.
 //! - Restarts at once make a broken file server or network worse; waiting costs GPU hours when nothing is wrong: there
 //!   is a backoff only while no progress is made. Where it is not known, a start that lasted [`LONG_START`] ends it.
+//! - A restart is announced that cannot be, since too few nodes are left: the job ends with its own failure instead.
 //! - The broken node is given ranks again: a host whose GPU failed is left out; one that was in the way
 //!   [`MAX_INCIDENTS_OF_A_HOST`] times is, if the others suffice. A permanent blacklist starves a job
 //!   (horovod#3319): a lost node may come back after [`COOLDOWN`], and who is left out is said with the reason.
@@ -74,8 +75,10 @@ pub struct Incident {
     pub ran: Duration,
     pub class: Class,
     pub again: Again,
-    /// See [`crate::class::signature`].
+    /// By what it is compared with others, see [`crate::class::signature`].
     pub signature: String,
+    /// The line that tells, as it was: what people are shown.
+    pub evidence: String,
     /// The host to blame.
     pub host: Option<String>,
     /// Which of the agents of that host, where it has several.
@@ -92,6 +95,16 @@ pub struct Incident {
     pub checkpoint_step: Option<u64>,
 }
 
+impl Incident {
+    /// Its class, with the line that tells. What ranks that hang had said last tells nothing.
+    fn what(&self) -> String {
+        match self.class {
+            Class::Hang => self.class.to_string(),
+            class => format!("{class}: {}", self.evidence),
+        }
+    }
+}
+
 impl fmt::Display for Incident {
     /// `rank 3 on gpu-01 at step 66: killed from outside: signal 9 (SIGKILL)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -104,7 +117,7 @@ impl fmt::Display for Incident {
         if let Some(step) = self.step {
             write!(f, " at step {step}")?;
         }
-        write!(f, ": {}", self.signature)
+        write!(f, ": {}", self.what())
     }
 }
 
@@ -172,8 +185,39 @@ impl StopCode {
     }
 }
 
-/// What to do about `incident`, which came after all of `earlier`, each of which was answered by a restart.
-pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> Verdict {
+/// The nodes that a start can have, where no other may join.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stock {
+    /// Host, and which of its agents.
+    pub nodes: Vec<(String, u32)>,
+    /// So many does a start need.
+    pub needed: usize,
+}
+
+impl Stock {
+    /// Why they do not suffice without those that cannot run the job.
+    fn lacks(&self, left_out: &[LeftOut]) -> Option<String> {
+        let is_out = |host: &str, agent| left_out.iter().any(|l| l.must && l.covers(host, agent));
+        let nodes = self.nodes.iter();
+        let fit = nodes.filter(|(host, agent)| !is_out(host, *agent)).count();
+        match (fit, self.needed) {
+            (fit, needed) if fit >= needed => None,
+            (0, 1) => Some("there is no other node to start it on".into()),
+            (fit, needed) => Some(format!(
+                "a start needs {needed} nodes, and has {fit} without the one that failed"
+            )),
+        }
+    }
+}
+
+/// What to do about `incident`, which came after all of `earlier`, each of which was answered by a restart. `stock`:
+/// `None` where other nodes may still join.
+pub fn decide(
+    options: &Options,
+    stock: Option<&Stock>,
+    earlier: &[Incident],
+    incident: &Incident,
+) -> Verdict {
     let history: Vec<&Incident> = earlier.iter().chain([incident]).collect();
     let starts = Starts { options, history };
     let known = starts.progress_is_known();
@@ -199,13 +243,10 @@ pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> V
     }
     if known && starts.seen_before() {
         return give_up(match incident.step {
-            Some(step) => format!(
-                "the same failure at step {step} twice: {}",
-                incident.signature
-            ),
+            Some(step) => format!("the same failure at step {step} twice: {}", incident.what()),
             None => format!(
                 "the same failure before the first step twice: {}",
-                incident.signature
+                incident.what()
             ),
         });
     }
@@ -231,6 +272,10 @@ pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> V
             ),
         });
     }
+    let leave_out = starts.left_out();
+    if let Some(lacks) = stock.and_then(|stock| stock.lacks(&leave_out)) {
+        return keep(format!("{}: {lacks}", incident.class));
+    }
     let after = match fruitless {
         0 => Duration::ZERO,
         n => backoff(options, n as u32 - 1),
@@ -253,7 +298,7 @@ pub fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> V
     };
     Verdict::Restart {
         after,
-        leave_out: starts.left_out(),
+        leave_out,
         why: format!("{why}; restarts left: {}", left - 1),
     }
 }
@@ -383,7 +428,7 @@ impl Starts<'_> {
         };
         let unfit = |i: &&&Incident| i.again == Again::Elsewhere && i.class != Class::NodeLost;
         if let Some(unfit) = self.history.iter().filter(of_host).find(unfit) {
-            return Some(left_out(None, true, None, unfit.signature.clone()));
+            return Some(left_out(None, true, None, unfit.what()));
         }
         let recent = &self.history[self.history.len().saturating_sub(RECENT)..];
         let suspect = |i: &&&Incident| {
@@ -406,14 +451,14 @@ impl Starts<'_> {
                 "{} of the last {} failures began there, the last: {}",
                 incidents.len(),
                 recent.len(),
-                last.signature
+                last.what()
             );
             return Some(left_out(Some(agent), false, None, why));
         }
         let until = last.at + COOLDOWN;
         let now = self.history.last().map_or(Duration::ZERO, |h| h.at);
         (last.class == Class::NodeLost && now < until)
-            .then(|| left_out(Some(agent), false, Some(until), last.signature.clone()))
+            .then(|| left_out(Some(agent), false, Some(until), last.what()))
     }
 }
 

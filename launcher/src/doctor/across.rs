@@ -196,6 +196,7 @@ mod tests {
             gpus: (0..num_gpus).map(gpu).collect(),
             addresses: Vec::new(),
             job: None,
+            options: Vec::new(),
             received_ms: 0,
             facts: Facts {
                 driver: driver.map(String::from),

@@ -110,7 +110,10 @@ pub fn judge(folder: &Path, disk: &Disk) -> Vec<Finding> {
     if disk.free_bytes < MIN_FREE {
         found.push(Finding::error(
             "disk",
-            format!("{free} of {total} are free for {name}"),
+            format!(
+                "{free} of {total} are free for {name}, and even a short run needs {}",
+                size(MIN_FREE)
+            ),
             hint,
         ));
     } else if disk.free_bytes < LOW_FREE {
@@ -171,6 +174,20 @@ mod tests {
             .iter()
             .map(|f| f.severity)
             .collect()
+    }
+
+    #[test]
+    fn how_much_is_needed_is_said() {
+        let disk = Disk {
+            free_bytes: 3 << 20,
+            total_bytes: 3 << 20,
+            free_inodes: None,
+            write: Ok(Duration::ZERO),
+        };
+        assert_eq!(
+            judge(Path::new("/r"), &disk)[0].text,
+            "3.0 MiB of 3.0 MiB are free for /r, and even a short run needs 16.0 MiB"
+        );
     }
 
     #[test]

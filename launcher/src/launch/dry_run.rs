@@ -19,7 +19,9 @@ pub(super) fn dry_run(args: &Args, mut target: Target, devices: &Devices) -> any
     } else {
         cores::allowed()
     };
-    let mut seat = Seat::alone(devices.len() * args.num_nodes().max as usize);
+    let num_nodes = args.num_nodes().max;
+    let mut seat = Seat::alone(devices.len() * num_nodes as usize);
+    seat.num_nodes = num_nodes;
     seat.max_restarts = args.max_restarts;
     let is_in_place = target
         .resume

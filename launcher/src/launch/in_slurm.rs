@@ -88,7 +88,7 @@ async fn on_nodes(
         argv: srun.argv,
         env_remove: srun.env_remove,
         is_wire: false,
-        code_meaning: |_| None,
+        code_meaning: |_, _| None,
         retries: 0,
     };
     let voice = session.voice.clone();

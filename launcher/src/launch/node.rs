@@ -8,6 +8,7 @@ use tsm_job::config::DeviceKind;
 use tsm_job::exit;
 
 use super::dry_run::run_dir;
+use super::of_first;
 use super::prepared::prepare;
 use crate::cli::{Args, Preflight};
 use crate::cluster::agent::{self, Leave};
@@ -123,6 +124,7 @@ impl Node<'_> {
         prepared.session.settings.open = true;
         prepared.session.settings.is_read = is_read;
         prepared.session.settings.job.digest = digest;
+        prepared.session.settings.job.options = of_first::options(std::env::args_os(), false);
         fit::job(&prepared.session.settings.job)?;
         prepared.session.hub.listen(listener, key.clone(), tls);
         let order = self.order.or(Some(0));
@@ -140,6 +142,7 @@ impl Node<'_> {
             host: manifest::host(),
             order: self.order,
             job: Some(digest(&self.target)),
+            options: of_first::options(std::env::args_os(), true),
             devices: self.devices,
             key: Some(key),
             local: false,

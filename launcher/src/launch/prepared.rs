@@ -23,6 +23,7 @@ use crate::hang::progress::Limits;
 use crate::logs::Shown;
 use crate::manifest::{self, Manifest};
 use crate::plan::Devices;
+use crate::report::GoOn;
 use crate::say::say;
 use crate::session::{Session, Voice};
 use crate::start::agent::{self as start_agent, Parts};
@@ -59,6 +60,7 @@ impl Prepared {
             let save_in = turn.save_in(std::time::SystemTime::now());
             settings.save_at = save_in.map(|d| start.elapsed() + d);
             settings.job.shielded = true;
+            settings.job.resume = turn.go_on().or(settings.job.resume.take());
         }
         settings.requeues = turn.may_be_queued_again();
         self.session.turn = Some(turn);
@@ -86,6 +88,7 @@ impl Prepared {
             host: manifest::host(),
             order,
             job: None,
+            options: Vec::new(),
             key,
             local: true,
             shown: Some(Shown {
@@ -216,6 +219,7 @@ fn job(
         run_id: run_id(&run_dir),
         config: config.map(|_| text(&folder.config)).transpose()?,
         digest: String::new(),
+        options: Vec::new(),
         command: target.command(&folder.config),
         directory: folder::current()?,
         base_env: None,
@@ -229,7 +233,8 @@ fn job(
             Some(Show::All) | None => None,
         },
         affinity: !args.no_affinity,
-        resume: is_trainer.then(|| again::command(std::env::args_os(), args, &run_dir)),
+        resume: is_trainer
+            .then(|| GoOn::Command(again::command(std::env::args_os(), args, &run_dir))),
         saves: is_trainer,
         shielded: false,
         run_dir,

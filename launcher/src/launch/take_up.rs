@@ -93,6 +93,13 @@ fn finished(what: &str, folder: &Path, code: i32) -> Begin {
 
 /// The command line that goes on with the run in `folder`, whatever CONFIG says by now, which is told where it differs.
 fn go_on(args: &Args, folder: &Path) -> Args {
+    if earlier::outcome(folder).is_some_and(|(outcome, _)| outcome == earlier::UNREADABLE) {
+        let manifest = RunDir::new(folder).manifest();
+        say(format_args!(
+            "warning: {} cannot be read: how the run ended is not known, and it goes on",
+            manifest.display()
+        ));
+    }
     if let (Some(config), true) = (&args.config, args.program.is_empty()) {
         let own = last_config(folder);
         let load = |path: &Path, overrides: &[String]| {
@@ -224,12 +231,17 @@ mod tests {
         assert_eq!(resumed(), goes_on);
         for (manifest, expected) in [
             (r#"{"outcome":"failed","exit_code":76}"#, goes_on.clone()),
-            (r#"{"outcome":"running","exit_code":null}"#, goes_on),
+            (r#"{"outcome":"running","exit_code":null}"#, goes_on.clone()),
             (r#"{"outcome":"succeeded","exit_code":0}"#, Err(0)),
             (r#"{"outcome":"failed","exit_code":93}"#, Err(93)),
+            ("", goes_on.clone()),
+            (r#"{"outcome":"succ"#, goes_on.clone()),
         ] {
             fs_err::write(folder.join("manifest.json"), manifest).unwrap();
             assert_eq!(resumed(), expected, "{manifest}");
         }
+        // Of a program, which has no config.
+        fs_err::remove_file(folder.join("config.yaml")).unwrap();
+        assert_eq!(resumed(), goes_on);
     }
 }

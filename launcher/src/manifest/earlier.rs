@@ -14,9 +14,15 @@ pub fn began_from(dir: &Path) -> Option<PathBuf> {
     (from != dir).then_some(from)
 }
 
+/// The outcome of a launcher whose manifest is empty or half of one, as a machine that loses its power may leave it.
+pub const UNREADABLE: &str = "unreadable";
+
 /// The outcome and exit code of the last launcher in `dir`; `None` where none has come to write a manifest.
 pub fn outcome(dir: &Path) -> Option<(String, Option<i32>)> {
-    let manifest = read(&RunDir::new(dir).manifest())?;
+    let path = RunDir::new(dir).manifest();
+    let Some(manifest) = read(&path) else {
+        return path.exists().then(|| (UNREADABLE.into(), None));
+    };
     let outcome = manifest["outcome"].as_str().unwrap_or("running");
     let code = manifest["exit_code"].as_i64();
     let code = code.and_then(|code| i32::try_from(code).ok());

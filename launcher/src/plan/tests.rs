@@ -114,6 +114,11 @@ fn the_environment_is_torchs_and_ours() {
         ("LOCAL_RANK", "1"),
         ("WORLD_SIZE", "2"),
         ("LOCAL_WORLD_SIZE", "2"),
+        ("GROUP_RANK", "0"),
+        ("GROUP_WORLD_SIZE", "1"),
+        ("ROLE_NAME", "default"),
+        ("ROLE_RANK", "1"),
+        ("ROLE_WORLD_SIZE", "2"),
         ("MASTER_ADDR", "127.0.0.1"),
         ("MASTER_PORT", "4242"),
         ("CUDA_VISIBLE_DEVICES", "1,2"),
@@ -197,5 +202,5 @@ fn the_plan_is_readable() {
         text.contains("rank 1: cpu, cores 2-3\n  RANK=1\n  LOCAL_RANK=1\n"),
         "{text}"
     );
-    assert_eq!(text.matches("WORLD_SIZE=2").count(), 2, "{text}");
+    assert_eq!(text.matches("WORLD_SIZE=2").count(), 3, "{text}");
 }

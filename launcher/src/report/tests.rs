@@ -1,5 +1,6 @@
 use super::*;
 use crate::blame::tests::fault;
+use std::sync::LazyLock;
 
 fn place(rank: usize, stderr: &[&str]) -> Place {
     Place {
@@ -16,17 +17,20 @@ fn place(rank: usize, stderr: &[&str]) -> Place {
 }
 
 fn run<'a>() -> Run<'a> {
+    static RESUME: LazyLock<GoOn> =
+        LazyLock::new(|| GoOn::Command("tsm-launch --cpus 6 --resume runs/r".into()));
     Run {
         id: "r",
         dir: Path::new("runs/r"),
         exit_code: 17,
+        tells: true,
         oom_kills: OomKills::default(),
         xids: &[],
         homes: &[],
         stacks: None,
         earlier: &[],
         missing: None,
-        resume: Some("tsm-launch --cpus 6 --resume runs/r"),
+        resume: Some(&RESUME),
     }
 }
 
@@ -133,6 +137,43 @@ fn only_who_was_told_nothing_is_said_to_have_succeeded() {
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
+}
+
+#[test]
+fn a_job_of_slurm_goes_on_as_slurm_lets_it() {
+    let hint = |may, exit_code| {
+        let ranks = [ended(Some(End::Code(1)), 5)];
+        let places = [place(0, &["boom"])];
+        let fault = fault(&ranks, |i| own_words(&places[i])).unwrap();
+        let job = "7_2".into();
+        let run = Run {
+            exit_code,
+            resume: Some(&GoOn::Requeue { job, may }),
+            ..run()
+        };
+        failure(&run, &fault, &ranks, &places).hint
+    };
+    let continued = "once the cause is gone, continue with: ";
+    assert_eq!(hint(true, 1), format!("{continued}scontrol requeue 7_2"));
+    // A turn after code 93 does nothing, and a job with --no-requeue has none.
+    let new = format!("{continued}a new job, and --resume runs/r in it");
+    assert_eq!(hint(true, exit::DO_NOT_REQUEUE), new);
+    assert_eq!(hint(false, 1), new);
+}
+
+#[test]
+fn a_code_means_ours_only_from_a_program_that_talks_to_us() {
+    let text = |code, tells| {
+        let ranks = [ended(Some(End::Code(code)), 5)];
+        let places = [place(0, &["boom"])];
+        let fault = fault(&ranks, |i| own_words(&places[i])).unwrap();
+        failure(&Run { tells, ..run() }, &fault, &ranks, &places).to_string()
+    };
+    for code in [64, 65, 70, 75, 76, 92, 93] {
+        assert!(!text(code, false).contains("meaning"), "{code}");
+    }
+    assert!(text(70, true).contains("meaning: a bug of tsm-trainer"));
+    assert!(text(127, false).contains("meaning: the program was not found"));
 }
 
 #[test]
@@ -273,6 +314,7 @@ fn a_lost_node_is_named_with_its_ranks() {
         class: Class::Killed,
         again: class::Again::MayWork,
         signature: "killed from outside: signal 9 (SIGKILL)".into(),
+        evidence: "signal 9 (SIGKILL)".into(),
         host: Some("gpu-01".into()),
         agent: 0,
         rank: Some(1),
@@ -305,7 +347,11 @@ fn a_lost_node_is_named_with_its_ranks() {
     );
     assert_eq!(json["earlier"][0]["class"], "killed");
     let incident = failure.incident(Duration::from_secs(5), Some(8), None);
-    assert_eq!(incident.to_string(), "node gpu-02 at step 8: node lost");
+    assert_eq!(
+        incident.to_string(),
+        "node gpu-02 at step 8: node lost: no sign of life for 1.5 s"
+    );
+    assert_eq!(incident.signature, "node lost");
     assert_eq!(
         (incident.at, incident.again),
         (Duration::from_secs(9), class::Again::Elsewhere)
@@ -375,7 +421,8 @@ fn of_a_long_history_the_first_and_the_last_failures_are_told() {
         ran: Duration::from_secs(1),
         class: Class::Program,
         again: class::Again::MayWork,
-        signature: "exit code 3".into(),
+        signature: "program error: exit code #".into(),
+        evidence: "exit code 3".into(),
         host: None,
         agent: 0,
         rank: Some(0),

@@ -70,6 +70,8 @@ pub struct Parts {
     pub order: Option<u32>,
     /// Digest of the job on its own command line.
     pub job: Option<String>,
+    /// What else is on it that counts on the first node alone.
+    pub options: Vec<(String, String)>,
     pub key: Option<Key>,
     pub local: bool,
     pub shown: Option<Shown>,
@@ -94,6 +96,7 @@ impl Parts {
             gpus: self.devices.gpus().to_vec(),
             addresses: if alone { Vec::new() } else { addresses::list() },
             job: self.job,
+            options: self.options,
             facts: self
                 .preflight
                 .as_ref()
@@ -161,6 +164,7 @@ pub fn main(args: &Args, start: Instant) -> anyhow::Result<i32> {
             devices,
             order,
             job: None,
+            options: Vec::new(),
             key: Some(key),
             local: false,
             shown: None,

@@ -50,7 +50,8 @@ pub struct Starter {
     pub env_remove: &'static [&'static str],
     /// Its stdin and stdout are the connection to one agent; else agents dial, and only the key goes to stdin.
     pub is_wire: bool,
-    pub code_meaning: fn(i32) -> Option<&'static str>,
+    /// What its exit code says when no agent has come.
+    pub code_meaning: fn(&Starter, i32) -> Option<String>,
     /// How often it is started again, counted since its last agent came.
     pub retries: u32,
 }
@@ -288,7 +289,7 @@ impl Keeper {
         let name = Path::new(&program).file_name().unwrap_or(&program);
         let name = name.to_string_lossy();
         let how = format!("{name} ended with {end}");
-        let mut message = match (late, (self.starter.code_meaning)(code)) {
+        let mut message = match (late, (self.starter.code_meaning)(&self.starter, code)) {
             (true, _) => format!("{name} brought no agent within {}", duration::format(LOGIN)),
             (false, Some(meaning)) => format!("{how}: {meaning}"),
             (false, None) => how,

@@ -236,20 +236,32 @@ fn nodes(given: Option<Nodes>, hosts: u32) -> Result<Nodes, Coded> {
     Ok(nodes)
 }
 
-/// What ssh's exit code says when no agent has come; the agent's own codes speak for themselves.
-fn meaning(code: i32) -> Option<&'static str> {
-    match code {
-        255 => Some(
-            "no connection; see whether `ssh -o BatchMode=yes HOST true` works, \
-             and connect once by hand where the host is new",
-        ),
-        127 => Some(
+/// What the exit code of ssh says; the agent's own codes speak for themselves.
+fn meaning(starter: &Starter, code: i32) -> Option<String> {
+    let text = match code {
+        255 => {
+            let trial = plan::shell(&trial(&starter.argv));
+            return Some(format!(
+                "no connection; see whether `{trial}` works, and connect once by hand where the host is new"
+            ));
+        }
+        127 => {
             "tsm-launch is not there; install it at the same path on every host, \
-             or name it with --remote-launcher PATH",
-        ),
-        126 => Some("tsm-launch cannot be executed there; it may be built for another machine"),
-        _ => None,
-    }
+             or name it with --remote-launcher PATH"
+        }
+        126 => "tsm-launch cannot be executed there; it may be built for another machine",
+        _ => return None,
+    };
+    Some(text.into())
+}
+
+/// The words of `--ssh` that brought no connection, for a connection by hand. `argv` is one of [`Plan::argv`].
+fn trial(argv: &[OsString]) -> Vec<OsString> {
+    let (own, rest) = argv.split_at(argv.len().saturating_sub(OPTIONS.len() + 3));
+    let host = rest.iter().rev().nth(1);
+    let quiet = ["-o", "BatchMode=yes"].map(OsString::from);
+    let own = own.iter().cloned().chain(quiet);
+    own.chain(host.cloned()).chain(["true".into()]).collect()
 }
 
 /// The part of an environment that is as good on another host.
@@ -301,6 +313,9 @@ mod tests {
             found[found.len() - 1],
             "exec '/opt/my apps/tsm-launch' __agent --stdio --cpus 2 --order 3 --host gpu-01"
         );
+        let argv = ours.argv(3, &host, &Workers::Cpus(2));
+        let by_hand = plan::shell(&trial(&argv));
+        assert_eq!(by_hand, "ssh -p 2222 -o BatchMode=yes me@gpu-01 true");
         let gpus = Workers::Gpus(Gpus::List(vec![0, 2]));
         let at_home = plan("~/bin/tsm-launch", Preflight::Off);
         assert_eq!(

@@ -61,6 +61,23 @@ fn a_wrong_key_another_program_and_garbage_are_refused_and_the_job_goes_on() {
 }
 
 #[test]
+fn a_node_that_was_started_with_other_rules_learns_that_they_do_not_count() {
+    let Some(cluster) = Cluster::new(2) else {
+        return;
+    };
+    let mut job = Job::new(&cluster);
+    job.start(1, "--nodes 2", "--meet --exit 0");
+    job.wait_until_joined(1);
+    job.start(2, "--nodes 3 --grace 5s --no-view", "--meet --exit 0");
+    assert_eq!(job.end(), [0, 0]);
+    let text = "was started with --nodes 3, --grace 5s: what the first node has counts, --nodes 2, no --grace\n";
+    for (n, who) in [(1, "node-2"), (2, "this node")] {
+        let text = format!("warning: {who} {text}");
+        assert!(job.err(n).contains(&text), "{}", job.err(n));
+    }
+}
+
+#[test]
 fn a_node_with_another_config_is_sent_away() {
     let Some(cluster) = Cluster::new(2) else {
         return;

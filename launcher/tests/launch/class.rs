@@ -130,3 +130,24 @@ fn a_program_that_reports_no_steps_is_started_again_as_often_as_is_allowed() {
         assert_eq!(generations.as_array().unwrap().len(), 1, "{}", outcome.err);
     }
 }
+
+/// A broken machine is left out where there is another.
+#[test]
+fn a_machine_that_cannot_run_the_job_and_is_alone_is_no_reason_for_a_restart() {
+    let scene = Scene::new();
+    let words = "--cpus=1 --max-restarts=2 --run-dir=run -- sh -c";
+    let mut words: Vec<&str> = words.split(' ').collect();
+    words.push("exit 69");
+    let outcome = finish(start(&mut scene.command(&words)));
+    assert_eq!(outcome.code, 69, "{}", outcome.err);
+    let manifest = scene.json("manifest.json");
+    assert_eq!(manifest["generations"].as_array().unwrap().len(), 1);
+    assert_eq!(manifest["reason"], "rank 0 failed first: exit code 69");
+    assert_eq!(manifest["left_out"], serde_json::json!([]));
+    let last = "\ntsm-launch: hardware: there is no other node to start it on\n";
+    assert!(outcome.err.ends_with(last), "{}", outcome.err);
+    // It is no program of ours, so nobody knows what its codes mean.
+    for text in ["restarts left", "gets no ranks", "are left", "meaning:"] {
+        assert!(!outcome.err.contains(text), "{text}\n{}", outcome.err);
+    }
+}

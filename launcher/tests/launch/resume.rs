@@ -68,6 +68,13 @@ fn the_same_command_starts_a_run_goes_on_with_it_and_finds_it_finished() {
     let finished = format!("tsm-launch: the run has finished in {run} with exit code 0\n");
     assert_eq!(outcome.out, finished);
     assert!(!scene.run_dir().join("manifest-2.json").exists());
+    // A machine that lost its power leaves an empty file, or a part of one.
+    fs_err::write(scene.run_dir().join("manifest.json"), "").unwrap();
+    let outcome = again();
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert_eq!(outcome.out, format!("0 | from {run}\n"));
+    let warning = format!("warning: {run}/manifest.json cannot be read: ");
+    assert!(outcome.err.contains(&warning), "{}", outcome.err);
     let outcome = finish(start(&mut scene.command(&[
         "--cpus=1",
         "--continue",

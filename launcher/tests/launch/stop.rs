@@ -94,11 +94,11 @@ fn a_worker_that_ignores_sigterm_is_killed_after_the_grace() {
     let scene = Scene::new();
     let ready = scene.path("ready");
     let wait = format!(
-        "--ignore-sigterm --touch {0}{{rank}} --wait-for {0}0 --wait-for {0}1",
+        "--ignore-sigterm --touch {0}{{rank}} --wait-for {0}0 --wait-for {0}1 --wait-for {0}2",
         ready.display()
     );
     let outcome = scene.launch(
-        "--cpus 2 --grace 300ms",
+        "--cpus 3 --grace 300ms",
         &format!("{wait} --on-rank 0 --exit 5"),
     );
     assert_eq!(outcome.code, 5, "{}", outcome.err);
@@ -107,13 +107,12 @@ fn a_worker_that_ignores_sigterm_is_killed_after_the_grace() {
         "{:?}",
         outcome.took
     );
-    assert!(
-        outcome
-            .err
-            .contains("rank 1: stopped by the launcher: signal 9 (SIGKILL)"),
-        "{}",
-        outcome.err
-    );
+    for text in [
+        "the grace is over: killing ranks 1-2\n",
+        "ranks 1-2: stopped by the launcher: signal 9 (SIGKILL)",
+    ] {
+        assert!(outcome.err.contains(text), "{}", outcome.err);
+    }
 }
 
 #[test]

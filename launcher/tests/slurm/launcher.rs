@@ -179,6 +179,33 @@ fn run_of(scene: &Scene, job: crate::JobId) -> PathBuf {
 }
 
 #[test]
+fn a_training_that_failed_goes_on_by_the_command_of_its_hint() {
+    let Some(scene) = Scene::new("mended") else {
+        return;
+    };
+    let fails = TRAINER.replacen('\n', "\n[ -e mended ] || exit 17\n", 1);
+    write_program(&scene.dir.join("trainer"), &fails);
+    fs_err::write(scene.dir.join("goal"), "0").unwrap();
+    let job = scene.submit(&[], &format!("--trainer trainer --cpus 1 {DEMO}"));
+    let said = scene.wait(job, "FAILED", 0);
+    let hint = format!("hint: once the cause is gone, continue with: scontrol requeue {job}\n");
+    assert!(said.contains(&hint), "{said}");
+    fs_err::write(scene.dir.join("mended"), "").unwrap();
+    scene.cluster.until("the job to be queued again", || {
+        scene.cluster.slurm().requeue(job).is_ok().then_some(())
+    });
+    scene.cluster.until("its next turn", || {
+        Some(scene.cluster.job(job)).filter(|j| j.restarts == 1)
+    });
+    scene.wait(job, "COMPLETED", 1);
+    let run = run_of(&scene, job);
+    let starts = fs_err::read_to_string(run.join("starts")).unwrap();
+    let resumed = format!("resume {},", run.display());
+    assert_eq!(starts.matches(&resumed).count(), 2, "{starts}");
+    scene.assert_nothing_is_left();
+}
+
+#[test]
 fn a_pre_empted_job_saves_is_queued_again_and_goes_on() {
     let Some(scene) = Scene::new("preempted") else {
         return;

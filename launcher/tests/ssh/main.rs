@@ -200,6 +200,10 @@ fn what_keeps_ssh_or_the_agent_from_starting_is_said_in_its_own_words() {
         ),
         (
             "--hosts intruder --cpus 1",
+            " -o BatchMode=yes intruder true` works, and connect once by hand",
+        ),
+        (
+            "--hosts intruder --cpus 1",
             "\n  root@127.0.0.1: Permission denied",
         ),
         ("--hosts stranger --cpus 1", "Host key verification failed"),

@@ -126,6 +126,7 @@ fn lines(ends: &[NodeEnds], fault: &Fault, ranks: &[Vec<Rank>], words: &[&str]) 
         id: "r",
         dir: Path::new("runs/r"),
         exit_code: 1,
+        tells: true,
         oom_kills: OomKills::default(),
         xids: &[],
         homes: &homes,

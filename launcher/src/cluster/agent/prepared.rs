@@ -95,6 +95,7 @@ fn plans(setup: &Setup, start: &Start, master_port: u16) -> anyhow::Result<Vec<W
     };
     let seat = Seat {
         node_rank: start.node_rank,
+        num_nodes: start.num_nodes,
         first_rank: start.first_rank,
         world_size: start.world_size,
         master_addr: start.master_addr,

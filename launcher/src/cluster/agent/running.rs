@@ -10,6 +10,7 @@ use crate::hang::report::Inspection;
 use crate::limits;
 use crate::logs::Finished;
 use crate::supervisor::{Action, Event, Phase};
+use crate::text::ranks_named;
 use tokio::sync::oneshot;
 use tsm_job::exit;
 
@@ -107,11 +108,8 @@ impl Agent {
                     end,
                 }),
                 Action::GraceOver { ranks } => {
-                    let ranks: Vec<String> = ranks
-                        .iter()
-                        .map(|&r| (first + r as u32).to_string())
-                        .collect();
-                    let text = format!("the grace is over: killing rank {}", ranks.join(", "));
+                    let ranks: Vec<u32> = ranks.iter().map(|&r| first + r as u32).collect();
+                    let text = format!("the grace is over: killing {}", ranks_named(&ranks));
                     self.say(FromAgent::Notice { text });
                 }
                 Action::Signal { .. } | Action::Kill { .. } => {}

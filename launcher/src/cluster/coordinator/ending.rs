@@ -6,7 +6,7 @@ use tsm_job::config::duration::format;
 use tsm_job::exit;
 
 use super::passing::left_behind;
-use super::{Action, Cause, NOT_RUNNING, Phase, Reason, State, record};
+use super::{Action, Cause, NOT_RUNNING, Node, Phase, Reason, State, record};
 use crate::blame::{Culprit, Fault, Hang, Lost, NodeEnds, Seen, first_failure};
 use crate::clock::Utc;
 use crate::cluster::policy;
@@ -233,17 +233,20 @@ impl State {
         let node = node.map(|m| m.id);
         let of_node = node.and_then(|id| self.reports.get(&id));
         let homes = self.homes();
+        let talks = |rank: &Rank| rank.talks || rank.step.is_some() || rank.record.is_some();
+        let tells = self.settings.job.saves || !self.progress.is_empty() || ranks.iter().any(talks);
         let mut run = report::Run {
             id: &self.settings.job.run_id,
             dir: &self.settings.job.run_dir,
             exit_code: ending.code,
+            tells,
             oom_kills: of_node.map_or(OomKills::default(), |r| r.oom_kills),
             xids: of_node.map(|r| r.xids.as_slice()).unwrap_or_default(),
             homes: &homes,
             stacks: stacks.as_deref(),
             earlier: &self.incidents,
             missing: self.reports.values().find_map(|r| r.missing.as_deref()),
-            resume: self.settings.job.resume.as_deref(),
+            resume: self.settings.job.resume.as_ref(),
         };
         let failure = report::failure(&run, &fault, &ranks, &places);
         let ran = now.saturating_sub(self.started_at);
@@ -256,14 +259,14 @@ impl State {
         incident.agent = node
             .and_then(|id| self.known(id))
             .map_or(0, |node| node.agent);
-        let talks = |rank: &Rank| rank.talks || rank.step.is_some() || rank.record.is_some();
-        incident.tells =
-            self.settings.job.saves || !self.progress.is_empty() || ranks.iter().any(talks);
+        incident.tells = tells;
         let mut left_out = None;
         if self.last {
             ending.verdict = None;
         } else {
-            match policy::decide(&self.settings.policy, &self.incidents, &incident) {
+            let stock = self.stock();
+            let options = &self.settings.policy;
+            match policy::decide(options, stock.as_ref(), &self.incidents, &incident) {
                 policy::Verdict::Restart {
                     after,
                     leave_out,
@@ -308,6 +311,17 @@ impl State {
         ));
         ending.reason = Some(text.as_str().into());
         (ending.outcome, ending.code) = ("stopped", exit::REQUEUE);
+    }
+
+    /// The nodes of the next start, where no other can come.
+    fn stock(&self) -> Option<policy::Stock> {
+        let is_fit =
+            |n: &&Node| !(self.convicted.iter()).any(|l| l.must && l.covers(&n.join.host, n.agent));
+        let nodes = self.nodes.values().filter(is_fit);
+        (!self.settings.open).then(|| policy::Stock {
+            nodes: nodes.map(|n| (n.join.host.clone(), n.agent)).collect(),
+            needed: self.settings.min_nodes as usize,
+        })
     }
 
     /// The node that runs a rank of this generation.

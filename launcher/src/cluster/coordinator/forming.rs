@@ -71,7 +71,7 @@ impl State {
         };
         if here < min {
             if now >= deadline || (!self.settings.open && self.generation > 0) {
-                let hosts: Vec<&str> = self.nodes.values().map(|n| n.join.host.as_str()).collect();
+                let hosts: Vec<&str> = candidates.iter().map(|c| self.host(c.id)).collect();
                 let hosts = if hosts.is_empty() {
                     String::new()
                 } else {

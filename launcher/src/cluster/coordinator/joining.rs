@@ -16,7 +16,7 @@ use crate::text::count;
 const MAX_WORKERS: usize = 4096;
 
 /// A name that can be shown, whoever gave it.
-fn tidy(host: &str) -> String {
+pub(super) fn tidy(host: &str) -> String {
     host.chars().filter(|c| !c.is_control()).take(255).collect()
 }
 
@@ -71,6 +71,7 @@ impl State {
         self.waiting.arrived(&host);
         let here = self.nodes.len() + 1;
         self.nodes.insert(id, node);
+        self.tell_ignored(id, actions);
         if !local {
             self.next_lease.get_or_insert(now + self.settings.lease);
         }

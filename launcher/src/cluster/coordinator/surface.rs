@@ -13,6 +13,7 @@ use crate::console::lines::Batch;
 use crate::doctor::preflight::Scale;
 use crate::hang::progress::Limits;
 use crate::manifest::environment::Change;
+use crate::report::GoOn;
 
 /// What is decided before the job starts.
 #[derive(Clone, Debug)]
@@ -49,6 +50,8 @@ pub struct Job {
     pub config: Option<(String, String)>,
     /// Digest of all that must be equal on every node's command line.
     pub digest: String,
+    /// What counts on this command line alone: flags and values.
+    pub options: Vec<(String, String)>,
     pub command: Vec<OsString>,
     pub directory: PathBuf,
     pub base_env: Option<Vec<(OsString, OsString)>>,
@@ -59,8 +62,8 @@ pub struct Job {
     pub grace: Duration,
     pub show: Option<Vec<u32>>,
     pub affinity: bool,
-    /// The command that continues the run, where the workers know how to.
-    pub resume: Option<String>,
+    /// How the run is continued, where the workers know how to.
+    pub resume: Option<GoOn>,
     /// The workers save and end with code 75 on SIGUSR2, and find their own checkpoints.
     pub saves: bool,
     /// See [`crate::cluster::message::Start::shielded`].

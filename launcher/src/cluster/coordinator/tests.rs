@@ -50,6 +50,7 @@ pub(in crate::cluster) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
             run_dir: "/run".into(),
             config: None,
             digest: "d".into(),
+            options: Vec::new(),
             command: vec!["train".into()],
             directory: "/".into(),
             base_env: None,
@@ -81,6 +82,7 @@ pub(crate) fn join_of(host: &str, workers: u32) -> Join {
         gpus: Vec::new(),
         addresses: vec![([10, 0, 0, 1].into(), "eth0".into())],
         job: None,
+        options: Vec::new(),
         facts: Facts::default(),
         received_ms: 0,
     }

@@ -18,6 +18,7 @@ fn killed(n: u32, step: u64, checkpoint: u64) -> Incident {
         class: Class::Killed,
         again: Again::MayWork,
         signature: format!("killed: {n}"),
+        evidence: format!("signal 9 (SIGKILL) of pid {n}"),
         host: Some(format!("gpu-{n:02}")),
         agent: 0,
         rank: Some(n),
@@ -31,8 +32,14 @@ fn program(n: u32, step: u64, checkpoint: u64) -> Incident {
     Incident {
         class: Class::Program,
         signature: format!("program: {n}"),
+        evidence: format!("ValueError, at /tmp/job7/train.py:{n}"),
         ..killed(n, step, checkpoint)
     }
+}
+
+/// With nodes that may still join.
+fn decide(options: &Options, earlier: &[Incident], incident: &Incident) -> Verdict {
+    super::decide(options, None, earlier, incident)
 }
 
 fn restart(verdict: Verdict) -> (Duration, Vec<LeftOut>) {
@@ -133,7 +140,7 @@ fn a_program_error_is_tried_again_only_after_progress_and_never_twice_at_one_ste
         (code, why.as_str()),
         (
             StopCode::DoNotRequeue,
-            "the same failure at step 66 twice: program: 1"
+            "the same failure at step 66 twice: program error: ValueError, at /tmp/job7/train.py:1"
         )
     );
     // Also when another failure came between.
@@ -323,6 +330,61 @@ fn a_host_is_left_out_for_its_hardware_at_once_and_else_after_two_failures() {
     let mut earlier = vec![at(a, Class::Killed, 1)];
     earlier.extend((2..12).map(|n| at(&format!("gpu-{n}"), Class::Killed, n)));
     assert_eq!(left_out(&earlier, &at(a, Class::Killed, 12)), []);
+}
+
+#[test]
+fn without_enough_other_nodes_the_failure_is_the_end() {
+    let broken = at("a", Class::Hardware, 1);
+    let with = |nodes: &[&str], needed, incident: &Incident| {
+        let nodes = nodes.iter().map(|host| (host.to_string(), 0)).collect();
+        let stock = Stock { nodes, needed };
+        super::decide(&options(9), Some(&stock), &[], incident)
+    };
+    assert_eq!(
+        stop(with(&["a"], 1, &broken)),
+        (
+            StopCode::KeepOwn,
+            "hardware: there is no other node to start it on".into()
+        )
+    );
+    let (_, why) = stop(with(&["a", "b"], 2, &broken));
+    let expected = "hardware: a start needs 2 nodes, and has 1 without the one that failed";
+    assert_eq!(why, expected);
+    restart(with(&["a", "b"], 1, &broken));
+    restart(with(&["a"], 1, &at("a", Class::Killed, 1)));
+    // It is no longer there; where it is, it is needed.
+    let lost = at("a", Class::NodeLost, 1);
+    stop(with(&["b"], 2, &lost));
+    restart(with(&["a", "b"], 2, &lost));
+}
+
+#[test]
+fn people_are_told_the_line_and_not_what_it_is_compared_by() {
+    let broken = Incident {
+        signature: "hardware: Xid 79".into(),
+        evidence: "NVRM: Xid (PCI:0000:3b:00): 79, pid=4711".into(),
+        ..at("gpu-01", Class::Hardware, 1)
+    };
+    let line = "hardware: NVRM: Xid (PCI:0000:3b:00): 79, pid=4711";
+    assert_eq!(
+        broken.to_string(),
+        format!("rank 1 on gpu-01 at step 11: {line}")
+    );
+    let (_, left_out) = restart(decide(&options(9), &[], &broken));
+    assert_eq!(left_out[0].why, line);
+    let twice = [at("gpu-01", Class::Killed, 1), at("gpu-01", Class::Hang, 2)];
+    let why = |last| {
+        restart(decide(&options(9), &twice[..1], last)).1[0]
+            .why
+            .clone()
+    };
+    let last = at("gpu-01", Class::Killed, 3);
+    assert!(
+        why(&last).ends_with("the last: killed from outside: signal 9 (SIGKILL) of pid 3"),
+        "{}",
+        why(&last)
+    );
+    assert!(why(&twice[1]).ends_with("the last: hang"));
 }
 
 fn any_incident() -> impl Strategy<Value = Incident> {

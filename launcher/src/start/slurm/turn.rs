@@ -11,6 +11,7 @@ use super::job::{Job, StopCause, run_folder_name};
 use super::requeue::{Ended, Entry, on_entry, should_requeue};
 use crate::manifest::earlier;
 use crate::manifest::files::checkpoints;
+use crate::report::GoOn;
 
 /// A job without `--signal` saves itself so long before its end; never more than a tenth of its time.
 const LEAD: Duration = Duration::from_secs(120);
@@ -67,11 +68,7 @@ impl Turn {
 
     /// Whether SLURM queues it again where it is asked to.
     pub fn may_be_queued_again(&self) -> bool {
-        self.allocation.place == Place::Batch && self.is_permitted()
-    }
-
-    fn is_permitted(&self) -> bool {
-        self.job.as_ref().is_none_or(|job| job.requeue)
+        self.allocation.place == Place::Batch && self.may_requeue()
     }
 
     /// For the question why this job is being stopped, which waits for SLURM.
@@ -89,6 +86,19 @@ impl Turn {
                 }
             }
         }
+    }
+
+    /// How the run is continued after a failure; `None` where the same command line does it, as in a shell of salloc.
+    pub fn go_on(&self) -> Option<GoOn> {
+        (self.allocation.place == Place::Batch).then(|| GoOn::Requeue {
+            job: self.allocation.job.to_string(),
+            may: self.may_requeue(),
+        })
+    }
+
+    /// Where SLURM did not answer it may.
+    fn may_requeue(&self) -> bool {
+        self.job.as_ref().is_none_or(|job| job.requeue)
     }
 
     /// Queues the job again where that is right, and says what was done. SLURM then ends this process.
@@ -114,7 +124,7 @@ impl Turn {
             outcome,
             fruitless: if saves { fruitless(folder) } else { 0 },
         };
-        Some(match should_requeue(ended, self.is_permitted()) {
+        Some(match should_requeue(ended, self.may_requeue()) {
             Err(why) => format!("job {job} is not queued again: {why}"),
             Ok(()) => match self.slurm.requeue(job) {
                 // SLURM begins to end the processes of the job at once, and its own scontrol may be the first.
@@ -210,6 +220,28 @@ mod tests {
     }
 
     #[test]
+    fn a_batch_job_goes_on_by_being_queued_again_and_a_shell_by_the_command() {
+        let with = |requeue, place| {
+            let mut turn = turn(0);
+            turn.job = Some(Job {
+                requeue,
+                ..Job::default()
+            });
+            turn.allocation.place = place;
+            turn.go_on()
+        };
+        let requeue = |may| {
+            let job = "7".into();
+            Some(GoOn::Requeue { job, may })
+        };
+        assert_eq!(with(true, Place::Batch), requeue(true));
+        assert_eq!(with(false, Place::Batch), requeue(false));
+        assert_eq!(turn(0).go_on(), requeue(true), "SLURM did not answer");
+        assert_eq!(with(true, Place::Shell), None);
+        assert_eq!(with(true, Place::Step { id: 0, node: 0 }), None);
+    }
+
+    #[test]
     fn the_manifest_of_the_last_turn_decides_how_this_one_begins() {
         let root = tempfile::tempdir().unwrap();
         let folder = turn(0).folder(root.path(), "a/b");
@@ -219,6 +251,7 @@ mod tests {
         for (manifest, entry) in [
             (r#"{"outcome":"stopped","exit_code":75}"#, Entry::Resume),
             (r#"{"outcome":"running","exit_code":null}"#, Entry::Resume),
+            ("", Entry::Resume),
             (
                 r#"{"outcome":"succeeded","exit_code":0}"#,
                 Entry::AlreadyFinished(0),

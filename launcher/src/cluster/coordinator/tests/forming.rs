@@ -119,6 +119,46 @@ fn ranks_to_show_that_this_start_does_not_have_are_named_once() {
 }
 
 #[test]
+fn what_a_node_was_started_with_and_does_not_count_is_told_on_both() {
+    let options = |all: &[(&str, &str)]| -> Vec<(String, String)> {
+        let pair = |&(flag, value): &(&str, &str)| (flag.into(), value.into());
+        all.iter().map(pair).collect()
+    };
+    let mut settings = settings(3, 3);
+    settings.is_read = true;
+    settings.job.options = options(&[("--nodes", "3"), ("--max-restarts", "0")]);
+    let mut scene = Scene::new(settings);
+    let own: [&[_]; 3] = [
+        &[],
+        &[("--nodes", "3"), ("--max-restarts", "0")],
+        &[
+            ("--nodes", "4"),
+            ("--max-restarts", "0"),
+            ("--grace", "5s"),
+            ("--env", "TOKEN=secret"),
+        ],
+    ];
+    for (id, own) in (1..).zip(own) {
+        scene.alive.insert(id);
+        let mut join = join_of(&format!("n{id}"), WORKERS);
+        join.options = options(own);
+        scene.says(id, FromAgent::Join(Box::new(join)));
+    }
+    let text = "was started with --nodes 4, --grace 5s, another --env: what the first node has counts, --nodes 3, no --grace";
+    let notices = scene.notices();
+    assert!(
+        notices.contains(&format!("warning: n3 {text}\n")),
+        "{notices}"
+    );
+    assert_eq!(notices.matches("was started with").count(), 1);
+    assert!(!notices.contains("secret"), "{notices}");
+    let text = format!("warning: this node {text}");
+    assert!(scene.told(3).contains(&ToAgent::Tell { text }));
+    // It takes part all the same.
+    assert_eq!(scene.places().len(), 3);
+}
+
+#[test]
 fn who_does_not_fit_is_sent_away_with_the_reason() {
     let version = Join {
         version: "0.0.0-other".into(),

@@ -148,6 +148,25 @@ fn broken_hardware_is_told_at_once() {
 }
 
 #[test]
+fn a_node_without_others_is_not_left_out_and_its_failure_is_the_reason() {
+    let mut settings = restarting(1, 1);
+    settings.open = false;
+    let mut scene = Scene::running(settings, 1);
+    scene.failing(1, 1, Some(End::Code(exit::PREFLIGHT)));
+    let broken = rank(End::Code(exit::PREFLIGHT), 0);
+    scene.clean(1, vec![stopped(TERM, 1), broken]);
+    assert_eq!(scene.code(), Some(exit::PREFLIGHT));
+    assert_eq!(left_out(&scene), []);
+    let ending = &scene.endings()[0];
+    assert!(!ending.again);
+    let reason = ending.reason.clone().map(|r| r.to_string());
+    let headline = "rank 1 failed first: exit code 69";
+    assert_eq!(reason.as_deref(), Some(headline));
+    let verdict = "hardware: there is no other node to start it on";
+    assert_eq!(ending.verdict.as_deref(), Some(verdict));
+}
+
+#[test]
 fn of_two_agents_of_one_host_only_the_lost_one_is_left_out() {
     let mut scene = Scene::new(restarting(1, 3));
     for id in [1, 2, 3] {
