@@ -130,6 +130,7 @@ async fn agent(
             "eth0".into(),
         )],
         job: None,
+        options: Vec::new(),
         received_ms: 0,
         facts: Facts::default(),
     })));
