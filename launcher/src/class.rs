@@ -255,10 +255,10 @@ fn announced(facts: &Facts) -> Option<Verdict> {
 }
 
 fn signal_from_outside(facts: &Facts) -> Option<Verdict> {
-    let has_killed_child = facts.end == Some(End::Code(exit::SIGNAL_BASE + libc::SIGKILL));
+    let killed_child = facts.end == Some(End::Code(exit::SIGNAL_BASE + libc::SIGKILL));
     let signal = match facts.end? {
         End::Signal(signal) if !facts.sent.contains(&signal) => signal,
-        End::Code(_) if has_killed_child && !facts.sent.contains(&libc::SIGKILL) => libc::SIGKILL,
+        End::Code(_) if killed_child && !facts.sent.contains(&libc::SIGKILL) => libc::SIGKILL,
         _ => return None,
     };
     let end = facts.end?.to_string();
@@ -282,7 +282,7 @@ fn signal_from_outside(facts: &Facts) -> Option<Verdict> {
 
 /// PyTorch does not know how its loader's worker ended; the kernel counts whom it killed.
 fn loader_worker(facts: &Facts) -> Option<Verdict> {
-    let all = Some(facts.oom_kills.all).filter(|&all| all > 0)?;
+    let killer = facts.oom_kills.words()?;
     let record = facts.record.map(|record| record.message.as_str());
     let stderr = facts.stderr.iter().map(String::as_str);
     let mut texts = facts.exception.into_iter().chain(record).chain(stderr);
@@ -290,7 +290,7 @@ fn loader_worker(facts: &Facts) -> Option<Verdict> {
         let mut lines = text.lines();
         lines.find(|l| l.contains("DataLoader worker") && l.contains("exited unexpectedly"))
     })?;
-    let evidence = format!("{line}, and the kernel's out-of-memory killer ended {all} process(es)");
+    let evidence = format!("{line}, and {killer}");
     let (class, hint) = (Class::OutOfMemory, texts::MEMORY_HINT);
     Some(Verdict::new(class, Again::MayWork, &evidence, hint))
 }
@@ -304,12 +304,7 @@ fn out_of_memory(facts: &Facts) -> Option<String> {
     match facts.oom_kill {
         Some(line) => Some(format!("the kernel logged: {line}")),
         None if suspects == 0 => None,
-        None => {
-            let all = facts.oom_kills.all;
-            Some(format!(
-                "the kernel's out-of-memory killer ended {all} process(es)"
-            ))
-        }
+        None => facts.oom_kills.words(),
     }
 }
 

@@ -1,8 +1,8 @@
-//! What the kernel's out-of-memory killer did meanwhile, and to whom.
+//! What the kernel's out-of-memory killer did meanwhile, and to whom; and what else its log tells.
 
 use serde::{Deserialize, Serialize};
 
-use crate::doctor::kmsg::{Kill, Logged};
+use crate::doctor::kmsg::{Kill, Log, Logged, Xid};
 
 /// The number that the kernel gives the first namespace of processes, in which its log counts them.
 const FIRST_NAMESPACE: &str = "pid:[4026531836]";
@@ -16,24 +16,74 @@ pub struct OomKills {
 }
 
 impl OomKills {
-    /// From the kernel's counter, and from its log where that can be read and has the numbers that are known here.
-    /// The counter is to be read before the log at the end, and before its position at the start: a kill is counted
-    /// first and logged then.
-    pub fn new(all: u64, logged: Option<&Logged>) -> OomKills {
-        let named = logged.filter(|logged| logged.is_whole && is_in_first_namespace());
-        let named = named.map_or(0, |logged| logged.kills.len() as u64);
-        OomKills {
-            all,
-            unnamed: all.saturating_sub(named),
-        }
+    /// In words; `None` of none.
+    pub fn words(self) -> Option<String> {
+        let all = Some(self.all).filter(|&all| all > 0)?;
+        Some(format!(
+            "the kernel's out-of-memory killer ended {all} process(es)"
+        ))
     }
 }
 
-/// What the log says of the end of a process.
-pub fn of_process(logged: Option<&Logged>, pid: i32) -> Option<&str> {
-    let logged = logged.filter(|_| is_in_first_namespace())?;
-    let kill = logged.kills.iter().find(|kill| kill.pid == pid);
-    kill.map(|Kill { text, .. }| text.as_str())
+/// Where the kernel's counter and its log stand at a moment.
+pub struct Mark {
+    count: u64,
+    log: Option<Log>,
+}
+
+/// What came since.
+pub struct Since {
+    pub oom_kills: OomKills,
+    pub xids: Vec<Xid>,
+    /// By the numbers that processes have here.
+    kills: Vec<Kill>,
+}
+
+impl Mark {
+    /// A kill is counted first and logged then. So the counter is read first, here and later: a kill in between is
+    /// one that nothing tells, never one that hides another.
+    pub fn now() -> Mark {
+        Mark {
+            count: count(),
+            log: Log::from_now(),
+        }
+    }
+
+    /// Tells each record of the log once.
+    pub fn since(&self) -> Since {
+        let all = count().saturating_sub(self.count);
+        let logged = self.log.as_ref().and_then(Log::read);
+        Since::new(all, logged, is_in_first_namespace())
+    }
+}
+
+impl Since {
+    /// `is_ours`: the log has the numbers that are known here.
+    fn new(all: u64, logged: Option<Logged>, is_ours: bool) -> Since {
+        let Some(logged) = logged else {
+            return Since {
+                oom_kills: OomKills { all, unnamed: all },
+                xids: Vec::new(),
+                kills: Vec::new(),
+            };
+        };
+        let named = match is_ours && logged.is_whole {
+            true => logged.kills.len() as u64,
+            false => 0,
+        };
+        let unnamed = all.saturating_sub(named);
+        Since {
+            oom_kills: OomKills { all, unnamed },
+            xids: logged.xids,
+            kills: if is_ours { logged.kills } else { Vec::new() },
+        }
+    }
+
+    /// What the log says of the end of a process.
+    pub fn kill_of(&self, pid: i32) -> Option<&str> {
+        let kill = self.kills.iter().find(|kill| kill.pid == pid);
+        kill.map(|Kill { text, .. }| text.as_str())
+    }
 }
 
 fn is_in_first_namespace() -> bool {
@@ -42,7 +92,7 @@ fn is_in_first_namespace() -> bool {
 }
 
 /// How many processes it has ended since the machine started.
-pub fn count() -> u64 {
+fn count() -> u64 {
     let text = fs_err::read_to_string("/proc/vmstat").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
     line.and_then(|n| n.parse().ok()).unwrap_or(0)
@@ -58,24 +108,26 @@ mod tests {
             pid,
             text: format!("killed {pid}"),
         };
-        let logged = |is_whole| Logged {
-            xids: Vec::new(),
-            kills: vec![kill(7), kill(8)],
-            is_whole,
+        let since = |all, is_whole, is_ours| {
+            let logged = Logged {
+                xids: Vec::new(),
+                kills: vec![kill(7), kill(8)],
+                is_whole,
+            };
+            Since::new(all, Some(logged), is_ours)
         };
-        let unnamed = |all, logged: Option<Logged>| OomKills::new(all, logged.as_ref()).unnamed;
-        assert_eq!(unnamed(2, None), 2);
-        assert_eq!(unnamed(2, Some(logged(false))), 2);
-        let (third, second, first) = match is_in_first_namespace() {
-            true => (1, 0, 0),
-            false => (3, 2, 1),
+        let unnamed = |all, is_whole, is_ours| {
+            let OomKills { all: told, unnamed } = since(all, is_whole, is_ours).oom_kills;
+            assert_eq!(told, all);
+            unnamed
         };
-        assert_eq!(unnamed(3, Some(logged(true))), third);
-        assert_eq!(unnamed(2, Some(logged(true))), second);
-        assert_eq!(unnamed(1, Some(logged(true))), first);
-        let text = is_in_first_namespace().then_some("killed 8");
-        assert_eq!(of_process(Some(&logged(false)), 8), text);
-        assert_eq!(of_process(Some(&logged(true)), 9), None);
-        assert_eq!(of_process(None, 8), None);
+        assert_eq!(Since::new(2, None, true).oom_kills.unnamed, 2);
+        assert_eq!(unnamed(2, false, true), 2);
+        assert_eq!([3, 2, 1].map(|all| unnamed(all, true, true)), [1, 0, 0]);
+        assert_eq!([3, 2, 1].map(|all| unnamed(all, true, false)), [3, 2, 1]);
+        assert_eq!(since(2, false, true).kill_of(8), Some("killed 8"));
+        assert_eq!(since(2, false, false).kill_of(8), None);
+        assert_eq!(since(2, true, true).kill_of(9), None);
+        assert_eq!(Since::new(2, None, true).kill_of(8), None);
     }
 }

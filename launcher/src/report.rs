@@ -348,9 +348,8 @@ pub fn failure(run: &Run, fault: &Fault, ranks: &[Rank], places: &[Place]) -> Fa
 /// What usually stands behind such an end.
 fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<String> {
     let unstarted = facts.record.and_then(unstarted::meaning);
-    let killed = |all: u64| {
-        format!("the kernel's out-of-memory killer ended {all} process(es) during the run")
-    };
+    let killer = run.oom_kills.words();
+    let killer = killer.map(|words| format!("{words} during the run"));
     match end? {
         _ if facts.hung => None,
         _ if unstarted.is_some() => unstarted.map(str::to_string),
@@ -358,22 +357,18 @@ fn meaning(run: &Run, end: Option<End>, facts: &Facts, role: Role) -> Option<Str
             let told = matches!(role, Role::Origin | Role::OwnError | Role::LastWords);
             told.then(|| "the launcher stopped it before its own end was done".into())
         }
-        End::Signal(libc::SIGKILL) => Some(match (facts.oom_kill, run.oom_kills) {
-            (Some(line), _) => format!("the kernel logged: {line}"),
+        End::Signal(libc::SIGKILL) => match (facts.oom_kill, run.oom_kills) {
+            (Some(line), _) => Some(format!("the kernel logged: {line}")),
             (None, OomKills { all: 0, .. }) => {
-                "killed from outside; the out-of-memory killer did not count a process".into()
+                Some("killed from outside; the out-of-memory killer did not count a process".into())
             }
-            (None, OomKills { all, unnamed: 0 }) => {
-                let others = count(all, "other");
-                format!("killed from outside; the out-of-memory killer ended {others} meanwhile")
-            }
-            (None, OomKills { all, .. }) => killed(all),
-        }),
-        end => {
-            let all = Some(run.oom_kills.all).filter(|&all| all > 0);
-            let meaning = end.meaning(run.tells).map(str::to_string);
-            meaning.or_else(|| all.map(killed))
-        }
+            (None, OomKills { all, unnamed: 0 }) => Some(format!(
+                "killed from outside; the out-of-memory killer ended {} meanwhile",
+                count(all, "other")
+            )),
+            (None, _) => killer,
+        },
+        end => end.meaning(run.tells).map(str::to_string).or(killer),
     }
 }
 

@@ -17,11 +17,10 @@ use crate::cluster::message::{NodeReport, Start};
 use crate::console::lines::{BAR_PERIOD, Bars, Lines};
 use crate::contain::{self, Ability, Containment};
 use crate::cores;
-use crate::doctor::kmsg;
 use crate::logs::keep;
 use crate::logs::{Finished, Logs, Shown, Sink, Source, Tail};
 use crate::manifest::environment::{self, Change};
-use crate::oom::{self, OomKills};
+use crate::oom;
 use crate::own::Executable;
 use crate::plan::{WorkerPlan, error_file};
 use crate::port::Port;
@@ -59,9 +58,7 @@ pub struct Generation {
     sources: Vec<Source>,
     logs: Option<Logs>,
     pub news: News,
-    oom_before: u64,
-    /// What it says from then on.
-    kernel_log: Option<kmsg::Log>,
+    kernel: oom::Mark,
     leftovers: Leftovers,
     began_at: Duration,
     _port: Option<Port>,
@@ -102,8 +99,7 @@ impl Generation {
             sources: Vec::new(),
             logs: None,
             news: News::new(start.node_rank == 0),
-            oom_before: oom::count(),
-            kernel_log: kmsg::Log::from_now(),
+            kernel: oom::Mark::now(),
             leftovers: Leftovers::new(now),
             began_at: now,
             _port: port,
@@ -343,8 +339,7 @@ impl Generation {
         if output.held_open && self.leftovers.stuck.is_empty() {
             warnings.push(HELD_OPEN.into());
         }
-        let oom_kills = oom::count().saturating_sub(self.oom_before);
-        let logged = self.kernel_log.as_ref().and_then(|log| log.read());
+        let kernel = self.kernel.since();
         let place = |i: usize| {
             let plan = &self.plans[i];
             let pid = self.workers[i].pid.as_raw_nonzero().get();
@@ -353,7 +348,7 @@ impl Generation {
                 host: self.host.clone(),
                 device: plan.device.clone(),
                 pid,
-                oom_kill: oom::of_process(logged.as_ref(), pid).map(str::to_owned),
+                oom_kill: kernel.kill_of(pid).map(str::to_owned),
                 stderr_file: self.dir.log(&self.host, plan.rank, true),
                 exception: report::torch_error(&error_file),
                 error_file,
@@ -372,10 +367,8 @@ impl Generation {
             ));
         }
         let gpus = self.plans.iter().any(|plan| plan.device.starts_with("GPU"));
-        let xids = match &logged {
-            Some(logged) if gpus => logged.xids.iter().map(|xid| xid.text.clone()).collect(),
-            _ => Vec::new(),
-        };
+        let xids = kernel.xids.iter().filter(|_| gpus);
+        let xids = xids.map(|xid| xid.text.clone()).collect();
         let places: Vec<Place> = (0..self.workers.len()).map(place).collect();
         // The guard first: it knows the sessions by numbers, which may be used again from then on.
         self.guard.dismiss();
@@ -383,7 +376,7 @@ impl Generation {
         NodeReport {
             ranks: self.state.ranks.into_iter().zip(places).collect(),
             started_at: self.began_at,
-            oom_kills: OomKills::new(oom_kills, logged.as_ref()),
+            oom_kills: kernel.oom_kills,
             xids,
             warnings,
             missing: output.missing,
